@@ -1,0 +1,43 @@
+"""Train a network sparse from scratch, freeze it, and deploy it as ONNX.
+
+The names below load on first use, so that importing `sparsepipe` needs no torch and takes no time.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Sparsifier": "sparsepipe.sparsity.sparsifier",
+    "MaskSet": "sparsepipe.sparsity.masks",
+    "Unstructured": "sparsepipe.sparsity.pattern",
+    "Block": "sparsepipe.sparsity.pattern",
+    "NM": "sparsepipe.sparsity.pattern",
+    "ConstantFanIn": "sparsepipe.sparsity.pattern",
+    "Channel": "sparsepipe.sparsity.pattern",
+    "DSTEE": "sparsepipe.sparsity.methods.dst_ee",
+    "RigL": "sparsepipe.sparsity.methods.rigl",
+    "SET": "sparsepipe.sparsity.methods.set",
+    "Static": "sparsepipe.sparsity.methods.static",
+    "GMP": "sparsepipe.sparsity.methods.gmp",
+    "MagnitudeOneShot": "sparsepipe.sparsity.methods.magnitude_oneshot",
+    "Dense": "sparsepipe.sparsity.methods.dense",
+    "SparsepipeError": "sparsepipe.errors",
+}
+
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("sparsepipe")
+    if name not in _HOME:
+        raise AttributeError(f"module 'sparsepipe' has no attribute '{name}'")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

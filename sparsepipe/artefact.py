@@ -1,0 +1,273 @@
+"""Artefacts: a folder with its files and a `manifest.json` that says what they are and what they were made from.
+
+A folder under construction is called `NAME.partial` and is renamed to `NAME` once its manifest is written, so a
+folder without the suffix is always complete. Names inside a manifest cannot lead out of the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sparsepipe.environment import package_versions
+from sparsepipe.errors import ArtefactError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+class Manifest(BaseModel):
+    """What `manifest.json` holds. Digests are `sha256:<hex>`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    versions: dict[str, str]
+    metrics: dict[str, Any]
+    created: str
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A complete artefact folder, read back."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def read(cls, folder: Path, stage: str | None = None) -> Artefact:
+        """Read the manifest of `folder`.
+
+        Raises:
+            ArtefactError: no manifest, a malformed one, or one of another stage than `stage`.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise ArtefactError("This folder holds no manifest.json.", where=str(folder), advice=_advice(folder))
+        try:
+            manifest = Manifest.model_validate_json(path.read_bytes())
+        except (ValidationError, ValueError) as error:
+            raise ArtefactError(
+                f"The manifest is not valid: {_first_line(error)}.", where=str(path), advice="Make the folder again."
+            ) from error
+        if manifest.schema_version != SCHEMA_VERSION:
+            raise ArtefactError(
+                f"The manifest has schema version {manifest.schema_version}; this sparsepipe reads {SCHEMA_VERSION}.",
+                where=str(path),
+                advice="Make the folder again, or use the sparsepipe version that made it.",
+            )
+        if stage is not None and manifest.stage != stage:
+            raise ArtefactError(
+                f"This folder was made by the stage '{manifest.stage}', not by '{stage}'.", where=str(folder)
+            )
+        for name in manifest.outputs:
+            _inside(folder, name)
+        return cls(folder, manifest)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the stage and all output files: equal for equal content, whatever the time or the place."""
+        listing = json.dumps([self.manifest.stage, sorted(self.manifest.outputs.items())])
+        return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.manifest.metrics
+
+    def file(self, name: str) -> Path:
+        """Path of the output file `name`.
+
+        Raises:
+            ArtefactError: the manifest does not list `name`, or the file is gone.
+        """
+        path = _inside(self.folder, name)
+        if name not in self.manifest.outputs or not path.is_file():
+            listed = ", ".join(sorted(self.manifest.outputs)) or "nothing"
+            raise ArtefactError(
+                f"The file '{name}' is missing.", where=str(self.folder), advice=f"The manifest lists: {listed}."
+            )
+        return path
+
+    def verify(self) -> None:
+        """Compare every output file with its digest.
+
+        Raises:
+            ArtefactError: a file is missing or was changed; the message names it.
+        """
+        for name, expected in self.manifest.outputs.items():
+            if digest_file(self.file(name)) != expected:
+                raise ArtefactError(
+                    f"The file '{name}' was changed after it was written.",
+                    where=str(self.folder),
+                    advice="Make the folder again.",
+                )
+
+
+@dataclass
+class Draft:
+    """An artefact under construction: write files into `folder`, results into `metrics`."""
+
+    folder: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def draft(
+    folder: Path, stage: str, config: BaseModel, inputs: Mapping[str, str], *, resumable: bool = False
+) -> Iterator[Draft]:
+    """Build an artefact in `folder`.partial and rename it when the block ends without an error.
+
+    Args:
+        folder: the final folder. An artefact that stands there is replaced only at the end.
+        stage: name of the stage.
+        config: its resolved configuration, stored in the manifest.
+        inputs: name -> digest of what it was made from.
+        resumable: keep what an interrupted run left in `folder`.partial, and keep it again if this run fails.
+
+    Raises:
+        ArtefactError: `folder` holds files that no stage wrote; they are not touched.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtefactError(
+            "The output folder exists and holds other files.", where=str(folder), advice="Name a new folder with --out."
+        )
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists() and not resumable:
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    building = Draft(partial)
+    try:
+        yield building
+        _finish(building, folder, stage, config, inputs)
+    except BaseException:
+        if not resumable:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _finish(building: Draft, folder: Path, stage: str, config: BaseModel, inputs: Mapping[str, str]) -> None:
+    partial = building.folder
+    outputs = {
+        path.relative_to(partial).as_posix(): digest_file(path)
+        for path in sorted(partial.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    manifest = Manifest(
+        stage=stage,
+        config=config.model_dump(mode="json"),
+        inputs=dict(inputs),
+        outputs=outputs,
+        versions=package_versions(),
+        metrics=building.metrics,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    write_text(partial / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    # The old folder steps aside by rename, so there is no moment in which its files are half gone.
+    if folder.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        os.replace(folder, aside / folder.name)
+        os.replace(partial, folder)
+        shutil.rmtree(aside)
+    else:
+        os.replace(partial, folder)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path` for binary writing; rename it to `path` when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 under a temporary name, then rename."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON under a temporary name, then rename."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ArtefactError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ArtefactError("There is no such file.", where=str(path)) from error
+    except ValueError as error:
+        raise ArtefactError(f"The file is not valid JSON: {_first_line(error)}.", where=str(path)) from error
+
+
+def digest_bytes(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def find(source: Path, stage: str) -> Artefact | None:
+    """The artefact of `stage` that `source` means: `source` itself, or its folder named after the stage."""
+    for folder in (source, source / stage):
+        if (folder / MANIFEST).is_file():
+            artefact = Artefact.read(folder)
+            if artefact.manifest.stage == stage:
+                return artefact
+    return None
+
+
+def _inside(folder: Path, name: str) -> Path:
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name:
+        raise ArtefactError(f"The manifest names '{name}', which leads out of its folder.", where=str(folder))
+    path = folder / pure
+    if path.exists() and not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtefactError(f"The file '{name}' is a link that leads out of its folder.", where=str(folder))
+    return path
+
+
+def _advice(folder: Path) -> str:
+    if folder.with_name(folder.name + ".partial").is_dir():
+        return "The run that makes it was interrupted; continue it with --resume."
+    if not folder.exists():
+        return "The folder does not exist."
+    return "Name a run folder, or the output folder of one stage."
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

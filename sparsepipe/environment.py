@@ -1,0 +1,87 @@
+"""What a result depends on besides its inputs: package versions, and the processor and its settings."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("sparsepipe", "numpy", "scipy", "onnx", "onnxruntime", "torch", "lightning-fabric", "onnxscript")
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    """Installed versions of Python and of the packages that results depend on; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_machine() -> dict[str, Any]:
+    """The machine as a flat JSON-able dict: processor, its vector extensions, cores, caches, memory, kernel."""
+    import psutil
+
+    model, flags = _cpu_info()
+    known = (
+        "sse4_2",
+        "avx2",
+        "fma",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx_vnni",
+        "amx_int8",
+        "asimd",
+        "asimddp",
+    )
+    return {
+        "cpu": model,
+        "architecture": platform.machine(),
+        "isa": [flag for flag in known if flag in flags],
+        "cores_physical": psutil.cpu_count(logical=False),
+        "cores_logical": psutil.cpu_count(),
+        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "caches": _caches(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "governor": _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
+        "virtual": "hypervisor" in flags,
+        "os": platform.platform(),
+    }
+
+
+def _cpu_info() -> tuple[str, set[str]]:
+    model, flags = platform.processor() or platform.machine(), set[str]()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return model, flags
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model") and value.strip():
+            model = value.strip()
+        elif key.strip() in ("flags", "Features"):
+            flags = set(value.split())
+    return model, flags
+
+
+def _caches() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (_read(index / name) for name in ("level", "type", "size"))
+        if level and size and kind != "Instruction":
+            found[f"L{level}"] = size
+    return found
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip() or None
+    except OSError:
+        return None

@@ -1,0 +1,57 @@
+"""The one exception family. Each error says what was wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class SparsepipeError(Exception):
+    """Base of every error that a user can cause or mend.
+
+    Args:
+        what: what is wrong, as a full sentence.
+        where: the file, recipe key, tensor or layer that it is wrong in.
+        advice: what to do about it, as a full sentence.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, advice: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.advice = advice
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text} {self.advice}" if self.advice else text
+
+
+class RecipeError(SparsepipeError):
+    """A recipe, or an option of one of its parts, is not valid."""
+
+
+class ArtefactError(SparsepipeError):
+    """A folder or a file that a stage reads is missing, incomplete or damaged."""
+
+
+class DataError(SparsepipeError):
+    """A dataset cannot be found or read, or does not have the promised shape."""
+
+
+class ModelError(SparsepipeError):
+    """A network cannot be found or built, or does not fit its weights or its data."""
+
+
+class FormatError(SparsepipeError):
+    """A compressed weight is malformed, or a weight does not fit its format."""
+
+
+class GraphError(SparsepipeError):
+    """An ONNX file cannot be read, rewritten or run."""
+
+
+class MissingExtraError(SparsepipeError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, module: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package '{module}', which is not installed.",
+            advice=f'Install it with: pip install "sparsepipe[{extra}]"',
+        )

@@ -1,0 +1,245 @@
+"""The recipe: one TOML file that configures every stage, read into typed sections.
+
+A section that chooses something by name (`model`, `data`, `method`, `optimizer`, `schedule`) may be written as a
+table, `[model] name = "resnet20"`, or in short as `model = "resnet20"`. Overrides are `KEY=VALUE` with dotted keys;
+`method=rigl` changes the name and keeps the section's other keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from sparsepipe.errors import RecipeError
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Target = Literal["dense", "portable"]
+WeightFormat = Literal["csr", "bsr", "nm", "bitmask", "dense"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values cannot be changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _from_short_form(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Choice(BaseModel):
+    """Something chosen by name from a registry; the other keys are its options, checked by the registry."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+NamedChoice = Annotated[Choice, BeforeValidator(_from_short_form)]
+
+
+class Augment(Section):
+    """Augmentation of training batches, on tensors."""
+
+    crop: Annotated[int, Field(ge=0)] = 0
+    """Random crop after padding each side by this many zero pixels."""
+    flip: bool = False
+    """Mirror left-right with probability one half."""
+    cutout: Annotated[int, Field(ge=0)] = 0
+    """Side of a square, in pixels, set to zero at a random place."""
+
+
+class Optimizer(Section):
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    momentum: Fraction = 0.9
+    """SGD only."""
+    nesterov: bool = True
+    """SGD only."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW only."""
+    decay_norms: bool = True
+    """Whether weight decay also acts on biases and normalisation parameters."""
+
+
+class Schedule(Section):
+    """The learning rate over training, as a multiple of `optimizer.lr`."""
+
+    name: Literal["cosine", "multistep", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    """Linear warm-up, in epochs."""
+    milestones: tuple[Fraction, ...] = (0.5, 0.75)
+    """multistep: the fractions of training at which the rate is multiplied by `gamma`."""
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+class Training(Section):
+    epochs: PositiveInt = 20
+    batch_size: PositiveInt = 128
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads; 0 takes all."""
+    label_smoothing: Fraction = 0.0
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Fraction of the training split held out, by seed, to select on."""
+    select: Literal["last", "best"] = "best"
+    """Which epoch's weights are kept; `best` is by validation accuracy once the masks are final."""
+    checkpoint_every: PositiveInt = 1
+    """Epochs between checkpoints."""
+    dense_twin: bool = False
+    """Train the same recipe with `method = "dense"` too, as the baseline of the result table."""
+
+
+class Conversion(Section):
+    formats: tuple[WeightFormat, ...] = ("csr", "bsr", "nm", "bitmask")
+    """Formats to choose from, layer by layer, by size; a layer that none makes smaller stays dense."""
+
+
+class Export(Section):
+    targets: tuple[Target, ...] = ("dense", "portable")
+    opset: Annotated[int, Field(ge=13, le=22)] = 18
+
+
+class Validation(Section):
+    max_relative: Annotated[float, Field(gt=0)] = 1e-3
+    """Largest allowed |difference| of the logits, relative to the largest |logit| of the reference."""
+    min_agreement: Annotated[float, Field(gt=0, le=1)] = 0.999
+    """Smallest allowed share of samples on which both predict the same class."""
+    batch_size: PositiveInt = 256
+
+
+class Bench(Section):
+    threads: tuple[PositiveInt, ...] = (1,)
+    batch: tuple[PositiveInt, ...] = (1,)
+    seconds: Annotated[float, Field(gt=0)] = 6.0
+    """Measuring time for each file at each setting."""
+    pin: bool = True
+    """Pin each benchmark process to as many cores as it has threads."""
+
+
+class Recipe(Section):
+    """Everything that `sparsepipe run` needs."""
+
+    name: str = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    model: NamedChoice
+    data: NamedChoice
+    method: NamedChoice = Choice(name="dst-ee")
+    augment: Augment = Augment()
+    optimizer: Annotated[Optimizer, BeforeValidator(_from_short_form)] = Optimizer()
+    schedule: Annotated[Schedule, BeforeValidator(_from_short_form)] = Schedule()
+    train: Training = Training()
+    convert: Conversion = Conversion()
+    export: Export = Export()
+    validation: Validation = Field(default=Validation(), alias="validate")
+    bench: Bench = Bench()
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _name_is_a_file_name(self) -> Recipe:
+        if not self.name or self.name.startswith(".") or "/" in self.name or "\\" in self.name:
+            raise ValueError("name must be usable as the name of a folder")
+        return self
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file and apply `KEY=VALUE` overrides.
+
+    Raises:
+        RecipeError: the file is missing or not TOML, or a key is unknown or its value not allowed.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError("There is no such recipe file.", where=str(path)) from error
+    except IsADirectoryError as error:
+        raise RecipeError("This is a folder, not a recipe file.", where=str(path)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe is not valid TOML: {error}.", where=str(path)) from error
+    return parse(table, overrides, where=str(path))
+
+
+def parse(table: dict[str, Any], overrides: Iterable[str] = (), *, where: str = "recipe") -> Recipe:
+    """Build a recipe from a nested dict, as TOML gives it, and `KEY=VALUE` overrides."""
+    for override in overrides:
+        _apply(table, override)
+    return check(Recipe, table, where=where)
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def check(model: type[ModelT], table: dict[str, Any], *, where: str) -> ModelT:
+    """Validate `table` as `model`; every problem is named with its key and what is allowed there.
+
+    Raises:
+        RecipeError: with all problems in one paragraph.
+    """
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        problems = "; ".join(_describe(model, problem) for problem in error.errors())
+        raise RecipeError(f"{problems}.", where=where) from error
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise RecipeError(
+            f"'{override}' is not of the form key=value.", where="--set", advice="Example: --set method.sparsity=0.95"
+        )
+    value = _parse_value(text.strip())
+    for position, part in enumerate(parts[:-1]):
+        inner = table.setdefault(part, {})
+        if isinstance(inner, str):  # the short form of a named choice
+            inner = table[part] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"'{'.'.join(parts[: position + 1])}' is a value, not a section.", where=f"--set {key}")
+        table = inner
+    current = table.get(parts[-1])
+    if isinstance(current, dict) and isinstance(value, str):
+        current["name"] = value
+    else:
+        table[parts[-1]] = value
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value where it is one (0.9, true, [1, 2], "text"), else the text itself (rigl, cifar10:DIR)."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _describe(model: type[BaseModel], problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        allowed = _allowed_keys(model, path[:-1])
+        close = difflib.get_close_matches(path[-1], allowed, n=1)
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        return f"unknown key '{key}'{hint}; allowed here: {', '.join(allowed)}"
+    if problem["type"] == "missing":
+        return f"the key '{key}' is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"'{key}' = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _allowed_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        for name, field in model.model_fields.items():
+            if part in (name, field.alias) and isinstance(field.annotation, type):
+                model = field.annotation
+    return [field.alias or name for name, field in model.model_fields.items()]
