@@ -8,13 +8,16 @@ table, `[model] name = "resnet20"`, or in short as `model = "resnet20"`. Overrid
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from sparsepipe.artefact import digest_bytes, write_text
 from sparsepipe.errors import RecipeError
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -159,15 +162,34 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file is missing or not TOML, or a key is unknown or its value not allowed.
     """
+    return parse(read_table(path), overrides, where=str(path))
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The nested dict that the TOML file `path` holds, unchecked.
+
+    Raises:
+        RecipeError: the file is missing or not TOML.
+    """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError("There is no such recipe file.", where=str(path)) from error
     except IsADirectoryError as error:
         raise RecipeError("This is a folder, not a recipe file.", where=str(path)) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"The recipe is not valid TOML: {error}.", where=str(path)) from error
-    return parse(table, overrides, where=str(path))
+
+
+def write(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe, every default filled in, as TOML."""
+    table = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    write_text(path, tomli_w.dumps(table))
+
+
+def digest(recipe: BaseModel) -> str:
+    """Digest of a resolved recipe or section: equal for equal settings, however they were written down."""
+    return digest_bytes(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode())
 
 
 def parse(table: dict[str, Any], overrides: Iterable[str] = (), *, where: str = "recipe") -> Recipe:

@@ -1,0 +1,191 @@
+"""Options and output that the verbs share."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from sparsepipe.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from sparsepipe.artefact import Artefact
+    from sparsepipe.recipe import Recipe
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+RECIPE_FILE = "recipe.toml"
+
+
+def output_options(function: F) -> F:
+    """Adds `--json`, `--verbose` and `--quiet`, and sets up logging before the verb runs."""
+
+    def set_level(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
+        def callback(context: click.Context, parameter: click.Parameter, given: bool) -> None:
+            if given:
+                logging.getLogger("sparsepipe").setLevel(level)
+
+        return callback
+
+    @functools.wraps(function)
+    def with_logging(*arguments: Any, **options: Any) -> Any:
+        _start_logging()
+        return function(*arguments, **options)
+
+    for flags, level, text in (
+        (("-v", "--verbose"), logging.DEBUG, "Log details."),
+        (("-q", "--quiet"), logging.WARNING, "Log warnings only."),
+    ):
+        option = click.option(*flags, is_flag=True, expose_value=False, callback=set_level(level), help=text)
+        with_logging = option(with_logging)
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(with_logging)
+
+
+def overrides_option(function: F) -> F:
+    """Adds `--set KEY=VALUE`, which can be given many times."""
+    return click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+        help="Override a key of the recipe, e.g. --set method.sparsity=0.95 (repeatable).",
+    )(function)  # fmt: skip
+
+
+def model_option(function: F) -> F:
+    """Adds `--model`, by which the user vouches for a network's own code."""
+    return click.option(
+        "--model", "trusted_model", metavar="MODULE:FUNCTION",
+        help="Run this code to build the network, if the source was made with it.",
+    )(function)  # fmt: skip
+
+
+def existing_path(**options: Any) -> click.Path:
+    return click.Path(exists=True, path_type=Path, **options)
+
+
+def _start_logging() -> None:
+    from rich.logging import RichHandler
+
+    from sparsepipe.progress import console
+
+    handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logger = logging.getLogger("sparsepipe")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
+    """A table on stdout; a column whose cells all begin with a digit is right-aligned."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    lines = [[_text(cell) for cell in row] for row in rows]
+    table = Table(title=title, title_justify="left")
+    for column, header in enumerate(headers):
+        cells = [line[column] for line in lines]
+        numeric = bool(cells) and all(cell[:1].isdigit() or cell[:1] in "-–" for cell in cells)
+        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*(escape(cell) for cell in line))
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width to fit into
+        console = Console(width=240)
+    console.print(table)
+
+
+def _text(cell: Any) -> str:
+    if cell is None:
+        return "–"
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def size_text(count: int | None) -> str:
+    """Bytes as a short text in decimal units."""
+    if count is None:
+        return "–"
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def artefact_json(artefact: Artefact) -> dict[str, Any]:
+    """What `--json` prints for a verb that makes an artefact."""
+    return {
+        "stage": artefact.manifest.stage,
+        "folder": str(artefact.folder),
+        "digest": artefact.digest,
+        "files": {name: str(artefact.folder / name) for name in artefact.manifest.outputs},
+        "metrics": artefact.metrics,
+    }
+
+
+def find_input(source: Path, stages: Sequence[str]) -> Artefact:
+    """The artefact that `source` (a run folder or one stage's folder) holds, of the first of `stages` found.
+
+    Raises:
+        ArtefactError: `source` holds none of them.
+    """
+    from sparsepipe.artefact import find
+
+    for stage in stages:
+        if artefact := find(source, stage):
+            return artefact
+    wanted = " or ".join(f"'{stage}'" for stage in stages)
+    partial = (source / f"{stages[-1]}.partial").is_dir() or source.with_name(source.name + ".partial").is_dir()
+    raise ArtefactError(
+        f"There is no finished output of {wanted} here.",
+        where=str(source),
+        advice="An interrupted run is here; finish it with `sparsepipe train RECIPE --resume`."
+        if partial
+        else "Name a run folder or the output folder of that stage; `sparsepipe inspect` shows what a folder holds.",
+    )
+
+
+def output_folder(out: Path | None, artefact: Artefact, stage: str) -> Path:
+    """Where a verb writes: `--out` if given, else beside the artefact that it reads, named after the stage."""
+    return out if out is not None else artefact.folder.absolute().parent / stage
+
+
+def required_out(out: Path | None, source: Path) -> Path:
+    """`--out`, which must be given where `source` is a single file."""
+    if out is None:
+        raise click.UsageError(f"--out DIR is needed: '{source}' is a file, so there is no run folder to write into.")
+    return out
+
+
+def section(artefact: Artefact | None, name: str, overrides: Sequence[str], flags: Mapping[str, Any]) -> Any:
+    """The recipe section `name` for a verb used on its own.
+
+    The run folder's own recipe is the start, where there is one; then `--set`, then the verb's flags that were given.
+    """
+    from sparsepipe import recipe
+
+    path = artefact.folder.parent / RECIPE_FILE if artefact else None
+    table: dict[str, Any] = {"model": "unknown", "data": "unknown"}
+    if path is not None and path.is_file():
+        table = recipe.read_table(path)
+    given = {key: value for key, value in flags.items() if value not in (None, ())}
+    table.setdefault(name, {}).update(given)
+    return getattr(recipe.parse(table, overrides), "validation" if name == "validate" else name)
+
+
+def load_recipe(path: Path, overrides: Sequence[str], out: Path | None) -> tuple[Recipe, Path]:
+    """Read a recipe; the output folder is `--out`, or `runs/<name of the recipe>`."""
+    from sparsepipe import recipe
+
+    loaded = recipe.load(path, overrides)
+    return loaded, out if out is not None else Path("runs") / loaded.name

@@ -1,0 +1,80 @@
+"""The `sparsepipe` command. Each verb lives in a module of its own, imported only when it is called."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from sparsepipe.errors import SparsepipeError
+
+# verb -> one line for the list of commands. The module `sparsepipe.cli.<verb>` holds the command `command`.
+VERBS = {
+    "run": "Run a whole recipe: train, freeze, convert, export, validate, bench, report.",
+    "train": "Train a network sparse from scratch.",
+    "freeze": "Fix the masks: exact zeros, no training state.",
+    "convert": "Choose a compact format for every layer.",
+    "export": "Write ONNX files.",
+    "validate": "Compare an ONNX file with what it was made from.",
+    "bench": "Measure latency, memory and size of ONNX files, interleaved.",
+    "report": "Write the HTML report of a run folder.",
+    "inspect": "Show what a file or a folder holds, layer by layer.",
+    "models": "List the networks that a recipe can name.",
+    "methods": "List the training methods.",
+    "datasets": "List the data sources.",
+    "doctor": "Show versions, processor and what is installed.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its verbs by name and imports a verb's module only to run it or to show its help."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        command: click.Command = import_module(f"sparsepipe.cli.{name}").command
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="sparsepipe")
+def sparsepipe() -> None:
+    """Train a network sparse from scratch, freeze it, and deploy it as ONNX.
+
+    \b
+    Start here:  sparsepipe run examples/quickstart.toml
+    """
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend become one paragraph on stderr and exit code 2."""
+    try:
+        sparsepipe.main(prog_name="sparsepipe", standalone_mode=False)
+    except SparsepipeError as error:
+        _fail(str(error), 2)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("Interrupted. `sparsepipe train --resume` and `sparsepipe run` go on from the last checkpoint.", 130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`sparsepipe models | head`); that is no error of ours.
+        sys.stderr.close()
+        sys.exit(141)
+    except OSError as error:
+        _fail(f"{error.filename or 'Input or output'}: {error.strerror or error}.", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)

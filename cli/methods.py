@@ -1,0 +1,28 @@
+"""`sparsepipe methods`."""
+
+from __future__ import annotations
+
+import click
+
+from sparsepipe.cli import common
+
+
+@click.command("methods")
+@click.argument("pattern", default="*")
+@common.output_options
+def command(pattern: str, as_json: bool) -> None:
+    """List the training methods, with their source and whether they meet an exact sparsity."""
+    from sparsepipe.sparsity import registry
+
+    found = registry.available(pattern)
+    if as_json:
+        common.print_json(
+            [{"name": info.name, "summary": info.summary, "source": info.source, "exact": info.exact} for info in found]
+        )
+    elif found:
+        common.print_table(
+            ["method", "exact sparsity", "what", "source"],
+            [[info.name, info.exact, info.summary, info.source] for info in found],
+        )
+    else:
+        click.echo(f"No method matches '{pattern}'. `sparsepipe methods` lists all.", err=True)

@@ -1,0 +1,44 @@
+"""`sparsepipe train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sparsepipe.cli import common
+
+
+@click.command("train")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: runs/<name of the recipe>.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted run.")
+@common.overrides_option
+@common.output_options
+def command(recipe: Path, out: Path | None, resume: bool, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Train a network sparse from scratch, as the recipe says; writes OUT/train."""
+    from sparsepipe import recipe as recipes
+    from sparsepipe.stages import train
+
+    loaded, folder = common.load_recipe(recipe, overrides, out)
+    artefact = train.run(train.TrainConfig.from_recipe(loaded), {}, folder / "train", resume=resume)
+    recipes.write(loaded, folder / common.RECIPE_FILE)
+    if as_json:
+        common.print_json(common.artefact_json(artefact))
+        return
+    metrics = artefact.metrics
+    common.print_table(
+        ["method", "sparsity", "validation accuracy", "test accuracy", "exploration rate", "training FLOPs", "minutes"],
+        [
+            [
+                loaded.method.name,
+                f"{metrics['sparsity']:.2%}",
+                f"{metrics['validation_accuracy']:.2%}",
+                f"{metrics['test_accuracy']:.2%}",
+                metrics["exploration_rate"],
+                f"{metrics['training_flops_multiple']:.3f}x dense",
+                f"{metrics['seconds'] / 60:.1f}",
+            ]
+        ],
+    )
+    click.echo(f"Written to {artefact.folder}. Next: sparsepipe freeze {folder}")
