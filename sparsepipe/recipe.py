@@ -22,6 +22,7 @@ from sparsepipe.errors import RecipeError
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Target = Literal["dense", "portable"]
+DEFAULT_METHOD = "dst-ee"
 WeightFormat = Literal["csr", "bsr", "nm", "bitmask", "dense"]
 
 
@@ -33,6 +34,11 @@ class Section(BaseModel):
 
 def _from_short_form(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
+
+
+def _method_from_short_form(value: Any) -> Any:
+    value = _from_short_form(value)
+    return {"name": DEFAULT_METHOD, **value} if isinstance(value, dict) else value
 
 
 class Choice(BaseModel):
@@ -137,7 +143,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     model: NamedChoice
     data: NamedChoice
-    method: NamedChoice = Choice(name="dst-ee")
+    method: Annotated[Choice, BeforeValidator(_method_from_short_form)] = Choice(name=DEFAULT_METHOD)
     augment: Augment = Augment()
     optimizer: Annotated[Optimizer, BeforeValidator(_from_short_form)] = Optimizer()
     schedule: Annotated[Schedule, BeforeValidator(_from_short_form)] = Schedule()

@@ -1,0 +1,142 @@
+"""Artefacts: complete or absent, never half; digests; names that cannot lead out of the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from sparsepipe import artefact
+from sparsepipe.artefact import Artefact
+from sparsepipe.errors import ArtefactError
+
+
+class Config(BaseModel):
+    level: int = 1
+
+
+def make(folder: Path, content: str = "hello", stage: str = "demo") -> Artefact:
+    with artefact.draft(folder, stage, Config(), {"source": "sha256:0"}) as building:
+        (building.folder / "sub").mkdir()
+        (building.folder / "sub" / "file.txt").write_text(content)
+        building.metrics["answer"] = 42
+    return Artefact.read(folder, stage)
+
+
+def test_a_finished_artefact_reads_back(tmp_path: Path) -> None:
+    made = make(tmp_path / "demo")
+    assert made.metrics == {"answer": 42}
+    assert made.manifest.config == {"level": 1}
+    assert made.manifest.inputs == {"source": "sha256:0"}
+    assert made.manifest.outputs == {"sub/file.txt": f"sha256:{hashlib.sha256(b'hello').hexdigest()}"}
+    assert made.file("sub/file.txt").read_text() == "hello"
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    made.verify()
+
+
+def test_the_digest_depends_on_content_and_stage_only(tmp_path: Path) -> None:
+    first, second = make(tmp_path / "a"), make(tmp_path / "b")
+    assert first.digest == second.digest
+    assert make(tmp_path / "c", content="other").digest != first.digest
+    assert make(tmp_path / "d", stage="another").digest != first.digest
+
+
+def test_a_failed_stage_leaves_the_old_artefact_and_nothing_else(tmp_path: Path) -> None:
+    old = make(tmp_path / "demo")
+    with pytest.raises(ZeroDivisionError), artefact.draft(tmp_path / "demo", "demo", Config(), {}) as building:
+        (building.folder / "half.txt").write_text("half")
+        raise ZeroDivisionError
+    assert Artefact.read(tmp_path / "demo").digest == old.digest
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_a_resumable_stage_keeps_what_it_had(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        artefact.draft(tmp_path / "demo", "demo", Config(), {}, resumable=True) as building,
+    ):
+        (building.folder / "checkpoint").write_text("1")
+        raise ZeroDivisionError
+    with artefact.draft(tmp_path / "demo", "demo", Config(), {}, resumable=True) as building:
+        assert (building.folder / "checkpoint").read_text() == "1"
+    assert not (tmp_path / "demo.partial").exists()
+
+
+def test_a_folder_with_foreign_files_is_not_touched(tmp_path: Path) -> None:
+    folder = tmp_path / "holiday"
+    folder.mkdir()
+    (folder / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(ArtefactError, match="holds other files"):
+        make(folder)
+    assert (folder / "photo.jpg").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "", "..\\b"])
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    made = make(tmp_path / "demo")
+    path = made.folder / artefact.MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["outputs"] = {name: "sha256:0"}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ArtefactError, match="leads out of its folder"):
+        Artefact.read(made.folder)
+
+
+def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    made = make(tmp_path / "demo")
+    (tmp_path / "secret").write_text("secret")
+    target = made.folder / "sub" / "file.txt"
+    target.unlink()
+    target.symlink_to(tmp_path / "secret")
+    with pytest.raises(ArtefactError, match="link"):
+        Artefact.read(made.folder)
+
+
+def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
+    made = make(tmp_path / "demo")
+    made.file("sub/file.txt").write_text("tampered")
+    with pytest.raises(ArtefactError, match=r"'sub/file\.txt' was changed"):
+        made.verify()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"stage": "demo"}', '{"unknown": 1}'])
+def test_a_malformed_manifest_is_one_clear_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / artefact.MANIFEST).write_text(content)
+    with pytest.raises(ArtefactError) as caught:
+        Artefact.read(tmp_path)
+    assert "manifest" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_wrong_stage_is_named(tmp_path: Path) -> None:
+    make(tmp_path / "demo")
+    with pytest.raises(ArtefactError, match="made by the stage 'demo', not by 'freeze'"):
+        Artefact.read(tmp_path / "demo", "freeze")
+
+
+def test_an_interrupted_run_is_recognised(tmp_path: Path) -> None:
+    (tmp_path / "train.partial").mkdir()
+    with pytest.raises(ArtefactError, match="--resume"):
+        Artefact.read(tmp_path / "train")
+
+
+def test_atomic_write_leaves_the_old_file_on_failure(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), artefact.atomic_write(path) as file:
+        file.write(b"new")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_find_takes_the_folder_itself_or_the_one_named_after_the_stage(tmp_path: Path) -> None:
+    made = make(tmp_path / "demo")
+    for source in (tmp_path, tmp_path / "demo"):
+        found = artefact.find(source, "demo")
+        assert found is not None
+        assert found.digest == made.digest
+    assert artefact.find(tmp_path, "freeze") is None

@@ -1,0 +1,106 @@
+"""The recipe: what is read, what overrides do, and what errors say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparsepipe import recipe
+from sparsepipe.errors import RecipeError
+
+MINIMAL = {"model": "resnet20", "data": "mnist5k"}
+
+
+def parse(*overrides: str, **table: object) -> recipe.Recipe:
+    return recipe.parse({**MINIMAL, **table}, overrides)
+
+
+def test_short_form_and_table_mean_the_same() -> None:
+    assert parse(model="resnet20") == parse(model={"name": "resnet20"})
+
+
+def test_an_override_of_a_named_section_changes_the_name_and_keeps_the_options() -> None:
+    changed = parse("method=rigl", method={"name": "dst-ee", "sparsity": 0.9})
+    assert changed.method.name == "rigl"
+    assert changed.method.options == {"sparsity": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.epochs=3", 3),
+        ("optimizer.lr=1e-2", 0.01),
+        ("optimizer.nesterov=false", False),
+        ("data=cifar10:/some/dir", "cifar10:/some/dir"),
+        ('data="quoted"', "quoted"),
+        ("bench.threads=[1, 2]", (1, 2)),
+    ],
+)
+def test_override_values_are_toml_where_possible_and_text_otherwise(override: str, value: object) -> None:
+    section, _, key = override.partition("=")[0].partition(".")
+    found = getattr(parse(override), section)
+    assert getattr(found, key or "name") == value
+
+
+def test_an_option_of_a_short_form_section_can_be_set() -> None:
+    assert parse("model.width=8").model.options == {"width": 8}
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.epoch=3", ["train.epoch", "did you mean 'epochs'", "batch_size"]),
+        ("trian.epochs=3", ["trian", "did you mean 'train'"]),
+        ("train.epochs=0", ["train.epochs", "0", "greater than 0"]),
+        ("optimizer=lamb", ["optimizer.name", "'sgd'", "'adamw'"]),
+        ("train.validation=1.5", ["train.validation", "1.5", "less than 1"]),
+        ("export.targets=['tflite']", ["export.targets", "'dense'", "'portable'"]),
+        ("seed.x=1", ["seed"]),
+        ("name=../outside", ["name", "folder"]),
+        ("nonsense", ["nonsense", "key=value"]),
+    ],
+)
+def test_errors_name_the_key_and_what_is_allowed(override: str, parts: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(override, seed=0)
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+def test_a_missing_section_is_named() -> None:
+    with pytest.raises(RecipeError, match="the key 'data' is missing"):
+        recipe.parse({"model": "mlp"})
+
+
+@pytest.mark.parametrize("content", [b"model = ", b"\xff\xfe\x00", b"[model\n"])
+def test_a_file_that_is_not_toml_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=r"bad\.toml: The recipe is not valid TOML"):
+        recipe.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.toml"):
+        recipe.load(tmp_path / "none.toml")
+
+
+def test_a_written_recipe_reads_back_equal(tmp_path: Path) -> None:
+    original = parse("method.c=1e-3", "augment.crop=2", method={"name": "dst-ee", "overrides": [{"layers": "fc"}]})
+    recipe.write(original, tmp_path / "recipe.toml")
+    assert recipe.load(tmp_path / "recipe.toml") == original
+    assert recipe.digest(recipe.load(tmp_path / "recipe.toml")) == recipe.digest(original)
+
+
+def test_the_digest_changes_with_every_setting() -> None:
+    variants = [parse(), parse("seed=1"), parse("train.epochs=3"), parse("method.c=1.0"), parse("data=digits")]
+    assert len({recipe.digest(variant) for variant in variants}) == len(variants)
+
+
+def test_every_example_recipe_is_valid() -> None:
+    examples = sorted((Path(__file__).parents[2] / "examples").rglob("*.toml"))
+    assert examples
+    for path in examples:
+        recipe.load(path)
