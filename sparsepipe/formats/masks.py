@@ -49,6 +49,11 @@ def load_masks(path: Path) -> dict[str, Mask]:
     return {name: _unpack(tensors[name], shapes[name], f"{path}: mask of {name}") for name in tensors}
 
 
+def is_masks(metadata: Mapping[str, str]) -> bool:
+    """Whether the metadata of a safetensors file is that of a file of masks."""
+    return set(metadata) == {"shapes"}
+
+
 def _unpack(packed: npt.NDArray[np.uint8], shape: object, where: str) -> Mask:
     if not isinstance(shape, list) or not all(type(side) is int and 0 <= side <= MAX_DIMENSION for side in shape):
         raise FormatError(f"{shape!r} is not a shape.", where=where)
