@@ -84,12 +84,13 @@ def print_json(value: Any) -> None:
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
     """A table on stdout; a column whose cells all begin with a digit is right-aligned."""
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     lines = [[_text(cell) for cell in row] for row in rows]
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column, header in enumerate(headers):
         cells = [line[column] for line in lines]
         numeric = bool(cells) and all(cell[:1].isdigit() or cell[:1] in "-–" for cell in cells)

@@ -62,7 +62,7 @@ def _from_checkpoint(
 
     if model is None or data is None:
         raise click.UsageError(
-            f"'{source}' is a checkpoint: name the network that it belongs to with --model, and its dataset with --data."
+            f"'{source}' is a checkpoint: name its network with --model, and its dataset with --data."
         )
     loaded = recipe.parse({"model": model, "data": data}, overrides, where=str(source))
     dataset = datasets.load(loaded.data.name, loaded.data.options)
