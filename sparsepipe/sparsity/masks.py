@@ -79,7 +79,7 @@ class MaskSet(Mapping[str, Tensor]):
     @property
     def sparsity(self) -> float:
         """Fraction of inactive weights over all maskable weights."""
-        return 1 - self.nnz / self.size
+        return (self.size - self.nnz) / self.size
 
     def densities(self) -> dict[str, float]:
         """Fraction of active weights of each layer."""

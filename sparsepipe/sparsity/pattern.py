@@ -199,7 +199,7 @@ def parse(text: str | Pattern) -> Pattern:
     if isinstance(text, str):
         if text in _NAMED:
             return _NAMED[text]
-        if sizes := re.fullmatch(r"(\d+)([x:])(\d+)", text):
+        if sizes := re.fullmatch(r"([0-9]+)([x:])([0-9]+)", text):
             first, second = int(sizes[1]), int(sizes[3])
             return Block(first, second) if sizes[2] == "x" else NM(first, second)
     raise RecipeError(
