@@ -1,65 +1,23 @@
-"""Figures: data -> SVG text for the body of an HTML page.
-
-Text stays text and takes the font of the page. Colours are written as CSS variables (`--ink`, `--grid`, `--sparse`,
-`--dense`), so one figure serves light and dark pages. Equal data give equal text: no dates, fixed salt for ids.
-"""
+"""Figures: plain data -> SVG text for the body of an HTML page, in the manner that `svg` describes."""
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-from xml.etree import ElementTree
 
 import matplotlib
-import matplotlib.text
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from sparsepipe.reporting.contents import Estimate
-from sparsepipe.reporting.units import milliseconds, printable
+from sparsepipe.reporting.svg import DENSE, GRID, INK, SPARSE, STYLE, SURFACE, new_figure, to_svg
+from sparsepipe.reporting.units import milliseconds
 
 Role = Literal["sparse", "dense", "ink"]
 
-# Colours that nothing else in a figure has; each is replaced by a CSS value once the SVG is written.
-_PLACEHOLDERS = {
-    "#010203": "currentColor",
-    "#020304": "var(--grid)",
-    "#030405": "var(--sparse)",
-    "#040506": "var(--dense)",
-    "#050607": "var(--surface)",
-}
-_INK, _GRID, _SPARSE, _DENSE, _SURFACE = _PLACEHOLDERS
-_COLOURS: dict[Role, str] = {"sparse": _SPARSE, "dense": _DENSE, "ink": _INK}
+_COLOURS: dict[Role, str] = {"sparse": SPARSE, "dense": DENSE, "ink": INK}
 
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sparsepipe",
-    "text.parse_math": False,
-    "font.size": 11.0,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": _GRID,
-    "ytick.color": _GRID,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "text.color": _INK,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.8,
-}
-_POINTS_PER_INCH = 72
 MAX_SEPARATE_BARS = 80
 
 
@@ -118,8 +76,8 @@ def curves(
         log_scale: logarithmic y axis, for values above zero.
         bottom: where the y axis begins; values below it are not drawn.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(440, 270)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(440, 270)
         for line in lines:
             _draw_line(axes, line)
         axes.set_xlabel(x_label)
@@ -138,7 +96,7 @@ def curves(
             axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
         if len(lines) > 1:
             figure.legend(loc="outside upper left", ncols=2, handlelength=2.6, columnspacing=1.6)
-        return _svg(figure, name, alt)
+        return to_svg(figure, name, alt)
 
 
 def density_bars(bars: Sequence[Bar], *, name: str, alt: str, mean: float | None = None) -> str:
@@ -150,8 +108,8 @@ def density_bars(bars: Sequence[Bar], *, name: str, alt: str, mean: float | None
         alt: what the figure shows, in words.
         mean: density of all weights together, drawn as a line.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(860, 230)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(860, 230)
         draw = _separate_bars if len(bars) <= MAX_SEPARATE_BARS else _joined_bars
         for dense in (False, True):
             # Zero where the bar is of the other kind, so that both are drawn over the same positions.
@@ -160,7 +118,7 @@ def density_bars(bars: Sequence[Bar], *, name: str, alt: str, mean: float | None
                 draw(axes, values, dense)
         if mean is not None:
             label = f"all weights together: {100 * mean:.1f}\u202f%"
-            axes.axhline(mean, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
+            axes.axhline(mean, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
         axes.set_ylim(0, 1.02 * max(*(bar.value for bar in bars), 1e-3))
         axes.set_xlim(0.3, len(bars) + 0.7)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}\u202f%")
@@ -169,7 +127,7 @@ def density_bars(bars: Sequence[Bar], *, name: str, alt: str, mean: float | None
         axes.set_xlabel("layer, counted from the input")
         axes.set_ylabel("density")
         figure.legend(loc="outside upper left", ncols=3, columnspacing=1.8)
-        return _svg(figure, name, alt)
+        return to_svg(figure, name, alt)
 
 
 def _separate_bars(axes: Axes, values: Sequence[float], dense: bool) -> None:
@@ -184,8 +142,8 @@ def _joined_bars(axes: Axes, values: Sequence[float], dense: bool) -> None:
 
 def _bar_style(dense: bool) -> dict[str, Any]:
     if dense:
-        return {"facecolor": _SURFACE, "edgecolor": _INK, "hatch": "////", "label": "kept dense"}
-    return {"facecolor": _SPARSE, "edgecolor": _SPARSE, "label": "sparse"}
+        return {"facecolor": SURFACE, "edgecolor": INK, "hatch": "////", "label": "kept dense"}
+    return {"facecolor": SPARSE, "edgecolor": SPARSE, "label": "sparse"}
 
 
 def latency_dots(dots: Sequence[Dot], *, name: str, alt: str) -> str:
@@ -196,8 +154,8 @@ def latency_dots(dots: Sequence[Dot], *, name: str, alt: str) -> str:
         name: unique in the page; prefix of the ids inside the SVG.
         alt: what the figure shows, in words.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(440, 56 + 40 * len(dots))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(440, 56 + 40 * len(dots))
         for row, dot in enumerate(dots):
             _draw_dot(axes, row, dot)
         axes.set_yticks([])
@@ -205,15 +163,7 @@ def latency_dots(dots: Sequence[Dot], *, name: str, alt: str) -> str:
         _latency_scale(axes, dots)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("latency of one call, ms")
-        return _svg(figure, name, alt)
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width / _POINTS_PER_INCH, height / _POINTS_PER_INCH), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    axes.tick_params(length=3)
-    return figure, axes
+        return to_svg(figure, name, alt)
 
 
 def _draw_line(axes: Axes, line: Line) -> None:
@@ -235,7 +185,7 @@ def _draw_line(axes: Axes, line: Line) -> None:
 def _draw_dot(axes: Axes, row: int, dot: Dot) -> None:
     colour = _COLOURS[dot.role]
     if dot.tail is not None:
-        axes.plot([dot.p50.value, dot.tail.value], [row, row], color=_GRID, linewidth=1.6, zorder=2)
+        axes.plot([dot.p50.value, dot.tail.value], [row, row], color=GRID, linewidth=1.6, zorder=2)
         _interval(axes, row, dot.tail, colour, marker="D", size=5.5, filled=False)
     _interval(axes, row, dot.p50, colour, marker="s" if dot.role == "dense" else "o", size=8, filled=True)
     tail = f" · p99 {milliseconds(dot.tail.value)}" if dot.tail else ""
@@ -253,7 +203,7 @@ def _interval(axes: Axes, row: int, estimate: Estimate, colour: str, *, marker: 
         color=colour,
         marker=marker,
         markersize=size,
-        markerfacecolor=colour if filled else _SURFACE,
+        markerfacecolor=colour if filled else SURFACE,
         markeredgewidth=1.4,
         elinewidth=1.6,
         capsize=5,
@@ -274,48 +224,3 @@ def _latency_scale(axes: Axes, dots: Sequence[Dot]) -> None:
 
 def _clip(label: str, limit: int = 32) -> str:
     return label if len(label) <= limit else f"{label[: limit - 1]}…"
-
-
-def _svg(figure: Figure, name: str, alt: str) -> str:
-    """The figure as an `<svg>` element that can stand in an HTML body beside others."""
-    for text in figure.findobj(matplotlib.text.Text):
-        text.set_text(printable(text.get_text()).replace("\n", " "))
-    buffer = io.StringIO()
-    with warnings.catch_warnings():
-        # The page's font draws the text, so characters that matplotlib's font lacks do not matter.
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return ElementTree.tostring(_embeddable(buffer.getvalue(), name, alt), encoding="unicode")
-
-
-def _embeddable(text: str, name: str, alt: str) -> ElementTree.Element:
-    """An SVG document as an element for HTML: no namespaces, own ids, CSS colours, the page's font."""
-    root = ElementTree.fromstring(text)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.endswith(("}metadata", "}style")):
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        if element.tag != "text":
-            element.text = None
-        element.tail = None
-        attributes = {key.rpartition("}")[2]: _restyle(value, name) for key, value in element.attrib.items()}
-        if "id" in attributes:
-            attributes["id"] = f"{name}-{attributes['id']}"
-        if "href" in attributes:
-            attributes["href"] = f"#{name}-{attributes['href'].removeprefix('#')}"
-        element.attrib.clear()
-        element.attrib.update(attributes)
-    view_box = root.attrib["viewBox"]
-    root.attrib.clear()
-    root.attrib.update({"viewBox": view_box, "role": "img", "aria-label": printable(alt)})
-    return root
-
-
-def _restyle(value: str, name: str) -> str:
-    """An attribute's value with local references to this figure's ids, and placeholders resolved."""
-    value = value.replace("url(#", f"url(#{name}-")
-    for placeholder, colour in _PLACEHOLDERS.items():
-        value = value.replace(placeholder, colour)
-    return re.sub(r"font-family: [^;]*;?", "", value)

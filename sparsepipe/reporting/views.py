@@ -5,27 +5,15 @@ Every function gives None where the artefact that it shows is absent; the templa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
-from sparsepipe.reporting import masks, plots, units
-from sparsepipe.reporting.contents import Benchmark, Contents, Epoch, Layer, Timing, read_epochs
+from sparsepipe.reporting import figures, masks, units
+from sparsepipe.reporting.contents import Contents, Layer, read_epochs
 
 MAX_LAYERS = 500
 """Rows of a table of layers; the page says how many more there are."""
-MAX_DOTS = 24
-"""Rows of one latency figure."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    title: str
-    svg: Markup
-    caption: str
 
 
 @dataclass(frozen=True)
@@ -81,78 +69,8 @@ def training(contents: Contents) -> dict[str, Any] | None:
     return {
         "columns": [(label, run) for label, run in (("sparse", contents.train), ("dense twin", contents.dense)) if run],
         "epochs": {"sparse": len(sparse), "dense twin": len(dense)},
-        "figures": [*_learning_curves(sparse, dense), *_exploration(sparse)],
+        "figures": [*figures.learning_curves(sparse, dense), *figures.exploration(sparse)],
     }
-
-
-def _learning_curves(sparse: Sequence[Epoch], dense: Sequence[Epoch]) -> Iterable[Figure]:
-    runs: tuple[tuple[plots.Role, Sequence[Epoch]], ...] = (("sparse", sparse), ("dense", dense))
-    for quantity, per_cent in (("loss", False), ("accuracy", True)):
-        lines = [
-            line
-            for role, rows in runs
-            for split, key in (("validation", f"validation_{quantity}"), ("training", f"train_{quantity}"))
-            if (line := _curve(rows, key, f"{role}, {split}", role, secondary=split == "training")) is not None
-        ]
-        if lines:
-            values = [value for line in lines for value in line.y if value is not None]
-            # A loss falls by orders of magnitude; an accuracy ends where only a zoomed axis tells two runs apart.
-            log_scale = not per_cent and min(values) > 0
-            bottom = _late_minimum(lines) if per_cent else None
-            alt = f"{quantity.capitalize()} over the epochs. Last values: {_last_values(lines, per_cent=per_cent)}."
-            if bottom is not None and min(values) < bottom:
-                alt += f" The axis begins at {units.percent(bottom, 0)}: earlier values are below it."
-            svg = plots.curves(
-                lines,
-                name=f"curve-{quantity}",
-                alt=alt,
-                x_label="epoch",
-                y_label=quantity + (", log scale" if log_scale else ""),
-                per_cent=per_cent,
-                log_scale=log_scale,
-                bottom=bottom,
-            )
-            yield Figure(quantity.capitalize(), Markup(svg), alt)
-
-
-def _late_minimum(lines: Sequence[plots.Line]) -> float:
-    """Lowest value after the first third of a run, rounded down to a whole per cent."""
-    late = [value for line in lines for value in line.y[len(line.y) // 3 :] if value is not None]
-    return math.floor(100 * min(late, default=0.0)) / 100
-
-
-def _curve(rows: Sequence[Epoch], key: str, label: str, role: plots.Role, *, secondary: bool) -> plots.Line | None:
-    values = [getattr(row, key) for row in rows]
-    if all(value is None for value in values):
-        return None
-    return plots.Line(label, [row.epoch for row in rows], values, role, secondary)
-
-
-_PROGRESS = (
-    ("exploration_rate", "Exploration rate", "share of the weights that were active at least once until then"),
-    ("drop_fraction", "Drop fraction", "share of the active weights that an update of the masks replaces"),
-    ("sparsity", "Sparsity", "share of the maskable weights that are zero"),
-)
-
-
-def _exploration(rows: Sequence[Epoch]) -> Iterable[Figure]:
-    for key, title, meaning in _PROGRESS:
-        values = [getattr(row, key) for row in rows]
-        known = [value for value in values if value is not None]
-        if not any(known) or (key == "sparsity" and len(set(known)) == 1):
-            continue
-        steps = [row.epoch if row.step is None else row.step for row in rows]
-        line = plots.Line(title, steps, values, "sparse")
-        alt = f"{title}: {meaning}. From {units.percent(known[0])} to {units.percent(known[-1])}."
-        svg = plots.curves(
-            [line], name=f"curve-{key.replace('_', '-')}", alt=alt, x_label="step", y_label=title.lower(), per_cent=True
-        )
-        yield Figure(title, Markup(svg), alt)
-
-
-def _last_values(lines: Sequence[plots.Line], *, per_cent: bool) -> str:
-    last = [(line.label, next(value for value in reversed(line.y) if value is not None)) for line in lines]
-    return "; ".join(f"{label} {units.percent(value) if per_cent else f'{value:.3g}'}" for label, value in last)
 
 
 def layers(contents: Contents) -> dict[str, Any] | None:
@@ -162,20 +80,7 @@ def layers(contents: Contents) -> dict[str, Any] | None:
         return None
     chosen = {layer.name: layer for layer in (contents.convert.layers if contents.convert else [])}
     joined = [_with_format(layer, chosen.get(layer.name)) for layer in rows]
-    bars = [
-        plots.Bar(layer.name, layer.density, dense=layer.density >= 1) for layer in joined if layer.density is not None
-    ]
-    figure = None
-    if bars:
-        size, nnz = sum(layer.size or 0 for layer in joined), sum(layer.nnz or 0 for layer in joined)
-        lowest, highest = min(bars, key=lambda bar: bar.value), max(bars, key=lambda bar: bar.value)
-        alt = (
-            f"Density of {units.plural(len(bars), 'layer')} from the input to the output: lowest "
-            f"{units.percent(lowest.value, 1)} ({lowest.label}), highest {units.percent(highest.value, 1)} "
-            f"({highest.label}), {units.percent(nnz / size, 1)} of all weights together."
-        )
-        figure = Figure("Density", Markup(plots.density_bars(bars, name="density", alt=alt, mean=nnz / size)), alt)
-    return {"figure": figure, "table": Layers.of(joined)}
+    return {"figure": figures.density(joined), "table": Layers.of(joined)}
 
 
 def _layers(contents: Contents) -> list[Layer]:
@@ -260,7 +165,7 @@ def speed(contents: Contents) -> dict[str, Any] | None:
         "baseline": bench.baseline,
         "results": bench.results,
         "is_baseline": bench.is_baseline,
-        "figures": [*_latency_figures(bench)],
+        "figures": [*figures.latencies(bench)],
         "notes": [(timing, timing.note) for timing in bench.results if timing.note],
         "noisy": sum(bool(timing.noisy) for timing in bench.results),
         "incomplete": any(
@@ -268,34 +173,6 @@ def speed(contents: Contents) -> dict[str, Any] | None:
         ),
         "environment": list(flatten(bench.environment)),
     }
-
-
-def _latency_figures(bench: Benchmark) -> Iterable[Figure]:
-    batches = sorted({timing.batch or 1 for timing in bench.results})
-    for batch in batches:
-        timings = [timing for timing in bench.results if (timing.batch or 1) == batch and timing.percentile("p50")]
-        timings.sort(key=lambda timing: timing.threads or 1)
-        dots = [dot for timing in timings[:MAX_DOTS] if (dot := _dot(timing, bench)) is not None]
-        if dots:
-            rows = "; ".join(f"{dot.label}: {units.milliseconds(dot.p50.value)}" for dot in dots)
-            more = f" {len(timings) - MAX_DOTS} more are in the table." if len(timings) > MAX_DOTS else ""
-            alt = f"Median latency at batch {batch}. {rows}.{more}"
-            svg = plots.latency_dots(dots, name=f"latency-{batch}", alt=alt)
-            yield Figure(f"Latency at batch {batch}", Markup(svg), more.strip())
-
-
-def _dot(timing: Timing, bench: Benchmark) -> plots.Dot | None:
-    median = timing.percentile("p50")
-    if median is None:
-        return None
-    is_dense = bench.is_baseline(timing) or timing.target == "dense"
-    return plots.Dot(
-        label=f"{timing.target or timing.file}, {units.plural(timing.threads or 1, 'thread')}",
-        role="dense" if is_dense else "sparse",
-        p50=median,
-        tail=timing.percentile("p99"),
-        noisy=bool(timing.noisy),
-    )
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

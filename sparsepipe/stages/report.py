@@ -75,6 +75,8 @@ def recipe_text(artefacts: Mapping[str, Artefact]) -> str:
     if "train" in artefacts:
         training = artefacts["train"].manifest.config
         table.update({key: training[key] for key in _TRAINING_KEYS if key in training})
+        if "train-dense" in artefacts:  # the twin is a run of its own, so the configuration of this one is silent on it
+            table["train"] = {**table.get("train", {}), "dense_twin": True}
     for stage in ("convert", "export", "validate", "bench"):
         if stage in artefacts:
             table[stage] = artefacts[stage].manifest.config

@@ -296,6 +296,7 @@ def make_run(folder: Path, blocks: int = 9, epochs: int = 24) -> dict[str, Artef
         "layers": compact,
     }
     tolerance = {**table["validate"], "data": table["data"]}
+    training["train"]["dense_twin"] = False  # as the stage stores it
     twin = {**training, "method": {"name": "dense"}}
     stage("train", "train", training, (), training_metrics(masks, sparse=True), sparse_files)
     stage("train-dense", "train", twin, (), training_metrics(masks, sparse=False), dense_files)
