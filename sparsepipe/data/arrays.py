@@ -28,9 +28,10 @@ class Npz:
     def load(self, name: str, argument: str, options: HoldOutOptions) -> Dataset:
         path = existing_file(argument)
         try:
-            with np.load(path, allow_pickle=False) as file:
-                if isinstance(file, np.ndarray):
-                    raise DataError("This is an .npy file with a single array.", where=argument, advice=_ADVICE)
+            file = np.load(path, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise DataError("This is an .npy file with a single array.", where=argument, advice=_ADVICE)
+            with file:
                 arrays = {key: file[key] for key in file.files}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(

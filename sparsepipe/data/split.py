@@ -63,8 +63,8 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """Divide a split at random, with the same share of each class on both sides as nearly as counts allow.
 
     The number held out is `fraction` of all samples, rounded; classes share it by largest remainder. Each class keeps
-    at least one sample in the rest. Both parts keep the order of the samples. The division depends on the labels,
-    `fraction` and `seed` only, and on no numpy version.
+    at least one sample in the rest, so tiny classes can make the number smaller. Both parts keep the samples' order.
+    The division depends on the labels, `fraction` and `seed` only, and on no numpy version.
 
     Returns:
         (rest, held_out).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,17 @@ def find_columns(schema: Any, options: TableOptions, where: str) -> Columns:
     import pyarrow as pa
 
     listed = "The columns are: " + "; ".join(f"{field.name}: {field.type}" for field in schema) + "."
-    image = options.image_column or _usual(IMAGE_COLUMNS, schema, _holds_images)
-    label = options.label_column or _usual(LABEL_COLUMNS, schema, lambda kind: False)
-    for column, option in ((image, "image_column"), (label, "label_column")):
+    holding = [field.name for field in schema if _holds_images(field.type)]
+    image = options.image_column or _first(IMAGE_COLUMNS, schema.names) or (holding[0] if len(holding) == 1 else "")
+    label = options.label_column or _first(LABEL_COLUMNS, schema.names)
+    for column, usual, option in ((image, IMAGE_COLUMNS, "image_column"), (label, LABEL_COLUMNS, "label_column")):
         if column not in schema.names:
-            what = f"There is no column '{column}'." if column else "The column cannot be found by its usual names."
-            raise DataError(what, where=where, advice=f"{listed} Name one with the option {option}.")
+            what = f"'{column}'" if column else f"called {', '.join(usual[:-1])} or {usual[-1]}"
+            raise DataError(
+                f"There is no column {what}.", where=where, advice=f"{listed} Name one with the option {option}."
+            )
     image_type, label_type = schema.field(image).type, schema.field(label).type
-    if not _holds_images(image_type):
+    if image not in holding:
         raise DataError(
             f"The column '{image}' is of type {image_type}; images are struct<bytes, path> or binary.",
             where=where,
@@ -185,7 +188,5 @@ def _is_binary(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _usual(names: Sequence[str], schema: Any, fits: Callable[[Any], bool]) -> str:
-    """The first of the usual names that there is, else the only column that fits, else nothing."""
-    fitting = [field.name for field in schema if fits(field.type)]
-    return next((name for name in names if name in schema.names), fitting[0] if len(fitting) == 1 else "")
+def _first(wanted: Sequence[str], names: Sequence[str]) -> str:
+    return next((name for name in wanted if name in names), "")
