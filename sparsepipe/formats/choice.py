@@ -46,7 +46,7 @@ def choose(dense: Array, formats: Sequence[str], pattern: str, *, where: str = "
     tried = list(_candidates(dense, formats, pattern, where))
     share = f"{zeros / size:.1%} of its weights are zero"
     if not tried:
-        return Choice(None, f"{share}, but none of the formats allowed can hold it.")
+        return Choice(None, f"{share}, but no format allowed can hold it.")
     best = min(tried, key=lambda weight: weight.nbytes)
     if best.nbytes >= dense.nbytes:
         return Choice(None, f"{share}, but even {describe(best)} would take {_part(best, dense)} of the dense size.")

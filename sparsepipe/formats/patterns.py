@@ -22,8 +22,8 @@ GROUPS = (2, 4, 8)
 def followed(dense: Array, *, where: str = "weight") -> list[str]:
     """Names of the patterns that a weight [O, I, *kernel] follows; none for one without zeros or without nonzeros.
 
-    An n:m is named where it leaves out half of the weights or more (6:8 is mostly chance), and where no shorter group
-    already implies it, as 2:4 implies 4:8.
+    An n:m is named where it leaves out half of the weights or more (6:8 is mostly chance), and where no other one
+    implies it, as 2:4 implies 4:8, and 1:4 implies 1:2.
 
     Raises:
         FormatError: fewer than two dimensions, or a dtype that cannot be compressed.
@@ -36,10 +36,7 @@ def followed(dense: Array, *, where: str = "weight") -> list[str]:
     if _uniform(nonzero.reshape(outputs, -1)):
         found.append("channel")
     groups = [(n, m) for n, m in narrowest_groups(dense, where=where) if 2 * n <= m]
-    implied = [
-        any(n * shorter >= m * fewer for fewer, shorter in groups[:place]) for place, (n, m) in enumerate(groups)
-    ]
-    return found + [f"{n}:{m}" for (n, m), known in zip(groups, implied, strict=True) if not known]
+    return found + [f"{n}:{m}" for n, m in groups if not any(_implies(other, (n, m)) for other in groups)]
 
 
 def narrowest_groups(dense: Array, *, where: str = "weight") -> list[tuple[int, int]]:
@@ -75,6 +72,12 @@ def _in_blocks(nonzero: Array, r: int, c: int) -> bool:
     elements = as_blocks(np.ones_like(nonzero), r, c).reshape(-1, r * c)
     filled = np.count_nonzero(blocks, axis=1)
     return bool(((filled == 0) | (filled == np.count_nonzero(elements, axis=1))).all())
+
+
+def _implies(known: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether one n:m implies another one of groups twice (or half, ...) as long."""
+    (known_n, known_m), (n, m) = known, other
+    return n * known_m >= known_n * m if known_m < m else known_m > m and n >= known_n
 
 
 def _uniform(rows: Array) -> bool:

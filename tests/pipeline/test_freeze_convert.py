@@ -50,7 +50,7 @@ def weights() -> dict[str, Array]:
     """Weights as training leaves them, with things in inactive places that must go."""
     generator = np.random.default_rng(5)
     state: dict[str, Array] = {
-        name: generator.standard_normal(mask.shape, np.float32) for name, mask in masks().items()
+        name: np.asarray(generator.standard_normal(mask.shape), np.float32) for name, mask in masks().items()
     }
     inactive = np.flatnonzero(~masks()["conv.weight"])
     state["conv.weight"].reshape(-1)[inactive[:3]] = [-0.0, np.nan, -np.inf]
@@ -304,12 +304,12 @@ def test_zeros_of_a_safetensors_file_become_the_masks(tmp_path: Path) -> None:
 
 def pruned_module() -> Any:
     torch = pytest.importorskip("torch")
-    from torch.nn.utils import prune
+    from torch.nn.utils.prune import l1_unstructured, random_unstructured
 
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 2))
-    prune.l1_unstructured(module[0], "weight", amount=0.75)
-    prune.random_unstructured(module[2], "bias", amount=1)
+    l1_unstructured(module[0], "weight", amount=0.75)  # type: ignore[no-untyped-call]
+    random_unstructured(module[2], "bias", amount=1)  # type: ignore[no-untyped-call]
     return module
 
 

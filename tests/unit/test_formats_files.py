@@ -186,7 +186,7 @@ def test_arrays_that_are_not_contiguous_are_written_right(tmp_path: Path) -> Non
 
 
 def test_the_digest_depends_on_names_types_shapes_and_values_alone() -> None:
-    base = {"a": np.zeros((2, 3), np.float32), "b": np.ones(2, np.int64)}
+    base: dict[str, np.ndarray[Any, Any]] = {"a": np.zeros((2, 3), np.float32), "b": np.ones(2, np.int64)}
     assert digest_tensors(base) == digest_tensors(dict(reversed(base.items())))
     others = [
         {"a": base["a"]},

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsepipe.errors import FormatError
-from sparsepipe.formats import Compressed, decode, encode
+from sparsepipe.formats import FORMATS, Compressed, decode, encode
 from sparsepipe.formats.layout import FREE_ELEMENTS
 
 SMALL = np.array([[0, 1, 0, 2], [0, 0, 0, 0], [3, 0, 4, 0]], np.float32)
-PARAMETERS: dict[str, dict[str, int]] = {"csr": {}, "bitmask": {}, "bsr": {"r": 2, "c": 2}, "nm": {"n": 2, "m": 4}}
+PARAMETERS: dict[str, dict[str, Any]] = {"csr": {}, "bitmask": {}, "bsr": {"r": 2, "c": 2}, "nm": {"n": 2, "m": 4}}
 
 
 def good(name: str) -> Compressed:
@@ -181,7 +181,7 @@ def test_decoding_returns_a_weight_or_raises_a_format_error(weight: Compressed) 
     else:
         # What decodes is what some weight encodes to, so nothing was lost or written twice.
         assert dense.shape == weight.shape
-        again = encode(dense, weight.format, **weight.parameters)
+        again = FORMATS[weight.format].encode(dense, **weight.parameters)
         assert decode(again).tobytes() == dense.tobytes()
         assert np.count_nonzero(dense) == np.count_nonzero(weight.components["values"])
     assert {key: array.tobytes() for key, array in weight.components.items()} == before
