@@ -40,11 +40,11 @@ def _find(root: Path, options: TableOptions) -> tuple[list[Path], list[Path]]:
     """The files of the training split and of the test split (none: an empty list)."""
     folder = next((place for place in (root, root / "data") if _files(place, options.train_split)), None)
     if folder is None:
-        found = sorted(file.name for file in root.rglob("*.parquet"))
+        found = sorted(file.relative_to(root).as_posix() for file in root.rglob("*.parquet"))
         raise DataError(
             f"There is no file {options.train_split}*.parquet.",
             where=str(root),
-            advice=f"The folder holds: {', '.join(found[:8])}. Name the split with the option train_split."
+            advice=f"The folder holds: {', '.join(found[:8])}. Name the folder that they are in, or the split with the option train_split."
             if found
             else "The layout is train*.parquet and test*.parquet, in the folder or in its subfolder data.",
         )
