@@ -41,12 +41,10 @@ def _find(root: Path, options: TableOptions) -> tuple[list[Path], list[Path]]:
     folder = next((place for place in (root, root / "data") if _files(place, options.train_split)), None)
     if folder is None:
         found = sorted(file.relative_to(root).as_posix() for file in root.rglob("*.parquet"))
+        layout = "The layout is train*.parquet and test*.parquet, in the folder or in its subfolder data."
+        there = f"Found are: {', '.join(found[:8])}. Name their folder, or the split with the option train_split."
         raise DataError(
-            f"There is no file {options.train_split}*.parquet.",
-            where=str(root),
-            advice=f"The folder holds: {', '.join(found[:8])}. Name the folder that they are in, or the split with the option train_split."
-            if found
-            else "The layout is train*.parquet and test*.parquet, in the folder or in its subfolder data.",
+            f"There is no file {options.train_split}*.parquet.", where=str(root), advice=there if found else layout
         )
     if options.test_split is None:
         return _files(folder, options.train_split), next(filter(None, (_files(folder, s) for s in TEST_SPLITS)), [])

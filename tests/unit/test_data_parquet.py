@@ -149,7 +149,7 @@ NULL[4] = {"bytes": None, "path": "/etc/hostname"}
         (table(slice(18), images=NULL), {}, r"train\.parquet, row 4: The image is missing"),
         (table(slice(18), metadata={"class_names": "ant,bee"}), {}, r"train\.parquet, row 2: The label 2 is outside"),
         (table(slice(0)), {}, "training split holds no samples"),
-        (table(slice(18)), {"train_split": "training"}, r"no file training\*\.parquet.*holds: train\.parquet"),
+        (table(slice(18)), {"train_split": "training"}, r"no file training\*\.parquet.*Found are: train\.parquet"),
         (table(slice(18)), {"test_split": "val"}, r"no file val\*\.parquet"),
     ],
 )
