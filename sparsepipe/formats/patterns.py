@@ -22,8 +22,9 @@ GROUPS = (2, 4, 8)
 def followed(dense: Array, *, where: str = "weight") -> list[str]:
     """Names of the patterns that a weight [O, I, *kernel] follows; none for one without zeros or without nonzeros.
 
-    An n:m is named where it leaves out half of the weights or more (6:8 is mostly chance), and where no other one
-    implies it, as 2:4 implies 4:8, and 1:4 implies 1:2.
+    Any weight that is sparse enough follows some n:m by chance. One is named where it leaves out half of the weights or
+    more, where its groups are at least half full on average, and where no other one implies it, as 2:4 implies 4:8, and
+    1:4 implies 1:2.
 
     Raises:
         FormatError: fewer than two dimensions, or a dtype that cannot be compressed.
@@ -35,7 +36,8 @@ def followed(dense: Array, *, where: str = "weight") -> list[str]:
     found = [f"{r}x{c}" for r, c in BLOCKS if outputs >= r and inputs >= c and _in_blocks(nonzero, r, c)]
     if _uniform(nonzero.reshape(outputs, -1)):
         found.append("channel")
-    groups = [(n, m) for n, m in narrowest_groups(dense, where=where) if 2 * n <= m]
+    nnz = int(np.count_nonzero(nonzero))
+    groups = [(n, m) for n, m in narrowest_groups(dense, where=where) if 2 * n <= m and 2 * nnz * m >= n * nonzero.size]
     return found + [f"{n}:{m}" for n, m in groups if not any(_implies(other, (n, m)) for other in groups)]
 
 

@@ -66,9 +66,11 @@ def test_patterns_are_those_that_loops_find(dense: Array) -> None:
     for n, m in named:
         assert n == max(1, most_in_group(dense, m))
         assert 2 * n <= m <= inputs
-    # What is named implies, by itself, every n:m that holds.
+        assert np.count_nonzero(dense) / dense.size >= n / m / 2
+    # What is named implies, by itself, every n:m that holds and is no chance.
     for m in (2, 4, 8):
-        if m <= inputs and (n := max(1, most_in_group(dense, m))) * 2 <= m:
+        n = max(1, most_in_group(dense, m))
+        if m <= inputs and 2 * n <= m and np.count_nonzero(dense) / dense.size >= n / m / 2:
             assert any(n >= known_n * max(1, m // known_m) for known_n, known_m in named)
     assert not any(a != b and b[0] >= a[0] * max(1, b[1] // a[1]) for a in named for b in named)
 
