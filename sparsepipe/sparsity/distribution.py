@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsepipe.errors import RecipeError
+from sparsepipe.sparsity.selection import kth_largest
 
 Shape = tuple[int, ...]
 
@@ -92,7 +93,7 @@ def global_magnitude(scores: Mapping[str, Tensor], sparsity: float, dense: Colle
     if kept == 0:
         return {name: float(name not in free) for name in scores}
     merged = torch.cat(list(free.values()))
-    threshold = merged.kthvalue(merged.numel() - kept + 1).values
+    threshold = kth_largest(merged, kept)
     above = {name: int((score > threshold).sum()) for name, score in free.items()}
     left = kept - sum(above.values())
     densities = dict.fromkeys(scores, 1.0)

@@ -62,7 +62,7 @@ class DropGrow(SparseFromStart):
             self.drop_fraction = options.number("drop_fraction", drop_fraction, high=1)
         self.drop_schedule = options.choice("drop_schedule", drop_schedule, DROP_SCHEDULES)
         self.stop_at = options.number("stop_at", stop_at, high=1)
-        self.exclude_just_dropped = exclude_just_dropped
+        self.exclude_just_dropped = options.flag("exclude_just_dropped", exclude_just_dropped)
 
     @abstractmethod
     def grow_score(self, network: Network, name: str, step: int) -> Tensor:
@@ -93,7 +93,7 @@ class DropGrow(SparseFromStart):
     def after_step(self, network: Network, step: int) -> None:
         if not self._updates(network).due(step):
             return
-        fraction = self._drop_fraction(network)(step)
+        fraction = options.number("drop_fraction", self._drop_fraction(network)(step), high=1)
         for name in network.masks.counters:
             if not self.grows_by_gradient or name in network.gradients:
                 self._update(network, network.layers[name], fraction, step)

@@ -47,7 +47,8 @@ class Network:
     def change(self, name: str, mask: Tensor) -> None:
         """Give a weight another mask.
 
-        What was dropped or grown gets weight zero and fresh optimizer state; everything else keeps both.
+        What was dropped or grown gets weight zero, and zero in every state tensor of the weight's shape; everything
+        else keeps both. State that all elements share, as the step count of Adam, goes on.
         """
         changed = self.masks[name] ^ mask
         self.masks.change(self.weights[name].parameter, name, mask)

@@ -44,6 +44,17 @@ def count(name: str, value: Any) -> int:
     return value
 
 
+def flag(name: str, value: Any) -> bool:
+    """`value` as a bool.
+
+    Raises:
+        RecipeError: anything but true or false.
+    """
+    if not isinstance(value, bool):
+        raise RecipeError(f"'{name}' must be true or false, not {value!r}.")
+    return value
+
+
 def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     """`value`, one of the words `allowed`.
 

@@ -36,7 +36,7 @@ def _one_row(scores: Tensor, count: int, candidates: Tensor) -> Tensor:
     """The same for one long row: gathering the candidates first makes short work of a few among many."""
     places = candidates.nonzero().squeeze(1)
     values = _ranked(scores[places])
-    threshold = _kth_largest(values, count)
+    threshold = kth_largest(values, count)
     above = values > threshold
     ties = (values == threshold).nonzero().squeeze(1)
     above[ties[: count - int(above.sum())]] = True
@@ -51,7 +51,8 @@ def _ranked(scores: Tensor) -> Tensor:
     return scores.nan_to_num(nan=lowest, neginf=lowest, posinf=torch.inf)
 
 
-def _kth_largest(values: Tensor, k: int) -> Tensor:
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of a flat tensor, k from 1."""
     if values.device.type == "cpu":
         return values.kthvalue(values.numel() - k + 1).values
     # On other devices kthvalue is refused under torch.use_deterministic_algorithms; the values of topk are exact.

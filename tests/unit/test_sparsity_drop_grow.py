@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,8 @@ def train(method: Method, steps: int = 40, scale: float = 1.0, seed: int = 0) ->
     sparsifier = Sparsifier(model, optimizer, method, total_steps=steps, seed=seed)
     for x, y in batches(steps):
         optimizer.zero_grad()
-        (scale * cross_entropy(model(x), y)).backward()
+        loss: Any = scale * cross_entropy(model(x), y)
+        loss.backward()
         optimizer.step()
     return model, sparsifier
 
@@ -125,7 +127,7 @@ def test_masks_and_weights_follow_the_published_algorithm_exactly(exclude: bool)
 
 
 def test_c_zero_is_rigl_bit_for_bit() -> None:
-    shared = {"sparsity": 0.8, "update_every": 5, "drop_fraction": 0.3}
+    shared: dict[str, Any] = {"sparsity": 0.8, "update_every": 5, "drop_fraction": 0.3}
     dst_ee, rigl = train(DSTEE(c=0.0, **shared)), train(RigL(**shared))
     assert dst_ee[1].mask_set.digest() == rigl[1].mask_set.digest()
     for ours, theirs in zip(dst_ee[0].state_dict().values(), rigl[0].state_dict().values(), strict=True):
@@ -230,7 +232,13 @@ def test_point_4_nnz_is_exact_through_1000_updates_whatever_the_gradients(
     shape = parse(pattern)
     if isinstance(shape, NM):
         sparsity = 1 - shape.n / shape.m
-    options = {"sparsity": sparsity, "pattern": pattern, "update_every": 1, "stop_at": 1.0, "drop_fraction": drop}
+    options: dict[str, Any] = {
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "update_every": 1,
+        "stop_at": 1.0,
+        "drop_fraction": drop,
+    }
     bench = Bench(method(**options, drop_schedule="constant", exclude_just_dropped=exclude), (8, 12), 1001)
     nnz = int(bench.mask.sum())
     rows = shape.rows(bench.mask).sum(dim=1)
@@ -314,8 +322,10 @@ def test_point_18_updates_stop_and_the_drop_fraction_falls_to_zero() -> None:
     ("drop_schedule", "expected"), [("cosine", 0.15), ("linear", 0.15), ("constant", 0.3), (lambda t: t / 1000, 0.05)]
 )
 def test_drop_fraction_schedules(drop_schedule: object, expected: float) -> None:
-    options = {"drop_fraction": drop_schedule} if callable(drop_schedule) else {"drop_schedule": drop_schedule}
-    bench = Bench(RigL(sparsity=0.5, update_every=1000, stop_at=1.0, **options), (20, 20), 100)  # type: ignore[arg-type]
+    options: dict[str, Any] = (
+        {"drop_fraction": drop_schedule} if callable(drop_schedule) else {"drop_schedule": drop_schedule}
+    )
+    bench = Bench(RigL(sparsity=0.5, update_every=1000, stop_at=1.0, **options), (20, 20), 100)
     bench.sparsifier.step = 50
     assert bench.sparsifier.metrics()["drop_fraction"] == pytest.approx(expected)
 
@@ -334,8 +344,13 @@ def test_point_20_ties_go_to_the_lowest_index_every_time() -> None:
 def test_random_growth_explores_as_its_formula_says(density: float, fraction: float, rounds: int) -> None:
     """E[R] = 1 - (1-d) prod_q (1 - p d / (1-d + p d)), within four standard deviations."""
     side = 120
-    options = {"update_every": 1, "stop_at": 1.0, "drop_fraction": fraction, "drop_schedule": "constant"}
-    bench = Bench(SET(sparsity=1 - density, **options), (side, side), rounds + 1)  # type: ignore[arg-type]
+    options: dict[str, Any] = {
+        "update_every": 1,
+        "stop_at": 1.0,
+        "drop_fraction": fraction,
+        "drop_schedule": "constant",
+    }
+    bench = Bench(SET(sparsity=1 - density, **options), (side, side), rounds + 1)
     for t in range(rounds):
         bench.step(torch.randn(side, side, generator=torch.Generator().manual_seed(t)))
     expected = 1 - (1 - density) * (1 - fraction * density / (1 - density + fraction * density)) ** rounds
@@ -346,8 +361,8 @@ def test_random_growth_explores_as_its_formula_says(density: float, fraction: fl
 @pytest.mark.parametrize(("sparsity", "rounds", "bound"), [(0.9, 10, 0.1 * (1 + 10 * 0.3)), (0.8, 40, 1.0)])
 def test_a_huge_bonus_reaches_the_coverage_bound(sparsity: float, rounds: int, bound: float) -> None:
     """R_max = min(1, d (1 + sum p)): nothing is grown twice while anything was never active."""
-    options = {"update_every": 1, "stop_at": 1.0, "drop_fraction": 0.3, "drop_schedule": "constant"}
-    method = DSTEE(sparsity=sparsity, c=1e6, eps=1e-6, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"update_every": 1, "stop_at": 1.0, "drop_fraction": 0.3, "drop_schedule": "constant"}
+    method = DSTEE(sparsity=sparsity, c=1e6, eps=1e-6, **options)
     bench = Bench(method, (50, 40), rounds + 3)
     bench.sparsifier.step = 1  # ln t > 0 from the first update on
     for t in range(rounds):
@@ -356,7 +371,7 @@ def test_a_huge_bonus_reaches_the_coverage_bound(sparsity: float, rounds: int, b
 
 
 def test_point_12_a_scaled_loss_leaves_rigl_unchanged_and_dst_ee_only_with_a_scaled_c() -> None:
-    shared = {"sparsity": 0.8, "update_every": 5}
+    shared: dict[str, Any] = {"sparsity": 0.8, "update_every": 5}
     digests = [train(RigL(**shared), scale=k)[1].mask_set.digest() for k in (1.0, 1024.0)]
     assert digests[0] == digests[1]
     plain, same_c, scaled_c = (

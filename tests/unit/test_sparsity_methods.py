@@ -24,12 +24,12 @@ from sparsepipe.sparsity.methods.static import Static
 from sparsepipe.sparsity.sparsifier import Sparsifier
 
 
-def network() -> nn.Sequential:
+def network() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 8))
 
 
-def run(method: Method, steps: int = 40) -> tuple[nn.Sequential, Sparsifier, list[dict[str, Tensor]], list[bool]]:
+def run(method: Method, steps: int = 40) -> tuple[Any, Sparsifier, list[dict[str, Tensor]], list[bool]]:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sparsifier = Sparsifier(model, optimizer, method, total_steps=steps)
@@ -38,7 +38,8 @@ def run(method: Method, steps: int = 40) -> tuple[nn.Sequential, Sparsifier, lis
         generator = torch.Generator().manual_seed(step)
         x, y = torch.randn(32, 20, generator=generator), torch.randint(0, 8, (32,), generator=generator)
         optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
+        loss: Any = cross_entropy(model(x), y)
+        loss.backward()
         optimizer.step()
         masks.append({name: mask.clone() for name, mask in sparsifier.masks.items()})
         final.append(sparsifier.masks_final)
@@ -165,6 +166,7 @@ def test_options_of_other_methods_are_passed_over_with_one_line(caplog: pytest.L
         ("set", {"update_every": 0}, "'update_every' must be an integer"),
         ("set", {"drop_fraction": 1.5}, r"'drop_fraction' must be a number in \[0, 1\]"),
         ("set", {"drop_schedule": "cubic"}, "cosine, linear, constant"),
+        ("set", {"exclude_just_dropped": "yes"}, "true or false"),
         ("gmp", {"start_at": 0.8}, "'start_at'"),
         ("magnitude-oneshot", {"prune_at": "half"}, "'prune_at'"),
     ],
@@ -184,11 +186,12 @@ class Attention(nn.Module):
         self.unused = nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.mix(x, x, x, need_weights=False)[0])  # type: ignore[no-any-return]
+        mixed: Tensor = self.head(self.mix(x, x, x, need_weights=False)[0])
+        return mixed
 
 
 def test_macs_are_positions_times_weights_for_each_weight() -> None:
-    conv = nn.Sequential(
+    conv: Any = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         nn.BatchNorm2d(8),
         nn.Conv2d(8, 8, 3, groups=8, stride=2, padding=1),

@@ -28,7 +28,7 @@ from sparsepipe.sparsity.methods.static import Static
 from sparsepipe.sparsity.sparsifier import Sparsifier
 
 
-def network() -> nn.Sequential:
+def network() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 4)
@@ -48,7 +48,7 @@ def method(**options: Any) -> DSTEE:
     return DSTEE(**{"sparsity": 0.8, "update_every": 4, "c": 0.01} | options)
 
 
-def loss_of(model: nn.Module, step: int) -> Tensor:
+def loss_of(model: nn.Module, step: int) -> Any:
     x, y = batch(step)
     return cross_entropy(model(x), y)
 
@@ -72,7 +72,7 @@ class Noisy(torch.optim.Optimizer):
         super().__init__(parameters, {})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = closure() if closure else None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -90,7 +90,7 @@ class LionStyle(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": 1e-3})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
                 momentum = self.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
@@ -183,7 +183,7 @@ def test_a_closure_gives_what_a_plain_step_gives(name: str, positional: bool) ->
         torch.manual_seed(5)
         for step in range(20):
 
-            def closure(step: int = step) -> Tensor:
+            def closure(step: int = step) -> Any:
                 optimizer.zero_grad()  # noqa: B023
                 with torch.enable_grad():
                     loss = loss_of(model, step)  # noqa: B023
@@ -204,13 +204,13 @@ def test_a_closure_gives_what_a_plain_step_gives(name: str, positional: bool) ->
 
 def test_lbfgs_evaluates_its_closure_many_times_and_stays_sparse() -> None:
     model = network()
-    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    optimizer: Any = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
     sparsifier = Sparsifier(model, optimizer, method(update_every=1), total_steps=10)
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         optimizer.zero_grad()
         loss = loss_of(model, 0)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     losses = [optimizer.step(closure).item() for _ in range(10)]
@@ -219,7 +219,7 @@ def test_lbfgs_evaluates_its_closure_many_times_and_stays_sparse() -> None:
 
 
 def test_point_8_embeddings_norms_biases_depthwise_and_untrained_weights_stay_dense() -> None:
-    model = nn.ModuleDict(
+    model: Any = nn.ModuleDict(
         {
             "embedding": nn.Embedding(10, 8),
             "tied": nn.Linear(8, 10),
@@ -247,7 +247,7 @@ def test_point_8_embeddings_norms_biases_depthwise_and_untrained_weights_stay_de
 
 
 def test_a_parameter_shared_between_modules_has_one_mask() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     model[2].weight = model[0].weight
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     sparsifier = Sparsifier(model, optimizer, RigL(sparsity=0.5, update_every=2), total_steps=20)
@@ -261,7 +261,7 @@ def test_a_parameter_shared_between_modules_has_one_mask() -> None:
 
 
 def test_different_parameters_in_the_same_memory_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight.data = model[0].weight.data
     with pytest.raises(ModelError, match=r"0\.weight' and '1\.weight"):
         Sparsifier(model, sgd(model.parameters()), Static(), total_steps=1)
@@ -278,7 +278,8 @@ def test_point_9_and_10_accumulated_micro_batches_equal_one_big_batch() -> None:
             optimizer.zero_grad()
             x, y = batch(step)
             for xs, ys in zip(x.double().chunk(parts), y.chunk(parts), strict=True):
-                (cross_entropy(model(xs), ys) / parts).backward()
+                loss: Any = cross_entropy(model(xs), ys) / parts
+                loss.backward()
             optimizer.step()
         digests.append(sparsifier.mask_set.digest())
         assert sparsifier.step == 20
@@ -298,7 +299,7 @@ def test_point_11_scores_are_unscaled_and_a_skipped_step_counts_for_nothing(name
                 before, counters = sparsifier.mask_set.digest(), copy.deepcopy(sparsifier.mask_set.counters)
                 optimizer.zero_grad()
                 scaler.scale(loss_of(model, step)).backward()
-                next(model.parameters()).grad[0, 0, 0, 0] = float("inf")  # type: ignore[index]
+                next(model.parameters()).grad[0, 0, 0, 0] = float("inf")
                 scaler.step(optimizer)
                 scaler.update(1024.0)
                 assert sparsifier.step == 3
@@ -332,7 +333,8 @@ def test_channels_last_weights_keep_their_layout_and_get_the_same_masks() -> Non
     digests = []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
-        model = nn.Conv2d(4, 8, 3).to(memory_format=layout)
+        model: Any = nn.Conv2d(4, 8, 3)
+        model.to(memory_format=layout)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         sparsifier = Sparsifier(model, optimizer, method(pattern="2x1"), total_steps=20)
         for step in range(20):
@@ -345,13 +347,13 @@ def test_channels_last_weights_keep_their_layout_and_get_the_same_masks() -> Non
     assert digests[0] == digests[1]
 
 
-def as_a_file_would(state: dict[str, Any]) -> dict[str, Any]:
+def as_a_file_would(state: Any) -> Any:
     """The state after its plain values went through JSON and its tensors through bytes."""
     if isinstance(state, Tensor):
-        return torch.frombuffer(bytearray(state.numpy().tobytes()), dtype=state.dtype).reshape(state.shape)  # type: ignore[return-value]
+        return torch.frombuffer(bytearray(state.numpy().tobytes()), dtype=state.dtype).reshape(state.shape)
     if isinstance(state, dict):
         return {key: as_a_file_would(value) for key, value in state.items()}
-    return json.loads(json.dumps(state))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(state))
 
 
 METHODS: list[Callable[[], Method]] = [
@@ -478,7 +480,10 @@ def test_several_parameter_groups_and_one_method_for_two_networks() -> None:
     digests = []
     for _ in range(2):
         model = network()
-        groups = [{"params": model[:2].parameters(), "lr": 0.01}, {"params": model[2:].parameters()}]
+        groups: list[dict[str, Any]] = [
+            {"params": model[:2].parameters(), "lr": 0.01},
+            {"params": model[2:].parameters()},
+        ]
         optimizer = torch.optim.SGD(groups, lr=0.05)
         sparsifier = Sparsifier(model, optimizer, shared, total_steps=10)
         train(model, optimizer, range(10))
@@ -488,12 +493,13 @@ def test_several_parameter_groups_and_one_method_for_two_networks() -> None:
 
 def test_the_optimizer_of_a_wrapper_is_found() -> None:
     class Wrapper:
-        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        def __init__(self, optimizer: Any) -> None:
             self.optimizer = optimizer
 
     model = network()
     optimizer = sgd(model.parameters())
-    sparsifier = Sparsifier(model, Wrapper(optimizer), method(), total_steps=10)  # type: ignore[arg-type]
+    wrapper: Any = Wrapper(optimizer)
+    sparsifier = Sparsifier(model, wrapper, method(), total_steps=10)
     train(model, optimizer, [0])
     assert sparsifier.step == 1
 
@@ -501,7 +507,7 @@ def test_the_optimizer_of_a_wrapper_is_found() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda m: Sparsifier(m, "sgd", Static(), total_steps=1), ModelError, "torch.optim.Optimizer"),
+        (lambda m: Sparsifier(m, m, Static(), total_steps=1), ModelError, "torch.optim.Optimizer"),
         (lambda m: Sparsifier(m, sgd(m.parameters()), Static(), total_steps=0), RecipeError, "total_steps"),
         (lambda m: Sparsifier(m, sgd(nn.Linear(2, 2).parameters()), Static(), total_steps=1), ModelError, "no weight"),
         (
