@@ -251,7 +251,7 @@ def _run_rounds(entrants: list[_Entrant], setting: Setting, progress: Callable[[
         alive = [entrant for entrant in alive if entrant.measurement.failure is None]
         done += 1
         if done <= ROUNDS:
-            progress(f"{setting.threads} threads, batch {setting.batch}")
+            progress(f"threads {setting.threads}, batch {setting.batch}")
     for _ in range(done, ROUNDS):
         progress("")
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +72,7 @@ def test_a_library_that_does_not_load_is_a_reason_and_not_a_crash(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("sparsepipe.__path__", [str(tmp_path / "elsewhere"), str(tmp_path)])
-    name = library.FILE_NAMES.get(__import__("sys").platform, library.DEFAULT_FILE_NAME)
+    name = library.FILE_NAMES.get(sys.platform, library.DEFAULT_FILE_NAME)
     path = tmp_path / "native" / name
     path.parent.mkdir()
     path.write_bytes(b"not a library")
@@ -80,6 +83,26 @@ def test_a_library_that_does_not_load_is_a_reason_and_not_a_crash(
     model = text_model(tmp_path / "m.onnx")
     with pytest.raises(GraphError, match=r"m\.onnx"):
         session(model)
+
+
+@pytest.mark.skipif(sys.platform == "win32" or shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_library_that_loads_is_registered_with_every_session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "native" / library.FILE_NAMES.get(sys.platform, library.DEFAULT_FILE_NAME)
+    path.parent.mkdir()
+    marker = tmp_path / "registered"
+    source = tmp_path / "ops.c"
+    source.write_text(
+        "#include <stdio.h>\n"
+        "void *RegisterCustomOps(void *options, const void *api) {"
+        f' fclose(fopen("{marker}", "w")); return 0; }}\n'
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", path, source], check=True)
+    monkeypatch.setattr("sparsepipe.__path__", [str(tmp_path)])
+    expected = {"path": str(path), "loadable": True, "reason": None, "onnxruntime": onnxruntime.__version__}
+    assert library.status() == expected
+    marker.unlink()
+    session(text_model(tmp_path / "m.onnx"))
+    assert marker.exists()
 
 
 def test_a_session_takes_threads_and_options_and_predicts(tmp_path: Path) -> None:
