@@ -15,12 +15,14 @@ from sparsepipe.benchmark.statistics import (
     Estimate,
     Samples,
     as_dict,
+    median,
     minimum_samples,
     percentile,
     self_difference,
     speedup,
 )
 
+MEDIAN = 0.5
 MILLISECONDS_PER_NANOSECOND = 1e-6
 TARGET_KEY = "sparsepipe.target"
 
@@ -97,7 +99,12 @@ def _row(label: str, measurement: Measurement, setting: Setting, gain: Estimate 
     return row | {
         "samples": len(samples),
         "latency_ms": {
-            name: as_dict(percentile(samples, quantile), MILLISECONDS_PER_NANOSECOND)
+            name: as_dict(
+                median([block.latency_ns for block in blocks], setting.seed)
+                if quantile == MEDIAN
+                else percentile(samples, quantile),
+                MILLISECONDS_PER_NANOSECOND,
+            )
             for name, quantile in QUANTILES.items()
         },
         "speedup": as_dict(gain),

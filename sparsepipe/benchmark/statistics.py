@@ -57,13 +57,36 @@ def percentile(samples: Samples, quantile: float) -> Estimate | None:
     """A quantile of the samples with its distribution-free interval; None where the sample does not support one.
 
     The interval takes the samples to be independent. Latencies of one process are so only roughly, which is why
-    speed-ups are bootstrapped over blocks instead.
+    medians and speed-ups are bootstrapped over blocks instead.
     """
     indices = order_statistics(len(samples), quantile)
     if indices is None:
         return None
     ordered = np.sort(samples)
     return Estimate(float(np.quantile(ordered, quantile)), float(ordered[indices[0]]), float(ordered[indices[1]]))
+
+
+def median(blocks: Sequence[Samples], seed: int) -> Estimate | None:
+    """The median of all calls; its interval is a percentile bootstrap that draws whole blocks.
+
+    Calls of one block share the state of the machine, so an interval over single calls would be too narrow.
+
+    Args:
+        blocks: samples of each block.
+        seed: of the bootstrap.
+
+    Returns:
+        None where there are too few blocks for the interval of a median.
+    """
+    if len(blocks) < minimum_samples(0.5):
+        return None
+    generator = np.random.default_rng(seed)
+    draws = [
+        np.median(np.concatenate([blocks[index] for index in generator.integers(0, len(blocks), len(blocks))]))
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.quantile(draws, [TAIL, 1 - TAIL])
+    return Estimate(float(np.median(np.concatenate(blocks))), float(low), float(high))
 
 
 def speedup(baseline: Sequence[Samples], candidate: Sequence[Samples], seed: int) -> Estimate | None:

@@ -110,3 +110,26 @@ def test_wilson_is_that_of_scipy(samples: int, draw: st.DataObject) -> None:
 def test_as_dict_changes_the_unit() -> None:
     assert statistics.as_dict(Estimate(2.0, 1.0, 4.0), 0.5) == {"value": 1.0, "low": 0.5, "high": 2.0}
     assert statistics.as_dict(None) is None
+
+
+def test_the_median_interval_covers_the_truth_where_the_calls_of_a_block_go_together() -> None:
+    random, covered, narrow, trials = np.random.default_rng(2), 0, 0, 60
+    for _ in range(trials):
+        # Each block has a shift of its own, far larger than the spread inside it.
+        blocks = [100 + random.normal() + 0.1 * random.normal(size=50) for _ in range(20)]
+        estimate = statistics.median(blocks, seed=0)
+        assert estimate is not None
+        assert estimate.value == np.median(np.concatenate(blocks))
+        covered += estimate.low <= 100 <= estimate.high
+        naive = statistics.percentile(np.concatenate(blocks), 0.5)
+        assert naive is not None
+        narrow += naive.low <= 100 <= naive.high
+    # 95% of 60 is 57; below 50 has a probability under 1 in 500. The interval over single calls is far too narrow.
+    assert covered >= 50
+    assert narrow < covered
+
+
+def test_the_median_needs_six_blocks_for_an_interval() -> None:
+    blocks = [np.arange(10.0)] * 6
+    assert statistics.median(blocks[:5], seed=0) is None
+    assert statistics.median(blocks, seed=0) == statistics.median(blocks, seed=0)
