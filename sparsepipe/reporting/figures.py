@@ -11,6 +11,8 @@ from markupsafe import Markup
 from sparsepipe.reporting import plots, units
 from sparsepipe.reporting.contents import Benchmark, Epoch, Layer, Timing
 
+SHORT_RUN = 9
+"""Epochs below which every value is shown."""
 MAX_DOTS = 24
 """Rows of one latency figure."""
 
@@ -54,8 +56,13 @@ def learning_curves(sparse: Sequence[Epoch], dense: Sequence[Epoch]) -> Iterable
 
 
 def _late_minimum(lines: Sequence[plots.Line]) -> float:
-    """Lowest value after the first third of a run, rounded down to a whole per cent."""
-    late = [value for line in lines for value in line.y[len(line.y) // 3 :] if value is not None]
+    """Lowest value after the first third of a run, rounded down to a whole per cent; of all of a short run."""
+    late = [
+        value
+        for line in lines
+        for value in line.y[len(line.y) // 3 if len(line.y) >= SHORT_RUN else 0 :]
+        if value is not None
+    ]
     return math.floor(100 * min(late, default=0.0)) / 100
 
 

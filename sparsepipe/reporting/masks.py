@@ -35,6 +35,11 @@ class Picture:
     data_uri: str
 
     @property
+    def drawn_height(self) -> int:
+        """A tall mask is drawn flatter, so that it fits on a screen."""
+        return min(self.height, max(self.width // 3, 1))
+
+    @property
     def size(self) -> int:
         return math.prod(self.shape)
 

@@ -67,7 +67,7 @@ def curves(
     """Curves over a common axis, with a legend above them.
 
     Args:
-        lines: at least one; None in `y` leaves a gap.
+        lines: at least one; `x` counts something, None in `y` leaves a gap.
         name: unique in the page; prefix of the ids inside the SVG.
         alt: what the figure shows, in words.
         x_label: label of the x axis.
@@ -80,6 +80,7 @@ def curves(
         figure, axes = new_figure(440, 270)
         for line in lines:
             _draw_line(axes, line)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if per_cent:

@@ -49,8 +49,8 @@ def summarise(artefacts: Mapping[str, Artefact]) -> dict[str, Any]:
     Returns:
         `sparsity`, `nnz`, `weights`; `accuracy` {dense, sparse, exported_dense, exported_sparse: {value, low, high,
         correct, samples}, difference}; `files` {dense, sparse: {name, bytes}, ratio}; `latency` {threads, batch,
-        dense, sparse: {p50, p90, p99}, in milliseconds}; `speedup` {value, low, high}; `valid` (bool); `noisy` (bool);
-        `notes` (sentences that a reader of the figures must know).
+        dense, sparse: {p50, p90, p99}, in milliseconds, self_difference (a fraction)}; `speedup` {value, low, high};
+        `valid` (bool); `noisy` (bool); `notes` (sentences that a reader of the figures must know).
 
     Raises:
         ArtefactError: a metric has the wrong type.
@@ -202,6 +202,7 @@ def _latency(dense: Timing | None, sparse: Timing | None) -> dict[str, Any] | No
         "batch": either.batch,
         "dense": _percentiles(dense),
         "sparse": _percentiles(sparse),
+        "self_difference": max((timing.self_difference or 0.0 for timing in (dense, sparse) if timing), default=0.0),
     }
 
 
@@ -232,6 +233,8 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
         found.append("The machine was noisy while it was measured: trust no difference of a few per cent.")
     if speedup and speedup.low is not None and speedup.high is not None and speedup.low <= 1 <= speedup.high:
         found.append("The interval of the speed-up includes 1: no difference in speed was shown.")
+    elif speedup and latency and abs(speedup.value - 1) <= latency["self_difference"]:
+        found.append("The difference in speed is no larger than the noise of the measurement itself (A/A).")
     if latency and any(latency[column] and latency[column]["p99"] is None for column in _COLUMNS):
         found.append("A percentile that the number of calls does not support is not shown.")
     if summary["accuracy"]["sparse"] and not summary["accuracy"]["dense"]:

@@ -135,7 +135,7 @@ def sizes(contents: Contents) -> dict[str, Any] | None:
         ],
         "opset": contents.export.opset if contents.export else None,
         "export": Layers.of(contents.export.layers) if contents.export else None,
-        "convert": Layers.of(contents.convert.layers) if contents.convert else None,
+        "convert": Layers.of(_from_input_to_output(contents.convert.layers, contents)) if contents.convert else None,
         "before": contents.convert.bytes_before if contents.convert else None,
         "after": contents.convert.bytes_after if contents.convert else None,
     }
@@ -184,7 +184,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, s
         if isinstance(value, Mapping):
             yield from flatten(value, f"{name} ")
         else:
-            yield name, _setting(str(key), value)
+            yield name.removesuffix(" bytes"), _setting(str(key), value)
 
 
 def _setting(key: str, value: Any) -> str:
@@ -194,7 +194,9 @@ def _setting(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int | float) and key.endswith("_bytes"):
         return units.size(value)
-    return ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(_setting(key, item) for item in value) if isinstance(value, list) else str(value)
 
 
 def _number(value: Any) -> float | None:

@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from html.parser import HTMLParser
@@ -25,7 +26,7 @@ pytest.importorskip("jinja2")
 
 from sparsepipe import recipe
 from sparsepipe.artefact import Artefact, draft, write_json, write_text
-from sparsepipe.errors import ArtefactError
+from sparsepipe.errors import ArtefactError, MissingExtraError
 from sparsepipe.stages import report
 
 HOSTILE = "<script>alert(1)</script>"
@@ -518,6 +519,17 @@ def test_a_title_is_made_where_none_is_given(tmp_path: Path) -> None:
 def test_no_artefact_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"nothing to report on.*train, train-dense"):
         report.run(report.ReportConfig(), {}, tmp_path / "report")
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    run: dict[str, Artefact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    for module in [name for name in sys.modules if name.startswith("sparsepipe.reporting.html")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr("sparsepipe.reporting.html", raising=False)
+    with pytest.raises(MissingExtraError, match=r"'jinja2'.*sparsepipe\[report\]"):
+        report.run(report.ReportConfig(), run, tmp_path / "report")
 
 
 def test_a_metric_of_the_wrong_type_is_named(tmp_path: Path) -> None:

@@ -200,6 +200,19 @@ def test_the_universal_file_is_the_one_that_counts_where_there_is_one() -> None:
             "includes 1",
         ),
         (
+            {
+                "bench": artefact(
+                    "bench",
+                    baseline="d.onnx",
+                    results=[
+                        timing("d.onnx", 1.0, self_difference=0.01),
+                        timing("p.onnx", 1.0, self_difference=0.03, speedup=interval(1.02, 0.01)),
+                    ],
+                )
+            },
+            "noise of the measurement",
+        ),
+        (
             {"bench": artefact("bench", results=[timing("p.onnx", 1.0, latency_ms={"p50": interval(1), "p99": None})])},
             "does not support",
         ),
