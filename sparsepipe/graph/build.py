@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from threading import get_ident
 from typing import Any
 
 import onnx_ir
@@ -24,7 +26,7 @@ from sparsepipe.graph.naming import name_results
 INPUT, OUTPUT = "input", "logits"
 NATIVE_OPSET = 18
 """The oldest opset that torch's exporter writes; older ones are converted from it."""
-CHATTER = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+CHATTER = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
 
 
 def build(network: nn.Module, input_shape: tuple[int, ...], *, opset: int = NATIVE_OPSET) -> ModelProto:
@@ -64,7 +66,7 @@ def build(network: nn.Module, input_shape: tuple[int, ...], *, opset: int = NATI
         name_results(program, {path for path, _ in frozen.named_modules() if path})
         _name_tied_weights(model, frozen)
         _transpose_weights(model.graph)
-        optimizer.fold_constants(model, onnx_shape_inference=True)
+        optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_should_fold)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         _drop_zero_biases(model.graph, {name for name, _ in frozen.named_parameters()})
         _fix_shapes(model.graph)
@@ -84,7 +86,7 @@ def _export(network: nn.Module, input_shape: tuple[int, ...], opset: int, where:
     sample = torch.zeros(2, *input_shape, device=device)
     try:
         with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 network,
                 (sample,),
                 dynamo=True,
@@ -103,25 +105,39 @@ def _export(network: nn.Module, input_shape: tuple[int, ...], opset: int, where:
             advice=f"It must take one tensor [batch, {', '.join(map(str, input_shape))}] of any batch size, without "
             "branches that depend on the data.",
         ) from error
-    outputs = program.model.graph.outputs if program is not None else []
-    if len(outputs) != 1 or isinstance(outputs[0].shape[0] if outputs[0].shape else None, int):
+    outputs = program.model.graph.outputs
+    if len(outputs) != 1 or not outputs[0].shape or isinstance(outputs[0].shape[0], int):
+        found = f"has {len(outputs)} outputs" if len(outputs) != 1 else "does not keep the batch as its first dimension"
         raise GraphError(
-            f"The network has {len(outputs)} outputs or a fixed batch size.",
-            where=where,
-            advice="It must give one tensor whose first dimension is the batch.",
+            f"The network {found}.", where=where, advice="It must give one tensor whose first dimension is the batch."
         )
     return program
 
 
+class _Muted:
+    """Stands for a stream and swallows what one thread writes; a progress bar of another thread goes on."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        written: int = len(text) if get_ident() == self._thread else self._stream.write(text)
+        return written
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep warnings and log lines of the exporter to itself."""
+    """Let nothing of what the exporter prints, logs and warns of reach the user."""
     loggers = [logging.getLogger(name) for name in CHATTER]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    muted: Any = (_Muted(sys.stdout), _Muted(sys.stderr))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(muted[0]), redirect_stderr(muted[1]):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -140,17 +156,23 @@ def _name_tied_weights(model: onnx_ir.Model, network: nn.Module) -> None:
 
 def _transpose_weights(graph: onnx_ir.Graph) -> None:
     """Store a weight transposed where all that happens to it is Transpose, as before a MatMul, and keep its name."""
-    for node in list(graph):
-        weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or weight.name not in graph.initializers or weight.const_value is None:
+    for weight in list(graph.initializers.values()):
+        users = list(weight.consumers())
+        if not users or weight.const_value is None or len(weight.const_value.shape) != 2 or weight.is_graph_output():
             continue
-        if weight.shape is None or len(weight.shape) != 2 or len(weight.uses()) > 1 or weight.is_graph_output():
-            continue
-        turned = weight.const_value.numpy().T.copy()
-        weight.const_value = onnx_ir.tensor(turned, name=weight.name)
-        weight.shape = onnx_ir.Shape(turned.shape)
-        node.outputs[0].replace_all_uses_with(weight)
-        graph.remove(node, safe=True)
+        if all(user.op_type == "Transpose" for user in users):
+            turned = weight.const_value.numpy().T.copy()
+            weight.const_value = onnx_ir.tensor(turned, name=weight.name)
+            weight.shape = onnx_ir.Shape(turned.shape)
+            for user in users:
+                user.outputs[0].replace_all_uses_with(weight)
+                graph.remove(user, safe=True)
+
+
+def _should_fold(node: onnx_ir.Node) -> bool | None:
+    """No second, nameless copy of a weight that is used both ways round; None leaves it to the default rules."""
+    source = node.inputs[0] if node.op_type == "Transpose" else None
+    return False if source is not None and source.is_initializer() else None
 
 
 def _drop_zero_biases(graph: onnx_ir.Graph, parameters: set[str]) -> None:
