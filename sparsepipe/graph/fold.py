@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
 
 from sparsepipe.graph.index import (
     Index,
@@ -143,13 +143,13 @@ def _fold_conv_transpose(
 def _fold_gemm(layer: NodeProto, weight: Array, bias: Array | None, scale: Array, shift: Array) -> tuple[Array, Array]:
     """Weight [N, K] with transB, else [K, N]; the output is alpha A W + beta C, and beta moves into C."""
     factor = scale[:, None] if integer(layer, "transB", 0) else scale[None, :]
-    if bias is None:
-        return _scaled(weight, factor), _stored(shift, weight)
-    rows = number(layer, "beta", 1.0) * bias
+    rows = number(layer, "beta", 1.0) * bias if bias is not None else np.zeros(1)
     if rows.ndim > 1 and rows.shape[0] > 1:
         raise _NotFoldable("the bias differs from row to row")
-    _set_float(layer, "beta", 1.0)
-    return _scaled(weight, factor), _stored(rows.reshape(-1) * scale + shift, weight)
+    new_weight, new_bias = _scaled(weight, factor), _stored(rows.reshape(-1) * scale + shift, weight)
+    if (beta := attribute(layer, "beta")) is not None:
+        beta.f = 1.0
+    return new_weight, new_bias
 
 
 _FOLDERS: Mapping[str, Callable[[NodeProto, Array, Array | None, Array, Array], tuple[Array, Array]]] = {
@@ -188,11 +188,6 @@ def _replace(graph: GraphProto, found: Index, layer: NodeProto, weight: Array, b
     graph.initializer.append(numpy_helper.from_array(bias, new))
     del layer.input[2:]
     layer.input.append(new)
-
-
-def _set_float(node: NodeProto, name: str, value: float) -> None:
-    if (found := attribute(node, name)) is not None:
-        found.CopyFrom(helper.make_attribute(name, value, attr_type=AttributeProto.FLOAT))
 
 
 def _drop_pass_through(graph: GraphProto) -> None:

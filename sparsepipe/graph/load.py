@@ -35,6 +35,7 @@ def load(path: Path) -> ModelProto:
     _read_external(model, path)
     for graph in _graphs(model):
         _densify(graph, path)
+    _complete_outputs(model)
     check(model, where=str(path))
     return model
 
@@ -129,6 +130,15 @@ def _tensors(model: ModelProto) -> Iterator[TensorProto]:
         elif attribute.type == AttributeProto.SPARSE_TENSOR:
             yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
         yield from attribute.tensors
+
+
+def _complete_outputs(model: ModelProto) -> None:
+    """Infer the shapes of outputs that do not say theirs: onnxruntime does not mind, onnx.checker does."""
+    vague = [value for value in model.graph.output if not value.type.tensor_type.HasField("shape")]
+    if vague:
+        inferred = {value.name: value.type for value in onnx.shape_inference.infer_shapes(model).graph.output}
+        for value in vague:
+            value.type.CopyFrom(inferred[value.name])
 
 
 def _read_external(model: ModelProto, path: Path) -> None:
