@@ -37,7 +37,8 @@ def command(
     from sparsepipe.stages import bench
 
     flags = {"threads": threads, "batch": batch, "seconds": seconds, "pin": pin}
-    result = bench.measure(onnx, common.section(None, "bench", overrides, flags), out)
+    config = common.section(None, "bench", overrides, flags)
+    result = bench.measure(onnx, config) if out is None else bench.record(onnx, config, out).metrics
     if as_json:
         common.print_json(result)
         return

@@ -38,16 +38,15 @@ def run(config: BaseModel, inputs: Mapping[str, Artefact], out: Path) -> Artefac
     assert isinstance(config, Bench)
     export = inputs["export"]
     paths = [export.file(file["name"]) for file in export.metrics["files"].values()]
-    return _write(measure(paths, config), config, {"export": export.digest}, out)
+    return _write(paths, config, {"export": export.digest}, out)
 
 
-def measure(paths: Sequence[Path], config: Bench, out: Path | None = None) -> dict[str, Any]:
+def measure(paths: Sequence[Path], config: Bench) -> dict[str, Any]:
     """Measure ONNX files from anywhere; the dense export, or else the first file, is the baseline.
 
     Args:
         paths: the files.
         config: threads and batch sizes, each pair of which is measured, time and pinning.
-        out: folder for an artefact with the result, if one is wanted.
 
     Returns:
         `baseline`, `results` (a row for each file and setting) and `environment`.
@@ -79,18 +78,22 @@ def measure(paths: Sequence[Path], config: Bench, out: Path | None = None) -> di
     if len(reasons) == len(results):
         raise GraphError(f"No file could be measured: {reasons[0]}", where=labels[0])
     runtimes = {str(one): one for one in workers}
-    result = {
+    return {
         "baseline": labels[baseline],
         "results": results,
         "environment": {**environment, "runtimes": list(runtimes.values())},
     }
-    if out is not None:
-        _write(result, config, {label: digest_file(path) for label, path in zip(labels, paths, strict=True)}, out)
-    return result
 
 
-def _write(result: dict[str, Any], config: Bench, inputs: Mapping[str, str], out: Path) -> Artefact:
+def record(paths: Sequence[Path], config: Bench, out: Path) -> Artefact:
+    """`measure` files from anywhere, and keep the result in the folder `out`."""
+    digests = {label: digest_file(path) for label, path in zip(_labels(paths), paths, strict=True)}
+    return _write(paths, config, digests, out)
+
+
+def _write(paths: Sequence[Path], config: Bench, inputs: Mapping[str, str], out: Path) -> Artefact:
     with draft(out, "bench", config, inputs) as building:
+        result = measure(paths, config)
         write_json(building.folder / RESULT_FILE, result)
         building.metrics.update(result)
     return Artefact.read(out)

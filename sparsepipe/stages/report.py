@@ -58,12 +58,14 @@ def run(config: ReportConfig, inputs: Mapping[str, Artefact], out: Path) -> Arte
         from sparsepipe.reporting import html
     except ImportError as error:
         raise MissingExtraError(error.name or "matplotlib", "report", "The report") from error
-    recipe = recipe_text(contents.artefacts)
-    page = html.render(
-        contents, title=config.title or "sparsepipe report", recipe=recipe, commands=commands(contents.artefacts)
-    )
     digests = {name: artefact.digest for name, artefact in inputs.items()}
     with draft(out, "report", config, digests) as building:
+        page = html.render(
+            contents,
+            title=config.title or "sparsepipe report",
+            recipe=recipe_text(contents.artefacts),
+            commands=commands(contents.artefacts),
+        )
         write_text(building.folder / REPORT_FILE, page)
         building.metrics.update(summary.summarise_contents(contents))
     return Artefact.read(out, "report")

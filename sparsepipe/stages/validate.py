@@ -79,11 +79,11 @@ def run(config: BaseModel, inputs: Mapping[str, Artefact], out: Path, *, trusted
             where=str(export.folder),
             advice="Without torch the dense file stands for the network; export a further target.",
         )
-    result = _validate([OnnxNetwork(path) for path in files.values()], reference, config)
     digests = {name: artefact.digest for name, artefact in inputs.items()}
     if config.data is not None:
         digests["data"] = datasets.fingerprint(config.data.name, config.data.options)
     with draft(out, "validate", config, digests) as building:
+        result = _validate([OnnxNetwork(path) for path in files.values()], reference, config)
         write_json(building.folder / RESULT_FILE, result)
         building.metrics.update(result)
     return Artefact.read(out)

@@ -279,7 +279,7 @@ class TestAgainstTorch:
         assert good["accuracy"]["correct"] == good["reference_accuracy"]["correct"] == 80
         assert (bad["passed"], bad["first_divergence"]["layer"]) == (False, "hidden.1")
         assert bad["reference_accuracy"] == good["accuracy"]
-        assert json.loads(result.file("validation.json").read_text()) == result.metrics
+        assert json.loads(result.file("validation.json").read_text()).items() <= result.metrics.items()
         assert result.manifest.inputs.keys() == {"freeze", "export", "data"}
 
     def test_a_folder_is_a_reference_too(self, tmp_path: Path, weights: Weights, samples: Choice) -> None:
