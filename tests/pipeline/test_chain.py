@@ -32,6 +32,7 @@ c = 1e-3
 update_every = 5
 [train]
 epochs = 2
+threads = 1
 batch_size = 128
 dense_twin = true
 [bench]
