@@ -25,8 +25,12 @@ WEIGHT_INPUTS: Mapping[str, tuple[int, ...]] = {
     "MatMulInteger": (1, 0),
     "QLinearConv": (3,),
     "QLinearMatMul": (3, 0),
+    "FusedConv": (1,),
+    "FusedGemm": (1, 0),
+    "FusedMatMul": (1, 0),
 }
-"""Operators with weights, and the inputs that may be the weight, likeliest first."""
+"""Operators with weights, and the inputs that may be the weight, likeliest first. The fused ones are onnxruntime's."""
+WEIGHT_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft")
 
 VIEWS = ("DequantizeLinear", "Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze")
 """Operators that may stand between a stored weight and the node that uses it."""
@@ -112,7 +116,7 @@ def sparsity(layers: Iterable[Layer]) -> float:
 
 def _weight(node: NodeProto, found: Index) -> TensorProto | None:
     """The constant weight of `node` as it is stored, under the name of the tensor that holds it."""
-    if node.domain not in STANDARD_DOMAINS:
+    if node.domain not in WEIGHT_DOMAINS:
         return None
     for position in WEIGHT_INPUTS.get(node.op_type, ()):
         name = node.input[position] if position < len(node.input) else ""

@@ -276,6 +276,22 @@ def test_an_opset_that_lacks_an_operator_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "export").exists()
 
 
+def test_a_graph_that_onnxruntime_has_fused_works_too(their_file: Path, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(their_file, options)
+    result = export.from_onnx(tmp_path / "fused.onnx", Export(), tmp_path / "export")
+    assert [(layer["op"], layer["sparse"]) for layer in result.metrics["layers"]] == [
+        ("FusedConv", True),
+        ("MatMul", False),
+    ]
+    np.testing.assert_array_equal(
+        evaluate(result.file("model.portable.onnx")), evaluate(result.file("model.dense.onnx"))
+    )
+
+
 def test_external_data_is_taken_in(tmp_path: Path) -> None:
     path = tmp_path / "theirs" / "model.onnx"
     path.parent.mkdir()
