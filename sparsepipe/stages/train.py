@@ -79,7 +79,7 @@ def run(config: BaseModel, inputs: Mapping[str, Artefact], out: Path, *, resume:
         with draft(out, "train", config, {"data": fingerprint}, resumable=True) as building:
             trainer.train(config, building, identity, state)
     except BaseException:
-        if not (partial / trainer.checkpoint.FILE).exists():  # nothing that could be resumed
+        if not trainer.checkpoint.exists(partial):  # nothing that could be resumed
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return Artefact.read(out, "train")

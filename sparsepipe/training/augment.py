@@ -70,7 +70,7 @@ class Augmentation:
         return images
 
     def _crop_and_flip(self, images: Tensor, draws: Draws) -> Tensor:
-        count, height, width, _ = images.shape
+        count, height, width, channels = images.shape
         device = images.device
         # pad counts from the last dimension: channels, columns, rows
         padded = functional.pad(images, (0, 0, self.crop, self.crop, self.crop, self.crop)) if self.crop else images
@@ -80,8 +80,11 @@ class Augmentation:
         rows = torch.arange(height, device=device).expand(count, height)
         if self.crop:
             rows, columns = rows + draws.top[:, None], columns + draws.left[:, None]
-        samples = torch.arange(count, device=device)
-        return padded[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
+        # One flat list of pixels is several times faster than indexing three dimensions.
+        first_rows = torch.arange(count, device=device)[:, None] * padded.shape[1]
+        pixels = (first_rows + rows)[:, :, None] * padded.shape[2] + columns[:, None, :]
+        chosen = padded.reshape(-1, channels).index_select(0, pixels.reshape(-1))
+        return chosen.reshape(count, height, width, channels)
 
     def _cut_out(self, images: Tensor, draws: Draws) -> Tensor:
         _, height, width, _ = images.shape

@@ -45,7 +45,7 @@ class InMemory:
     def batches(self, order: Sequence[Tensor]) -> Iterator[Batch]:
         for indices in order:
             chosen = indices.to(self._raw.device)
-            yield self._raw[chosen], self._labels[chosen]
+            yield self._raw.index_select(0, chosen), self._labels.index_select(0, chosen)
 
 
 class OnDemand:
@@ -96,7 +96,8 @@ class Normalise:
 
     def __call__(self, raw: Tensor) -> Tensor:
         """float32 [n, C, H, W], with the channels last in memory, of [n, H, W, C]; [n, F] of [n, F]."""
-        prepared = (raw * self._gain).sub_(self._offset)
+        # Converting first is faster than multiplying mixed types; the copy spares the caller's float samples.
+        prepared = raw.to(torch.float32, copy=True).mul_(self._gain).sub_(self._offset)
         return prepared.permute(0, 3, 1, 2) if prepared.ndim == 4 else prepared
 
 

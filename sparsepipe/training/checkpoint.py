@@ -54,6 +54,11 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
             os.replace(newest, folder / PREVIOUS)
 
 
+def exists(folder: Path) -> bool:
+    """Whether `folder` holds a checkpoint, readable or not."""
+    return any((folder / name).exists() for name in (FILE, PREVIOUS))
+
+
 def load(folder: Path) -> dict[str, Any] | None:
     """The newest state of `folder` that can be read, on the CPU; None if there never was one.
 
