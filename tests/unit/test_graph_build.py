@@ -199,6 +199,11 @@ def test_the_network_is_left_as_it_was_and_the_exporter_is_silent(capfd: pytest.
     assert torch.equal(torch.get_rng_state(), generator)
 
 
+def test_the_same_network_gives_the_same_bytes_in_any_memory_layout(images: ModelProto) -> None:
+    turned = network(Images).to(memory_format=torch.channels_last)
+    assert build(turned, SHAPES[Images]).SerializeToString() == images.SerializeToString()
+
+
 class Branches(nn.Module):
     def forward(self, x):
         return x * 2 if x.sum() > 0 else x
