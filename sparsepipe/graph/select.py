@@ -107,6 +107,18 @@ def survey(model: ModelProto) -> list[Layer]:
     return layers
 
 
+def weights(model: ModelProto) -> Iterator[TensorProto]:
+    """The constant weights that nodes use, in the order of the graph, those in subgraphs and functions last.
+
+    A weight that is used again comes again.
+    """
+    found = index(model.graph)
+    for _, nodes, seen in [("", model.graph.node, found), *_left_alone(model, found)]:
+        for node in nodes:
+            if (weight := _weight(node, seen)) is not None:
+                yield weight
+
+
 def sparsity(layers: Iterable[Layer]) -> float:
     """Share of zeros over all weights, each counted once; 0 where there are none."""
     counted = [layer for layer in layers if layer.dense_bytes]
