@@ -95,7 +95,8 @@ def test_an_artefact(tmp_path: Path) -> None:
     found = inspect(tmp_path / "convert")
     assert (found["kind"], found["stage"], found["digest"]) == ("artefact", "convert", artefact.digest)
     assert (found["config"], found["inputs"]) == ({"level": 3}, {"freeze": "sha256:0"})
-    assert found["metrics"] == {"bytes_after": 5}
+    assert found["metrics"].items() >= {"bytes_after": 5}.items()
+    assert "layers" not in found["metrics"]
     assert found["model"]["model"] == {"name": "mlp", "hidden": 64}
     assert found["intact"] is True
     assert found["bytes"] == sum(artefact.file(name).stat().st_size for name in artefact.manifest.outputs)
@@ -120,7 +121,7 @@ def test_an_artefact_without_weights(tmp_path: Path) -> None:
         building.metrics["baseline"] = "a.onnx"
     found = inspect(tmp_path / "bench")
     assert (found["stage"], found["layers"], found["sparsity"]) == ("bench", [], None)
-    assert found["metrics"] == {"baseline": "a.onnx"}
+    assert found["metrics"]["baseline"] == "a.onnx"
 
 
 def test_a_run_folder(tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_a_run_folder(tmp_path: Path) -> None:
     found = inspect(tmp_path / "run")
     assert (found["kind"], found["layers_of"], found["interrupted"]) == ("run", "convert", ["export.partial"])
     assert set(found["stages"]) == {"bench", "convert"}
-    assert found["stages"]["bench"]["metrics"] == {"baseline": "a.onnx"}
+    assert found["stages"]["bench"]["metrics"]["baseline"] == "a.onnx"
     assert set(rows(found)) == {"fc.weight", "head.weight"}
 
 
