@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -43,7 +43,8 @@ def output_options(function: F) -> F:
     ):
         option = click.option(*flags, is_flag=True, expose_value=False, callback=set_level(level), help=text)
         with_logging = option(with_logging)
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(with_logging)
+    json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+    return cast(F, json_option(with_logging))
 
 
 def overrides_option(function: F) -> F:
