@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
@@ -70,6 +70,7 @@ def test_a_training_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert "optimizer/state/0/exp_avg_sq" in file.keys()  # noqa: SIM118
 
 
+@settings(max_examples=40)
 @given(tree=TREES)
 def test_plain_values_of_any_shape_come_back(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
     folder = tmp_path_factory.mktemp("plain")
