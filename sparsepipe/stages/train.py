@@ -116,8 +116,8 @@ def _interrupted(trainer: ModuleType, partial: Path, identity: Mapping[str, Any]
         raise ArtefactError(
             f"The interrupted training was made with other settings: {', '.join(differing)}.",
             where=str(partial),
-            advice="Resume it with the same recipe and data; or, to start anew, train without --resume or delete "
-            "this folder.",
+            advice="Resume it with the same recipe and data, or start over: `sparsepipe train` without --resume, or "
+            "`sparsepipe run --force`.",
         )
     return saved
 
