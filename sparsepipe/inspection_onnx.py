@@ -40,7 +40,7 @@ class Weight:
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Weight]]:
-    """Facts about an ONNX file, and its weights with those of its subgraphs.
+    """Facts about an ONNX file, and its weights, those in subgraphs and functions among them.
 
     Raises:
         GraphError: the file is damaged, or its external data lies outside of its folder.
@@ -50,6 +50,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Weight]]:
     as_stored = ModelProto.FromString(path.read_bytes())
     stored = dict(_sparse_bytes(as_stored))
     weights = list(_weights(model, stored, str(path)))
+    operators = Counter(f"{node.domain}.{node.op_type}".lstrip(".") for node in all_nodes(model))
     facts = {
         "ir_version": model.ir_version,
         "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
@@ -57,9 +58,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Weight]]:
         "metadata": {entry.key: entry.value for entry in model.metadata_props},
         "inputs": {value.name: _type_text(value) for value in model.graph.input},
         "outputs": {value.name: _type_text(value) for value in model.graph.output},
-        "operators": dict(
-            Counter(f"{node.domain}.{node.op_type}".lstrip(".") for node in all_nodes(model)).most_common()
-        ),
+        "operators": dict(operators.most_common()),
         "sparse_initializers": len(stored),
         "external_data": sorted(set(_external_files(as_stored))),
         "functions": len(model.functions),
