@@ -90,10 +90,8 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
 
 def graphs(model: ModelProto) -> Iterator[GraphProto]:
     """Every graph of `model`: the main one, and those inside of nodes at any depth, of functions, too."""
-    pending = [
-        model.graph,
-        *(inner for function in model.functions for node in function.node for inner in subgraphs(node)),
-    ]
+    pending = [model.graph]
+    pending += [inner for function in model.functions for node in function.node for inner in subgraphs(node)]
     while pending:
         graph = pending.pop()
         yield graph
