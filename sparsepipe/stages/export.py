@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("sparsepipe")
 
 LAYERS_FILE = "layers.json"
+COMMON_IR_VERSION = 10
+"""Version of the file format that any onnxruntime since 1.18 reads. The onnx package writes its own newest one, which
+onnxruntime reads only months later."""
 STEPS = 4  # of the progress bar: read or build, choose, check, write
 
 TARGETS: Mapping[str, Callable[[ModelProto, Sequence[Layer]], ModelProto]] = {
@@ -82,7 +85,8 @@ def run(
 def from_onnx(path: Path, config: recipe.Export, out: Path) -> Artefact:
     """Export an ONNX file from any tool: graph, names and opset stay, only the storage of weights changes.
 
-    The opset is converted only if `config` sets one explicitly. torch is not needed.
+    The opset is converted only if `config` sets one explicitly. A version of the file format that is newer than the
+    opset needs is lowered, so that onnxruntime reads it. torch is not needed.
 
     Raises:
         GraphError: the file cannot be read, cannot be converted to the opset, or cannot be loaded by onnxruntime.
@@ -91,6 +95,7 @@ def from_onnx(path: Path, config: recipe.Export, out: Path) -> Artefact:
         model = load(path)
         if "opset" in config.model_fields_set:
             model = opset.convert(model, config.opset, where=str(path))
+        model.ir_version = min(model.ir_version, max(opset.smallest_ir_version(model), COMMON_IR_VERSION))
         progress.advance(note="choosing layers")
         return _write(model, {}, config, {"onnx": digest_file(path)}, out, progress.advance)
 
