@@ -84,7 +84,7 @@ struct Isa {
                  const Epilogue&, float* y);
 };
 
-// Chosen once: the best one that the CPU runs, or the one that SPARSEPIPE_ISA names.
+// The best one that the CPU runs, or the one that SPARSEPIPE_ISA names.
 // Returns nullptr and fills `error` where that name is unknown or does not run here.
 const Isa* select(char* error, std::size_t error_size);
 // All that were compiled in, best first; ends with nullptr.

@@ -23,7 +23,7 @@ abi::Status* create(const abi::CustomOp* self, abi::Api* api, const abi::KernelI
     const Node node(ort, info);
     where += " node '" + node.name() + "'";
     char error[200] = "";
-    static const kernels::Isa* const isa = kernels::select(error, sizeof error);
+    const kernels::Isa* const isa = kernels::select(error, sizeof error);
     if (isa == nullptr) throw Error(error[0] ? error : "SPARSEPIPE_ISA names no instruction set of this CPU");
     std::unique_ptr<Kernel> kernel = op.make(ort, node, *isa);
     kernel->where = where;
