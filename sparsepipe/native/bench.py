@@ -93,6 +93,14 @@ class Net:
             )  # fmt: skip
             self.nodes.append(node)
             return out
+        if group > 1 and self.native:
+            out = self.name("t")
+            node = operators.depthwise_conv(
+                [x, self.constant(weight), self.constant(bias)], out, weight_shape=shape, strides=[stride] * 2,
+                pads=pads, activation=activation, name=out,
+            )  # fmt: skip
+            self.nodes.append(node)
+            return out
         out = self.add(
             "Conv", [x, self.constant(weight), self.constant(bias)],
             kernel_shape=list(shape[2:]), strides=[stride] * 2, pads=pads, group=group,

@@ -6,6 +6,9 @@ are numbered ``b = (o // r) * K + k`` with K = I * prod(kernel). ``values`` hold
 ``deltas`` the differences of consecutive b (the first: b itself), uint8 or uint16. A gap that does not fit is bridged by
 blocks of zeros.
 
+``DepthwiseConv(X, W, B?) -> Y`` is a dense depthwise convolution with W [C, 1, *kernel]: it keeps the NCHW layout between
+sparse layers, where onnxruntime's own one pays for two changes of layout.
+
 The fallback is a model-local function per node: it rebuilds the dense weight from standard operators, which
 onnxruntime folds into a constant where it inlines the function.
 """
@@ -22,6 +25,11 @@ from onnx import TensorProto, helper
 
 DOMAIN = "sparsepipe"
 VERSION = 1
+INPUTS = {
+    "SparseConv": ("X", "values", "deltas", "B", "residual"),
+    "SparseLinear": ("X", "values", "deltas", "B"),
+    "DepthwiseConv": ("X", "W", "B"),
+}
 
 
 def encode(
@@ -92,6 +100,33 @@ def sparse_conv(
     return helper.make_node("SparseConv", list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
 
+def depthwise_conv(
+    inputs: Sequence[str],
+    output: str,
+    *,
+    weight_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    activation: str = "none",
+    limits: tuple[float, float] | None = None,
+    name: str = "",
+) -> onnx.NodeProto:
+    """A DepthwiseConv node; ``weight_shape`` is [C, 1, *kernel]."""
+    rank = len(weight_shape) - 2
+    attributes: dict[str, Any] = {
+        "kernel_shape": list(weight_shape[2:]),
+        "strides": list(strides or [1] * rank),
+        "pads": list(pads or [0] * 2 * rank),
+        "dilations": list(dilations or [1] * rank),
+        "channels": weight_shape[0],
+        "activation": activation,
+    }
+    if limits:
+        attributes |= {"min": float(limits[0]), "max": float(limits[1])}
+    return helper.make_node("DepthwiseConv", list(inputs), [output], name=name, domain=DOMAIN, **attributes)
+
+
 def sparse_linear(
     inputs: Sequence[str],
     output: str,
@@ -123,28 +158,27 @@ def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
     This builder serves files that hold one node of each type.
     """
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    conv = node.op_type == "SparseConv"
-    names = ["X", "values", "deltas", "B", "residual"] if conv else ["X", "values", "deltas", "B"]
-    present = {name: i < len(node.input) and bool(node.input[i]) for i, name in enumerate(names)}
-    if conv:
+    names = INPUTS[node.op_type]
+    present = {name for name, value in zip(names, node.input, strict=False) if value}
+    window = {k: attributes[k] for k in ("kernel_shape", "strides", "pads", "dilations") if k in attributes}
+    bias = ["B"] if "B" in present else []
+    if node.op_type == "SparseConv":
         shape = [attributes["out_channels"], attributes["in_channels"], *attributes["kernel_shape"]]
-    else:
-        shape = [attributes["out_features"], attributes["in_features"]]
-    nodes = _dense_weight(shape, attributes["block"])
-    if conv:
-        keys = ("kernel_shape", "strides", "pads", "dilations", "group")
-        inputs = ["X", "W", "B"] if present["B"] else ["X", "W"]
-        nodes.append(helper.make_node("Conv", inputs, ["y0"], **{k: attributes[k] for k in keys}))
-        if present["residual"]:
+        nodes = _dense_weight(shape, attributes["block"])
+        nodes.append(helper.make_node("Conv", ["X", "W", *bias], ["y0"], group=1, **window))
+        if "residual" in present:
             nodes.append(helper.make_node("Add", ["y0", "residual"], ["y1"]))
+    elif node.op_type == "DepthwiseConv":
+        nodes = [helper.make_node("Conv", ["X", "W", *bias], ["y0"], group=attributes["channels"], **window)]
     else:
+        nodes = _dense_weight([attributes["out_features"], attributes["in_features"]], attributes["block"])
         nodes.append(helper.make_node("Transpose", ["W"], ["Wt"], perm=[1, 0]))
         nodes.append(helper.make_node("MatMul", ["X", "Wt"], ["y0"]))
-        if present["B"]:
+        if bias:
             nodes.append(helper.make_node("Add", ["y0", "B"], ["y1"]))
     nodes += _activation(attributes, nodes[-1].output[0])
     function = helper.make_function(
-        DOMAIN, node.op_type, names[: len(node.input)], ["Y"], nodes, [helper.make_opsetid("", opset)]
+        DOMAIN, node.op_type, list(names[: len(node.input)]), ["Y"], nodes, [helper.make_opsetid("", opset)]
     )
     function.attribute.extend(sorted(attributes))
     return function

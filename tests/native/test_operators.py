@@ -168,6 +168,38 @@ def test_convolution_at_length(session: Any, model: Any, isa: str, case: dict[st
     check_convolution(session, model, isa, case)
 
 
+def check_depthwise(session: Any, model: Any, isa: str, case: dict[str, Any]) -> None:
+    random = np.random.default_rng(case["seed"])
+    channels, kernel = case["shape"][0], case["shape"][2:]
+    shape = (channels, 1, *kernel)
+    constants = {"W": (random.standard_normal(shape) / np.prod(kernel) ** 0.5).astype(np.float32)}
+    if case["bias"]:
+        constants["B"] = random.standard_normal(channels).astype(np.float32)
+    node = operators.depthwise_conv(
+        ["X", *constants], "Y", weight_shape=shape, strides=case["strides"], pads=case["pads"],
+        dilations=case["dilations"], activation=case["activation"], name="the_node",
+        limits=(-0.5, 0.75) if case["activation"] == "clip" else None,
+    )  # fmt: skip
+    x = random.standard_normal((case["batch"], channels, *case["sizes"])).astype(np.float32)
+    compare(session, model, node, constants, {"X": x}, isa, case["threads"])
+
+
+@example(BIG | {"shape": (24, 1, 3, 3), "sizes": [56, 57]})
+@example(BIG | {"shape": (24, 1, 3, 3), "sizes": [57, 112], "strides": [2, 2]})
+@example(BIG | {"shape": (3, 1, 5, 5), "sizes": [9, 600], "pads": [2, 2, 2, 2]})
+@settings(max_examples=25)
+@given(case=convolutions())
+def test_depthwise(session: Any, model: Any, isa: str, case: dict[str, Any]) -> None:
+    check_depthwise(session, model, isa, case)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(case=convolutions())
+def test_depthwise_at_length(session: Any, model: Any, isa: str, case: dict[str, Any]) -> None:
+    check_depthwise(session, model, isa, case)
+
+
 LINEAR = {
     "rows": st.sampled_from([1, 2, 3, 4, 15, 16, 17, 33, 128, 250]),
     "features": st.integers(1, 300),

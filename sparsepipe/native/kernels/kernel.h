@@ -34,6 +34,10 @@ struct RowsArgs {
   const std::int32_t* count;   // ... and how many of its lanes are stored
   bool whole;                  // all lanes are stored, one vector after the other
   Epilogue epilogue;           // bias points to channel 0
+  bool prefetch_output;  // y and residual do not fit the L2 cache
+  // Planes of the tile after this one, to prefetch while this one computes: so many with each row.
+  const float* next;
+  std::int64_t next_stride, next_channels, next_channels_per_row;
 };
 
 struct StageRow {
@@ -62,6 +66,19 @@ struct PackArgs {
   std::int32_t copy_floats;  // a copy may write up to the next multiple of 4, 8 or lanes
 };
 
+// `rows` output rows of one channel of a depthwise convolution, from a stage that pack_stage filled.
+struct DepthwiseArgs {
+  const float* stage;
+  std::int64_t pitch;  // floats between stage rows
+  std::int32_t kernel_h, kernel_w, row_step, row_dilation;
+  const std::int32_t* column;  // [kernel_w] place of each kernel column in a stage row
+  const float* weights;        // [kernel_h][kernel_w]
+  float bias;
+  float* y;  // first of the rows
+  std::int64_t rows, columns;
+  Epilogue epilogue;  // without its bias
+};
+
 constexpr int kMaxVectors = 16;
 constexpr int kBlocks[] = {1, 2, 4};
 
@@ -75,6 +92,7 @@ struct Isa {
   void (*pack_flat)(const float* input, std::int64_t input_stride, std::int64_t channels, std::int64_t count,
                     float* output, std::int64_t output_stride);
   void (*pack_stage)(const PackArgs&);
+  void (*depthwise)(const DepthwiseArgs&);
   // output[column * output_stride + row] = input[row * input_stride + column].
   void (*transpose)(const float* input, std::int64_t input_stride, std::int64_t rows, std::int64_t columns,
                     float* output, std::int64_t output_stride);

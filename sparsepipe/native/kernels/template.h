@@ -147,8 +147,8 @@ SPARSEPIPE_INLINE void finish(const vf (&sum)[R][T], const RowsArgs& a, std::int
     for (int t = 0; t < T; ++t) {
       vf v = sum[r][t];
       if (a.whole) {
-        if (residual) v += load(residual + t * kLanes);
-        store(y + t * kLanes, activate(v, a.epilogue));
+        if (residual) v += load(residual + a.target[0] + t * kLanes);
+        store(y + a.target[0] + t * kLanes, activate(v, a.epilogue));
       } else if (a.count[t] == kLanes) {
         if (residual) v += load(residual + a.target[t]);
         store(y + a.target[t], activate(v, a.epilogue));
@@ -164,9 +164,14 @@ SPARSEPIPE_INLINE void finish(const vf (&sum)[R][T], const RowsArgs& a, std::int
 template <int R, int T>
 constexpr int kChains = R * T >= 8 ? 1 : (R * T >= 4 ? 2 : 4);
 
+// Rows between the prefetch of an output and its use.
+template <int R>
+constexpr int kAhead = R == 1 ? 6 : (R == 2 ? 3 : 2);
+
 template <int R, int T>
 void rows_of(const RowsArgs& a) {
   constexpr int C = kChains<R, T>;
+  std::int64_t next = 0;
   const auto* entries = reinterpret_cast<const Entry<R>*>(a.entries);
   for (std::int64_t row = a.row_begin; row < a.row_end; ++row) {
     vf sum[C][R][T];
@@ -180,6 +185,27 @@ void rows_of(const RowsArgs& a) {
         SPARSEPIPE_UNROLL
         for (int c = 1; c < C; ++c) sum[c][r][t] = vf{};
       }
+    }
+    if (a.last && a.prefetch_output) {
+      // The lines that a later row writes (and adds) are on their way while this one computes: planes lie pages
+      // apart, where the hardware does not prefetch.
+      const std::int64_t shift = ((row - a.row_begin) + kAhead<R>) * R * a.y_stride;
+      SPARSEPIPE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        float* y = a.y + shift + r * a.y_stride;
+        SPARSEPIPE_UNROLL
+        for (int t = 0; t < T; ++t) __builtin_prefetch(y + a.target[t], 1, 3);
+        if (a.residual) {
+          const float* residual = a.residual + shift + r * a.y_stride;
+          SPARSEPIPE_UNROLL
+          for (int t = 0; t < T; ++t) __builtin_prefetch(residual + a.target[t], 0, 3);
+        }
+      }
+    }
+    for (std::int64_t i = 0; i < a.next_channels_per_row && next < a.next_channels; ++i, ++next) {
+      const float* line = a.next + next * a.next_stride;
+      SPARSEPIPE_UNROLL
+      for (int t = 0; t < T; ++t) __builtin_prefetch(line + t * kLanes, 0, 2);
     }
     const Entry<R>* e = entries + a.row_start[row];
     const Entry<R>* const end = entries + a.row_start[row + 1];
@@ -356,6 +382,75 @@ void pack_stage(const PackArgs& a) {
   }
 }
 
+// R output rows of a 3 x 3 depthwise convolution with row step S: an input row is loaded once for all that use it.
+template <int R, int S>
+SPARSEPIPE_INLINE void depthwise3x3(const DepthwiseArgs& a, const vf (&w)[9], std::int64_t row, std::int64_t column) {
+  vf sum[R];
+  SPARSEPIPE_UNROLL
+  for (int r = 0; r < R; ++r) sum[r] = broadcast(a.bias);
+  const float* from = a.stage + row * S * a.pitch + column;
+  SPARSEPIPE_UNROLL
+  for (int i = 0; i < (R - 1) * S + 3; ++i) {
+    SPARSEPIPE_UNROLL
+    for (int j = 0; j < 3; ++j) {
+      const vf x = load(from + i * a.pitch + a.column[j]);
+      SPARSEPIPE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        if (i - r * S >= 0 && i - r * S < 3) sum[r] += w[(i - r * S) * 3 + j] * x;
+      }
+    }
+  }
+  float* y = a.y + row * a.columns + column;
+  const std::int64_t left = a.columns - column;
+  SPARSEPIPE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const vf v = activate(sum[r], a.epilogue);
+    if (left >= kLanes) {
+      store(y + r * a.columns, v);
+    } else {
+      store_some(y + r * a.columns, v, static_cast<int>(left));
+    }
+  }
+}
+
+template <int S>
+void depthwise3x3_rows(const DepthwiseArgs& a) {
+  constexpr int R = SPARSEPIPE_REGISTERS >= 32 ? 4 : 2;
+  vf w[9];
+  for (int i = 0; i < 9; ++i) w[i] = broadcast(a.weights[i]);
+  std::int64_t row = 0;
+  for (; row + R <= a.rows; row += R) {
+    for (std::int64_t c = 0; c < a.columns; c += kLanes) depthwise3x3<R, S>(a, w, row, c);
+  }
+  for (; row < a.rows; ++row) {
+    for (std::int64_t c = 0; c < a.columns; c += kLanes) depthwise3x3<1, S>(a, w, row, c);
+  }
+}
+
+void depthwise(const DepthwiseArgs& a) {
+  if (a.kernel_h == 3 && a.kernel_w == 3 && a.row_dilation == 1 && a.row_step <= 2) {
+    return a.row_step == 1 ? depthwise3x3_rows<1>(a) : depthwise3x3_rows<2>(a);
+  }
+  for (std::int64_t row = 0; row < a.rows; ++row) {
+    for (std::int64_t c = 0; c < a.columns; c += kLanes) {
+      vf sum = broadcast(a.bias);
+      for (std::int32_t i = 0; i < a.kernel_h; ++i) {
+        const float* from = a.stage + (row * a.row_step + i * a.row_dilation) * a.pitch + c;
+        for (std::int32_t j = 0; j < a.kernel_w; ++j) {
+          sum += broadcast(a.weights[i * a.kernel_w + j]) * load(from + a.column[j]);
+        }
+      }
+      float* y = a.y + row * a.columns + c;
+      const vf v = activate(sum, a.epilogue);
+      if (a.columns - c >= kLanes) {
+        store(y, v);
+      } else {
+        store_some(y, v, static_cast<int>(a.columns - c));
+      }
+    }
+  }
+}
+
 // The square of kLanes x kLanes floats, by swapping ever larger off-diagonal blocks.
 template <int D, int... I>
 SPARSEPIPE_INLINE void swap_blocks(vf& a, vf& b) {
@@ -491,6 +586,7 @@ void vector(const float* x, const std::uint16_t* index16, const std::uint32_t* i
                         SPARSEPIPE_NAMESPACE::rows,                                                         \
                         SPARSEPIPE_NAMESPACE::pack_flat,                                                    \
                         SPARSEPIPE_NAMESPACE::pack_stage,                                                   \
+                        SPARSEPIPE_NAMESPACE::depthwise,                                                    \
                         SPARSEPIPE_NAMESPACE::transpose,                                                    \
                         SPARSEPIPE_NAMESPACE::vector};                                                      \
   }

@@ -84,6 +84,7 @@ extern "C" __attribute__((visibility("default"))) sparsepipe::abi::Status* Regis
   }
   const abi::Functions ort(table);
   static const Op conv = describe("SparseConv", 5, 3, make_sparse_conv);
+  static const Op depthwise = describe("DepthwiseConv", 3, 2, make_depthwise_conv);
   static const Op linear = describe("SparseLinear", 4, 3, make_sparse_linear);
   // The domain outlives the sessions that use it, so it is made once and never released.
   static std::mutex mutex;
@@ -94,6 +95,7 @@ extern "C" __attribute__((visibility("default"))) sparsepipe::abi::Status* Regis
       abi::Domain* made = nullptr;
       check(ort, ort.create_domain("sparsepipe", &made));
       check(ort, ort.domain_add(made, &conv));
+      check(ort, ort.domain_add(made, &depthwise));
       check(ort, ort.domain_add(made, &linear));
       domain = made;
     }

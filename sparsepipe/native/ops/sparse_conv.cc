@@ -13,6 +13,7 @@
 
 #include "ops/ops.h"
 #include "ops/plan.h"
+#include "ops/window.h"
 
 namespace sparsepipe {
 namespace {
@@ -23,16 +24,10 @@ using kernels::StageRow;
 
 enum class Mode : int { kChoose = 0, kDirect = 1, kFlat = 2, kRows = 3, kColumns = 4 };
 
-struct Attributes {
-  bool flat_input = false;  // [N, C, W]: a 1-D convolution
-  std::int64_t in, out, kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
-  std::int64_t top, left, bottom, right;
+struct Attributes : Window {
+  std::int64_t in, out;
   Mode mode;
 };
-
-constexpr std::int64_t kMostFloats = std::int64_t{1} << 30;  // of a plane, a stage or a packed channel
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // One way to cut the output into tiles and to pack the input for them.
 struct Geometry {
@@ -173,84 +168,45 @@ struct Plan {
 class SparseConv final : public Kernel {
  public:
   SparseConv(const abi::Functions& functions, const Node& node, const Isa& isa) : Kernel(functions), isa_(isa) {
-    const std::vector<std::int64_t> kernel = node.integers("kernel_shape", std::nullopt, std::nullopt, 1, 255);
-    const std::size_t rank = kernel.size();
-    if (rank != 1 && rank != 2) throw Error("attribute 'kernel_shape' must have 1 or 2 numbers");
-    const auto strides = node.integers("strides", rank, 1, 1, 4096);
-    const auto dilations = node.integers("dilations", rank, 1, 1, 4096);
-    const auto pads = node.integers("pads", 2 * rank, 0, 0, 65535);
+    static_cast<Window&>(a_) = read_window(node);
     if (node.integer("group", 1, 1, 1 << 30) != 1) throw Error("attribute 'group' must be 1");
-    a_.flat_input = rank == 1;
     a_.in = node.integer("in_channels", std::nullopt, 1, kMaxChannels);
     a_.out = node.integer("out_channels", std::nullopt, 1, kMaxChannels);
-    a_.kernel_h = rank == 2 ? kernel[0] : 1;
-    a_.kernel_w = kernel.back();
-    a_.stride_h = rank == 2 ? strides[0] : 1;
-    a_.stride_w = strides.back();
-    a_.dilation_h = rank == 2 ? dilations[0] : 1;
-    a_.dilation_w = dilations.back();
-    a_.top = rank == 2 ? pads[0] : 0;
-    a_.left = pads[rank - 1];
-    a_.bottom = rank == 2 ? pads[2] : 0;
-    a_.right = pads.back();
     a_.mode = static_cast<Mode>(node.integer("mode", 0, 0, 1 << 30));
     const std::int64_t columns = product({a_.in, a_.kernel_h, a_.kernel_w});
     if (columns >= kMostFloats) throw Error("the weight has too many columns");
     epilogue_ = read_epilogue(node, {"none", "relu", "clip", "hardswish", "silu"});
     weight_ = read_weight(node, a_.out, columns);
-    bias_ = read_bias(node, a_.out);
+    bias_ = read_bias(node, 3, a_.out);
     epilogue_.bias = bias_.empty() ? nullptr : bias_.data();
   }
 
   void compute(const Call& call) override {
     const std::optional<Tensor> x = call.input(0);
-    if (!x || x->type != abi::kFloat) throw Error("input 'X' must be a float32 tensor");
-    const std::size_t rank = a_.flat_input ? 3 : 4;
-    if (x->dims.size() != rank || x->dims[1] != a_.in) {
-      throw Error("input 'X' must have " + std::to_string(rank) + " dimensions and " + std::to_string(a_.in) +
-                  " channels, not shape " + shape_text(x->dims));
-    }
-    x->size();
-    const std::int64_t batch = x->dims[0];
-    const std::int64_t height = a_.flat_input ? 1 : x->dims[2];
-    const std::int64_t width = x->dims.back();
-    if (product({height, width}) > kMostFloats) throw Error("input 'X' has too large planes");
-    const std::int64_t out_height = extent(height, a_.top + a_.bottom, a_.kernel_h, a_.dilation_h, a_.stride_h, x->dims);
-    const std::int64_t out_width = extent(width, a_.left + a_.right, a_.kernel_w, a_.dilation_w, a_.stride_w, x->dims);
-    if (product({out_height, out_width}) > kMostFloats) throw Error("the output has too large planes");
-    std::vector<std::int64_t> dims{batch, a_.out};
-    if (!a_.flat_input) dims.push_back(out_height);
-    dims.push_back(out_width);
-    product(dims);
-
+    if (!x) throw Error("input 'X' is missing");
+    const Planes p = read_planes(a_, *x, a_.in, a_.out);
+    const std::vector<std::int64_t>& dims = p.out_dims;
     const std::optional<Tensor> residual = call.input(4);
     if (residual && (residual->type != abi::kFloat || residual->dims != dims)) {
       throw Error("input 'residual' must be float32 of the output's shape " + shape_text(dims) + ", not " +
                   shape_text(residual->dims));
     }
     float* y = call.output(dims);
-    if (batch == 0) return;
-    const std::shared_ptr<const Plan> plan = plans_.get({height, width, batch == 1}, [&] {
+    if (p.batch == 0) return;
+    const std::shared_ptr<const Plan> plan = plans_.get({p.height, p.width, p.batch == 1}, [&] {
       Geometry shape{};
-      shape.height = height;
-      shape.width = width;
-      shape.out_height = out_height;
-      shape.out_width = out_width;
+      shape.height = p.height;
+      shape.width = p.width;
+      shape.out_height = p.out_height;
+      shape.out_width = p.out_width;
       shape.lanes = isa_.lanes;
-      return make_plan(shape, batch);
+      return make_plan(shape, p.batch);
     });
-    run(call, *plan, static_cast<const float*>(x->data), batch,
+    run(call, *plan, static_cast<const float*>(x->data), p.batch,
         residual ? static_cast<const float*>(residual->data) : nullptr, y);
   }
 
  private:
-  static std::int64_t extent(std::int64_t size, std::int64_t pads, std::int64_t kernel, std::int64_t dilation,
-                             std::int64_t stride, const std::vector<std::int64_t>& dims) {
-    const std::int64_t room = size + pads - (kernel - 1) * dilation - 1;
-    if (size < 1 || room < 0) throw Error("input 'X' of shape " + shape_text(dims) + " is smaller than the kernel");
-    return room / stride + 1;
-  }
-
   // Every candidate geometry, or those of the mode that the attribute asks for where it fits.
   void candidates(const Geometry& shape, const std::function<void(const Geometry&)>& consider) const {
     const int most = isa_.max_vectors[weight_.block];
@@ -442,6 +398,9 @@ class SparseConv final : public Kernel {
     const std::int64_t tiles = batch * g.tiles;
     const float* const caller = reinterpret_cast<const float*>(&scratch());
     std::atomic<bool> helped{false};
+    const double most_cached = 0.75 * caches().l2 / sizeof(float);
+    const bool prefetch_input = static_cast<double>(a_.in * in_plane) > most_cached;
+    const bool prefetch_output = static_cast<double>(a_.out * out_plane) * (residual ? 2 : 1) > most_cached;
 
     // Split rows need the packed input at once; it is packed first, by all threads together.
     float* shared = nullptr;
@@ -476,13 +435,13 @@ class SparseConv final : public Kernel {
       args.entries = plan.weight.entries();
       args.y_stride = out_plane;
       const std::int64_t shift = (image * a_.out + args.row_begin * weight_.block) * out_plane;
-      const std::int64_t base = where.whole ? where.target[0] : 0;
-      args.y = y + shift + base;
-      args.residual = residual ? residual + shift + base : nullptr;
+      args.y = y + shift;
+      args.residual = residual ? residual + shift : nullptr;
       args.target = where.target;
       args.count = where.count;
       args.whole = where.whole;
       args.epilogue = epilogue_;
+      args.prefetch_output = prefetch_output;
       const std::int64_t blocks = plan.weight.blocks();
       if (blocks > 1) {
         args.partial = mine.partial.at_least(
@@ -496,6 +455,12 @@ class SparseConv final : public Kernel {
         const std::int64_t last = plan.weight.last_channel(b);
         if (!packs) {
           args.x = source + first * in_plane + tile * g.tile_floats();
+          if (prefetch_input && tile + 1 < g.tiles) {
+            args.next = args.x + g.tile_floats();
+            args.next_stride = in_plane;
+            args.next_channels = last - first;
+            args.next_channels_per_row = ceil_div(last - first, args.row_end - args.row_begin);
+          }
         } else if (shared) {
           args.x = shared + index * tile_size + first * g.layout.channel_stride;
         } else {

@@ -6,6 +6,7 @@
 
 #include "ops/ops.h"
 #include "ops/plan.h"
+#include "ops/window.h"
 
 namespace sparsepipe {
 namespace {
@@ -14,8 +15,6 @@ using kernels::Isa;
 
 constexpr std::int64_t kFewRows = 3;       // up to here row by row
 constexpr std::int64_t kOutputGroup = 64;  // outputs that are transposed back at once
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 struct Plan {
   TileLayout layout;
@@ -32,7 +31,7 @@ class SparseLinear final : public Kernel {
     node.integer("mode", 0, 0, 1 << 30);
     epilogue_ = read_epilogue(node, {"none", "relu", "clip", "gelu"});
     weight_ = read_weight(node, out_, in_);
-    bias_ = read_bias(node, out_);
+    bias_ = read_bias(node, 3, out_);
     epilogue_.bias = bias_.empty() ? nullptr : bias_.data();
     vector_bounds_ = split_rows(weight_, row_chunks(weight_, 1, 2.0 * weight_.entries()));
   }
@@ -142,6 +141,9 @@ class SparseLinear final : public Kernel {
       args.entries = plan.weight.entries();
       args.y_stride = width;
       args.whole = true;
+      std::int32_t target[kernels::kMaxVectors];
+      for (int v = 0; v < kernels::kMaxVectors; ++v) target[v] = v * isa_.lanes;
+      args.target = target;
       args.epilogue = epilogue_;
       float* partial = nullptr;
       if (blocks > 1) partial = mine.partial.at_least(static_cast<std::size_t>((end - begin) * block * width));

@@ -72,8 +72,8 @@ SparseWeight read_weight(const Node& node, std::int64_t out, std::int64_t column
   return weight;
 }
 
-std::vector<float> read_bias(const Node& node, std::int64_t out) {
-  const auto bias = node.constant(3, "B");
+std::vector<float> read_bias(const Node& node, std::size_t index, std::int64_t out) {
+  const auto bias = node.constant(index, "B");
   if (!bias) return {};
   if (bias->type != abi::kFloat) throw Error("input 'B' must be float32");
   if (bias->dims != std::vector<std::int64_t>{out}) {
