@@ -55,7 +55,9 @@ struct PackArgs {
   std::int64_t channels;
   float* output;
   std::int64_t output_stride;  // floats between the tiles of consecutive planes
-  float* stage;                // its padding is zero already
+  // Channel c uses the stage at stage + c % stage_count * stage_stride; the padding is zero already.
+  float* stage;
+  std::int64_t stage_stride, stage_count;
   const StageRow* rows;
   std::int32_t row_count;
   std::int32_t step;          // column stride

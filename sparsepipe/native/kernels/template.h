@@ -284,9 +284,9 @@ void pack_flat(const float* input, std::int64_t input_stride, std::int64_t chann
 }
 
 template <int L>
-SPARSEPIPE_INLINE void copy_runs(const PackArgs& a, float* to) {
+SPARSEPIPE_INLINE void copy_runs(const PackArgs& a, const float* stage, float* to) {
   for (std::int32_t i = 0; i < a.copy_count; ++i) {
-    const float* from = a.stage + a.copies[i].source;
+    const float* from = stage + a.copies[i].source;
     float* run = to + a.copies[i].target;
     for (std::int32_t f = 0; f < a.copy_floats; f += L) store<L>(run + f, load<L>(from + f));
   }
@@ -342,89 +342,97 @@ SPARSEPIPE_INLINE void copy_row(const float* from, std::int32_t count, float* to
   }
 }
 
-void pack_stage(const PackArgs& a) {
-  for (std::int64_t c = 0; c < a.channels; ++c) {
-    const float* plane = a.input + c * a.input_stride;
-    for (std::int32_t i = 0; i < a.row_count; ++i) {
-      const StageRow& row = a.rows[i];
-      const float* from = plane + row.source;
-      float* to = a.stage + row.target;
-      if (a.step == 1) {
-        copy_row<kLanes>(from, row.count, to + a.lead);
-      } else if (a.step == 2) {
-        float* even = to + a.lead / 2;
-        float* odd = even + a.phase_stride;
-        if (a.lead & 1) {
-          if (row.count > 0) odd[0] = from[0];
-          split_row<kLanes>(from + 1, row.count - 1, even + 1, odd + 1);
-        } else {
-          split_row<kLanes>(from, row.count, even, odd);
-        }
+SPARSEPIPE_INLINE void fill_stage(const PackArgs& a, const float* plane, float* stage) {
+  for (std::int32_t i = 0; i < a.row_count; ++i) {
+    const StageRow& row = a.rows[i];
+    const float* from = plane + row.source;
+    float* to = stage + row.target;
+    if (a.step == 1) {
+      copy_row<kLanes>(from, row.count, to + a.lead);
+    } else if (a.step == 2) {
+      float* even = to + a.lead / 2;
+      float* odd = even + a.phase_stride;
+      if (a.lead & 1) {
+        if (row.count > 0) odd[0] = from[0];
+        split_row<kLanes>(from + 1, row.count - 1, even + 1, odd + 1);
       } else {
-        std::int32_t phase = a.lead % a.step, index = a.lead / a.step;
-        for (std::int32_t j = 0; j < row.count; ++j) {
-          to[phase * a.phase_stride + index] = from[j];
-          if (++phase == a.step) {
-            phase = 0;
-            ++index;
-          }
+        split_row<kLanes>(from, row.count, even, odd);
+      }
+    } else {
+      std::int32_t phase = a.lead % a.step, index = a.lead / a.step;
+      for (std::int32_t j = 0; j < row.count; ++j) {
+        to[phase * a.phase_stride + index] = from[j];
+        if (++phase == a.step) {
+          phase = 0;
+          ++index;
         }
       }
     }
+  }
+}
+
+void pack_stage(const PackArgs& a) {
+  for (std::int64_t c = 0; c < a.channels; ++c) {
+    float* stage = a.stage + c % a.stage_count * a.stage_stride;
+    fill_stage(a, a.input + c * a.input_stride, stage);
     float* to = a.output + c * a.output_stride;
     if (a.copy_floats <= 4) {
-      copy_runs<4>(a, to);
+      copy_runs<4>(a, stage, to);
     } else if (a.copy_floats <= 8 && kLanes > 4) {
-      copy_runs<(kLanes > 4 ? 8 : 4)>(a, to);
+      copy_runs<(kLanes > 4 ? 8 : 4)>(a, stage, to);
     } else {
-      copy_runs<kLanes>(a, to);
+      copy_runs<kLanes>(a, stage, to);
     }
   }
 }
 
 // R output rows of a 3 x 3 depthwise convolution with row step S: an input row is loaded once for all that use it.
 template <int R, int S>
-SPARSEPIPE_INLINE void depthwise3x3(const DepthwiseArgs& a, const vf (&w)[9], std::int64_t row, std::int64_t column) {
-  vf sum[R];
-  SPARSEPIPE_UNROLL
-  for (int r = 0; r < R; ++r) sum[r] = broadcast(a.bias);
-  const float* from = a.stage + row * S * a.pitch + column;
-  SPARSEPIPE_UNROLL
-  for (int i = 0; i < (R - 1) * S + 3; ++i) {
+SPARSEPIPE_INLINE void depthwise3x3(const DepthwiseArgs& a, const vf (&w)[9], std::int64_t row) {
+  const Epilogue epilogue = a.epilogue;  // copies: the compiler cannot know that stores leave them alone
+  const std::int64_t pitch = a.pitch, columns = a.columns;
+  const float* from[3] = {a.stage + row * S * pitch + a.column[0], a.stage + row * S * pitch + a.column[1],
+                          a.stage + row * S * pitch + a.column[2]};
+  float* y = a.y + row * columns;
+  const vf bias = broadcast(a.bias);
+  for (std::int64_t column = 0; column < columns; column += kLanes) {
+    vf sum[R];
     SPARSEPIPE_UNROLL
-    for (int j = 0; j < 3; ++j) {
-      const vf x = load(from + i * a.pitch + a.column[j]);
+    for (int r = 0; r < R; ++r) sum[r] = bias;
+    SPARSEPIPE_UNROLL
+    for (int i = 0; i < (R - 1) * S + 3; ++i) {
       SPARSEPIPE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        if (i - r * S >= 0 && i - r * S < 3) sum[r] += w[(i - r * S) * 3 + j] * x;
+      for (int j = 0; j < 3; ++j) {
+        const vf x = load(from[j] + i * pitch + column);
+        SPARSEPIPE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          if (i - r * S >= 0 && i - r * S < 3) sum[r] += w[(i - r * S) * 3 + j] * x;
+        }
       }
     }
-  }
-  float* y = a.y + row * a.columns + column;
-  const std::int64_t left = a.columns - column;
-  SPARSEPIPE_UNROLL
-  for (int r = 0; r < R; ++r) {
-    const vf v = activate(sum[r], a.epilogue);
-    if (left >= kLanes) {
-      store(y + r * a.columns, v);
-    } else {
-      store_some(y + r * a.columns, v, static_cast<int>(left));
+    const std::int64_t left = columns - column;
+    SPARSEPIPE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const vf v = activate(sum[r], epilogue);
+      if (left >= kLanes) {
+        store(y + r * columns + column, v);
+      } else {
+        store_some(y + r * columns + column, v, static_cast<int>(left));
+      }
     }
   }
 }
 
 template <int S>
 void depthwise3x3_rows(const DepthwiseArgs& a) {
-  constexpr int R = SPARSEPIPE_REGISTERS >= 32 ? 4 : 2;
   vf w[9];
   for (int i = 0; i < 9; ++i) w[i] = broadcast(a.weights[i]);
   std::int64_t row = 0;
-  for (; row + R <= a.rows; row += R) {
-    for (std::int64_t c = 0; c < a.columns; c += kLanes) depthwise3x3<R, S>(a, w, row, c);
+  if constexpr (SPARSEPIPE_REGISTERS >= 32) {
+    for (; row + 4 <= a.rows; row += 4) depthwise3x3<4, S>(a, w, row);
   }
-  for (; row < a.rows; ++row) {
-    for (std::int64_t c = 0; c < a.columns; c += kLanes) depthwise3x3<1, S>(a, w, row, c);
-  }
+  for (; row + 2 <= a.rows; row += 2) depthwise3x3<2, S>(a, w, row);
+  if (row < a.rows) depthwise3x3<1, S>(a, w, row);
 }
 
 void depthwise(const DepthwiseArgs& a) {

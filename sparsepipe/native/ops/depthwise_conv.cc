@@ -47,8 +47,10 @@ class DepthwiseConv final : public Kernel {
 
     const Window& w = window_;
     const std::int64_t lanes = isa_.lanes;
+    // Where rows are copied as they are, their first column goes to the start of a vector: stores are aligned.
+    const std::int64_t shift = w.stride_w == 1 ? ceil_div(w.left, lanes) * lanes - w.left : 0;
     const std::int64_t phase =
-        ceil_div(p.out_width + (w.kernel_w - 1) * w.dilation_w / w.stride_w + 2 * lanes, lanes) * lanes;
+        ceil_div(shift + p.out_width + (w.kernel_w - 1) * w.dilation_w / w.stride_w + 2 * lanes, lanes) * lanes;
     const std::int64_t pitch = phase * w.stride_w;
     const std::int64_t fixed_rows = (w.kernel_h - 1) * w.dilation_h + 1;
     const std::int64_t band = std::clamp<std::int64_t>((kStageFloats / pitch - fixed_rows) / w.stride_h + 1,
@@ -59,8 +61,8 @@ class DepthwiseConv final : public Kernel {
     }
     std::vector<std::int32_t> column;
     for (std::int64_t j = 0; j < w.kernel_w; ++j) {
-      const std::int64_t shift = j * w.dilation_w;
-      column.push_back(static_cast<std::int32_t>(shift % w.stride_w * phase + shift / w.stride_w));
+      const std::int64_t at = j * w.dilation_w;
+      column.push_back(static_cast<std::int32_t>(at % w.stride_w * phase + at / w.stride_w + shift));
     }
     const std::int64_t span = (p.out_width - 1) * w.stride_w + (w.kernel_w - 1) * w.dilation_w + 1;
     const std::int64_t count = std::max<std::int64_t>(0, std::min(p.width, span - w.left));
@@ -80,19 +82,21 @@ class DepthwiseConv final : public Kernel {
         rows.push_back({static_cast<std::int32_t>(row * p.width), static_cast<std::int32_t>(r * pitch),
                         static_cast<std::int32_t>(count)});
       }
-      const auto floats = static_cast<std::size_t>(stage_rows * pitch);
-      float* stage = scratch().stage.at_least(floats + 4 * static_cast<std::size_t>(lanes));
-      std::memset(stage, 0, floats * sizeof(float));
+      const std::int64_t floats = stage_rows * pitch + 4 * lanes;
+      const std::int64_t together = std::clamp<std::int64_t>(kStageFloats / floats, 1, 8);  // channels
+      float* stage = scratch().stage.at_least(static_cast<std::size_t>(together * floats));
+      std::memset(stage, 0, static_cast<std::size_t>(together * floats) * sizeof(float));
       kernels::PackArgs pack{};
       pack.stage = stage;
+      pack.stage_stride = floats;
+      pack.stage_count = together;
+      pack.input_stride = p.height * p.width;
       pack.rows = rows.data();
       pack.row_count = static_cast<std::int32_t>(rows.size());
       pack.step = static_cast<std::int32_t>(w.stride_w);
-      pack.lead = static_cast<std::int32_t>(w.left);
+      pack.lead = static_cast<std::int32_t>(w.left + shift);
       pack.phase_stride = static_cast<std::int32_t>(phase);
-      pack.channels = 1;
       kernels::DepthwiseArgs args{};
-      args.stage = stage;
       args.pitch = pitch;
       args.kernel_h = static_cast<std::int32_t>(w.kernel_h);
       args.kernel_w = static_cast<std::int32_t>(w.kernel_w);
@@ -102,14 +106,19 @@ class DepthwiseConv final : public Kernel {
       args.rows = std::min(band, p.out_height - first_row);
       args.columns = p.out_width;
       args.epilogue = epilogue_;
-      for (std::int64_t c = channels_ * group / groups; c < channels_ * (group + 1) / groups; ++c) {
-        const std::int64_t plane = image * channels_ + c;
-        pack.input = x + plane * p.height * p.width;
+      const std::int64_t end = channels_ * (group + 1) / groups;
+      for (std::int64_t first = channels_ * group / groups; first < end; first += together) {
+        const std::int64_t last = std::min(end, first + together);
+        pack.input = x + (image * channels_ + first) * pack.input_stride;
+        pack.channels = last - first;
         isa_.pack_stage(pack);
-        args.weights = weight_.data() + c * w.kernel_h * w.kernel_w;
-        args.bias = bias_.empty() ? 0.0f : bias_[static_cast<std::size_t>(c)];
-        args.y = y + (plane * p.out_height + first_row) * p.out_width;
-        isa_.depthwise(args);
+        for (std::int64_t c = first; c < last; ++c) {
+          args.stage = stage + (c - first) * floats;
+          args.weights = weight_.data() + c * w.kernel_h * w.kernel_w;
+          args.bias = bias_.empty() ? 0.0f : bias_[static_cast<std::size_t>(c)];
+          args.y = y + ((image * channels_ + c) * p.out_height + first_row) * p.out_width;
+          isa_.depthwise(args);
+        }
       }
     });
   }

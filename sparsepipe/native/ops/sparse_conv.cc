@@ -327,10 +327,14 @@ class SparseConv final : public Kernel {
         }
       }
     }
-    float* stage = scratch().stage.at_least(static_cast<std::size_t>(slots * g.stage_pitch + 4 * g.lanes + copy_floats));
-    std::memset(stage, 0, static_cast<std::size_t>(slots * g.stage_pitch) * sizeof(float));
+    // With room for a copy that is rounded up to vectors.
+    const auto stage_floats = static_cast<std::size_t>(slots * g.stage_pitch + copy_floats + 4 * g.lanes);
+    float* stage = scratch().stage.at_least(stage_floats);
+    std::memset(stage, 0, stage_floats * sizeof(float));
     kernels::PackArgs& args = packing.args;
     args.stage = stage;
+    args.stage_stride = 0;
+    args.stage_count = 1;
     args.rows = packing.rows.data();
     args.row_count = static_cast<std::int32_t>(packing.rows.size());
     args.step = static_cast<std::int32_t>(a_.stride_w);
