@@ -10,8 +10,9 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ Array = NDArray[np.float32]
 class Net:
     """An ONNX graph under construction. Sparse layers are written as the operators, or dense with the same zeros.
 
-    ``sparsity`` None: every layer dense, no zeros. ``block``: output channels of a block.
+    ``block``: output channels of a block.
     """
 
     sparsity: float
@@ -47,9 +48,9 @@ class Net:
         self.count += 1
         return f"{stem}{self.count}"
 
-    def constant(self, value: NDArray[Any], stem: str = "c") -> str:
+    def constant(self, value: NDArray[Any] | np.float32, stem: str = "c") -> str:
         name = self.name(stem)
-        self.initializers.append(numpy_helper.from_array(value, name))
+        self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
     def add(self, op: str, inputs: list[str], **attributes: Any) -> str:
@@ -120,7 +121,9 @@ class Net:
             out = self.name("t")
             inputs = [x, *self.encoded(weight, bias)]
             self.nodes.append(
-                operators.sparse_linear(inputs, out, weight_shape=shape, block=self.block, activation=activation, name=out)
+                operators.sparse_linear(
+                    inputs, out, weight_shape=shape, block=self.block, activation=activation, name=out
+                )
             )
             return out
         out = self.add("MatMul", [x, self.constant(np.ascontiguousarray(weight.T))])
@@ -142,7 +145,8 @@ class Net:
             self.initializers,
         )
         opsets = [helper.make_opsetid("", 17), helper.make_opsetid(operators.DOMAIN, operators.VERSION)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+        model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+        return model
 
 
 def resnet50(net: Net) -> tuple[str, tuple[int, ...]]:
@@ -256,7 +260,7 @@ def best_decile(samples: list[int]) -> float:
     return float(np.quantile(np.array(samples), 0.1)) / 1e6
 
 
-def interleaved(runs: list[Callable[[], Any]], seconds: float) -> list[list[int]]:
+def interleaved(runs: Sequence[Callable[[], Any]], seconds: float) -> list[list[int]]:
     """CPU nanoseconds of the calling thread for each run, in turn, until the time is over."""
     samples: list[list[int]] = [[] for _ in runs]
     for run in runs:
@@ -277,18 +281,30 @@ def build(name: str, sparsity: float, block: int, native: bool) -> tuple[bytes, 
     return net.model(output, shape), shape
 
 
-def measure(name: str, settings: list[tuple[float, int]], library: Path, seconds: float) -> Iterator[tuple[float, int, float, float, float]]:
-    """(sparsity, block, dense ms, sparse ms, largest relative difference) of one model at each setting."""
+@dataclass(frozen=True)
+class Cell:
+    """One setting of one model: milliseconds of CPU time, and the largest difference relative to the largest output."""
+
+    sparsity: float
+    block: int
+    dense: float
+    sparse: float
+    error: float
+
+
+def measure(name: str, settings: list[tuple[float, int]], library: Path, seconds: float) -> Iterator[Cell]:
+    """One model at each (sparsity, block)."""
     for sparsity, block in settings:
         models = [build(name, sparsity, block, native) for native in (False, True)]
-        shape = models[0][1]
-        sessions = [session(model, library, threads=1) for model, _ in models]
-        x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-        outputs = [s.run(None, {"x": x})[0] for s in sessions]
-        error = float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max())
-        runs = [lambda s=s: s.run(None, {"x": x}) for s in sessions]
-        dense, sparse = (best_decile(s) for s in interleaved(runs, seconds))
-        yield sparsity, block, dense, sparse, error
+        x = np.random.default_rng(1).standard_normal(models[0][1]).astype(np.float32)
+        runs = [
+            partial(session(model, library, threads=1).run, None, {"x": x})  # the outputs, all of them
+            for model, _ in models
+        ]
+        expected, actual = (run()[0] for run in runs)
+        error = float(np.abs(expected - actual).max() / np.abs(expected).max())
+        dense, sparse = (best_decile(samples) for samples in interleaved(runs, seconds))
+        yield Cell(sparsity, block, dense, sparse, error)
 
 
 def main() -> None:
@@ -303,8 +319,9 @@ def main() -> None:
     settings = [(float(s), int(b)) for b in arguments.blocks.split(",") for s in arguments.sparsity.split(",")]
     print(f"{'model':12} {'block':>5} {'sparsity':>8} {'dense ms':>9} {'sparse ms':>9} {'ratio':>6} {'error':>8}")
     for name in arguments.models.split(","):
-        for sparsity, block, dense, sparse, error in measure(name, settings, arguments.library, arguments.seconds):
-            print(f"{name:12} {block:>4}x1 {sparsity:>8} {dense:>9.3f} {sparse:>9.3f} {dense / sparse:>6.2f} {error:>8.0e}")
+        for c in measure(name, settings, arguments.library, arguments.seconds):
+            times = f"{c.dense:>9.3f} {c.sparse:>9.3f} {c.dense / c.sparse:>6.2f}"
+            print(f"{name:12} {c.block:>4}x1 {c.sparsity:>8} {times} {c.error:>8.0e}")
             sys.stdout.flush()
 
 

@@ -2,12 +2,12 @@
 
 ``SparseConv(X, values, deltas, B?, residual?) -> Y`` and ``SparseLinear(X, values, deltas, B?) -> Y``. A weight of
 [O, I, *kernel] (or [N, K]) is cut into blocks of ``r`` consecutive output channels of one column; the nonzero blocks
-are numbered ``b = (o // r) * K + k`` with K = I * prod(kernel). ``values`` holds their numbers, float32 [blocks, r], and
-``deltas`` the differences of consecutive b (the first: b itself), uint8 or uint16. A gap that does not fit is bridged by
-blocks of zeros.
+are numbered ``b = (o // r) * K + k`` with K = I * prod(kernel). ``values`` holds their numbers, float32 [blocks, r],
+and ``deltas`` the differences of consecutive b (the first: b itself), uint8 or uint16. A gap that does not fit is
+bridged by blocks of zeros.
 
-``DepthwiseConv(X, W, B?) -> Y`` is a dense depthwise convolution with W [C, 1, *kernel]: it keeps the NCHW layout between
-sparse layers, where onnxruntime's own one pays for two changes of layout.
+``DepthwiseConv(X, W, B?) -> Y`` is a dense depthwise convolution with W [C, 1, *kernel]: it keeps the NCHW layout
+between sparse layers, where onnxruntime's own one pays for two changes of layout.
 
 The fallback is a model-local function per node: it rebuilds the dense weight from standard operators, which
 onnxruntime folds into a constant where it inlines the function.
@@ -192,14 +192,13 @@ def _dense_weight(shape: Sequence[int], block: int) -> list[onnx.NodeProto]:
     """``values``, ``deltas`` -> W. The blocks lie as [O/r, K, r]; a transpose brings the channels together."""
     out = shape[0]
     columns = int(np.prod(shape[1:]))
+    zero = helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0])
     return [
         helper.make_node("Cast", ["deltas"], ["deltas64"], to=TensorProto.INT64),
         _constant("axis0", np.array(0, np.int64)),
         helper.make_node("CumSum", ["deltas64", "axis0"], ["index"]),
         _constant("blocks_shape", np.array([out // block * columns, block], np.int64)),
-        helper.make_node(
-            "ConstantOfShape", ["blocks_shape"], ["zeros"], value=helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0])
-        ),
+        helper.make_node("ConstantOfShape", ["blocks_shape"], ["zeros"], value=zero),
         _constant("axis1", np.array([1], np.int64)),
         helper.make_node("Unsqueeze", ["index", "axis1"], ["index1"]),
         helper.make_node("Shape", ["values"], ["values_shape"]),

@@ -197,7 +197,9 @@ def test_random_damage(session: Any, model: Any, linear: bool, data: st.DataObje
         constants |= {"deltas": np.array(deltas, kind), "values": np.ones((max(rows, 0), columns), np.float32)}
     file = model(replaced(node, **changes), constants)
     shape = data.draw(st.sampled_from([(1, 4, 6, 6), (2, 4, 9, 3), (1, 4, 1, 1), (1, 1, 36), (3, 36)]))
+    message = "the_node"
     try:
         session(file).run(None, {"X": np.ones(shape, np.float32)})
     except Exception as error:
-        assert "the_node" in str(error)
+        message = str(error)
+    assert "the_node" in message

@@ -323,7 +323,10 @@ SPARSEPIPE_INLINE void split_row(const float* from, std::int32_t count, float* e
   if constexpr (L > 4) {
     split_row<L / 2>(from, count, even, odd);
   } else {
-    for (std::int32_t i = 0; i < count; ++i) (i & 1 ? odd : even)[i / 2] = from[i];
+    for (std::int32_t i = 0; i < count; ++i) {
+      float* to = i & 1 ? odd : even;  // not in one expression: GCC 12 miscompiles that under its sanitizers
+      to[i / 2] = from[i];
+    }
   }
 }
 
