@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -43,7 +43,8 @@ def output_options(function: F) -> F:
     ):
         option = click.option(*flags, is_flag=True, expose_value=False, callback=set_level(level), help=text)
         with_logging = option(with_logging)
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(with_logging)
+    json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+    return cast(F, json_option(with_logging))
 
 
 def overrides_option(function: F) -> F:
@@ -84,12 +85,13 @@ def print_json(value: Any) -> None:
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
     """A table on stdout; a column whose cells all begin with a digit is right-aligned."""
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     lines = [[_text(cell) for cell in row] for row in rows]
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column, header in enumerate(headers):
         cells = [line[column] for line in lines]
         numeric = bool(cells) and all(cell[:1].isdigit() or cell[:1] in "-–" for cell in cells)

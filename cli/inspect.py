@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,14 +22,7 @@ def command(path: Path, as_json: bool) -> None:
         common.print_json(found)
         return
     for key, value in found.items():
-        if key != "layers" and isinstance(value, (str, int, float)):
-            text = f"{value:.2%}" if key == "sparsity" else common.size_text(int(value)) if key == "bytes" else value
-            click.echo(f"{key.replace('_', ' ')}: {text}")
-    for key, value in found.items():
-        if key != "layers" and isinstance(value, dict) and value:
-            click.echo(f"{key.replace('_', ' ')}:")
-            for name, entry in value.items():
-                click.echo(f"  {name}: {entry}")
+        _show(key, value)
     layers = found.get("layers") or []
     if layers:
         common.print_table(
@@ -46,3 +40,31 @@ def command(path: Path, as_json: bool) -> None:
                 for layer in layers
             ],
         )
+
+
+def _show(key: str, value: Any) -> None:
+    """One line for a plain value or a flat dict; the folders of a run as a table. All else is for `--json`."""
+    label = key.replace("_", " ")
+    if key == "stages":
+        common.print_table(
+            ["stage", "made", "sparsity", "bytes", "intact", "digest"],
+            [
+                [
+                    name,
+                    stage["created"],
+                    None if stage["sparsity"] is None else f"{stage['sparsity']:.2%}",
+                    common.size_text(stage["bytes"]),
+                    stage["intact"],
+                    stage["digest"][:19],
+                ]
+                for name, stage in value.items()
+            ],
+        )
+    elif key == "sparsity" and value is not None:
+        click.echo(f"{label}: {value:.2%}")
+    elif key == "bytes":
+        click.echo(f"{label}: {common.size_text(value)}")
+    elif isinstance(value, (str, int, float)):
+        click.echo(f"{label}: {value}")
+    elif isinstance(value, dict) and all(isinstance(entry, (str, int, float)) for entry in value.values()):
+        click.echo(f"{label}: {', '.join(f'{name} {entry}' for name, entry in value.items()) or 'none'}")

@@ -57,11 +57,10 @@ def sparsepipe() -> None:
 def main() -> None:
     """Entry point: errors that a user can mend become one paragraph on stderr and exit code 2."""
     try:
-        sparsepipe.main(prog_name="sparsepipe", standalone_mode=False)
+        # Outside its standalone mode click hands back the code of an Exit; a verb itself returns nothing.
+        sys.exit(sparsepipe.main(prog_name="sparsepipe", standalone_mode=False) or 0)
     except SparsepipeError as error:
         _fail(str(error), 2)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

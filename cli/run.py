@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.command("run")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: runs/<name of the recipe>.")
-@click.option("--force", is_flag=True, help="Run every stage again, also where nothing has changed.")
+@click.option("--force", is_flag=True, help="Run every stage from the start, also where nothing has changed.")
 @common.overrides_option
 @common.output_options
 def command(recipe: Path, out: Path | None, force: bool, overrides: tuple[str, ...], as_json: bool) -> None:

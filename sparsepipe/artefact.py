@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -132,6 +133,8 @@ def draft(
 ) -> Iterator[Draft]:
     """Build an artefact in `folder`.partial and rename it when the block ends without an error.
 
+    The metric `seconds`, the time that the block took, is added unless the block sets it.
+
     Args:
         folder: the final folder. An artefact that stands there is replaced only at the end.
         stage: name of the stage.
@@ -152,8 +155,10 @@ def draft(
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     building = Draft(partial)
+    started = time.monotonic()
     try:
         yield building
+        building.metrics.setdefault("seconds", time.monotonic() - started)
         _finish(building, folder, stage, config, inputs)
     except BaseException:
         if not resumable:

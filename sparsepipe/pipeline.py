@@ -53,8 +53,8 @@ class Outcome:
     seconds: float
 
 
-def stages(recipe: Recipe) -> list[Stage]:
-    """The chain for one recipe, in order."""
+def stages(recipe: Recipe, *, force: bool = False) -> list[Stage]:
+    """The chain for one recipe, in order; `force` starts an interrupted training over instead of resuming it."""
     from sparsepipe.stages.freeze import FreezeConfig
     from sparsepipe.stages.report import ReportConfig
     from sparsepipe.stages.train import TrainConfig
@@ -63,10 +63,10 @@ def stages(recipe: Recipe) -> list[Stage]:
     # The recipe is the user's own, so the network that it names may be imported from an artefact, too.
     trusted = recipe.model.name
     training = TrainConfig.from_recipe(recipe)
-    chain = [Stage("train", training, (), _late("train", resume=True))]
+    chain = [Stage("train", training, (), _training(force))]
     if recipe.train.dense_twin:
         twin = training.model_copy(update={"method": Choice(name="dense")})
-        chain.append(Stage("train-dense", twin, (), _late("train", resume=True)))
+        chain.append(Stage("train-dense", twin, (), _training(force)))
     chain += [
         Stage("freeze", FreezeConfig(), ("train",), _late("freeze")),
         Stage("convert", recipe.convert, ("freeze",), _late("convert")),
@@ -93,11 +93,11 @@ def run(
     Args:
         recipe: the resolved recipe.
         out: the run folder; each stage writes the folder of its name in it.
-        force: run every stage again. (An interrupted training is still resumed, not started over.)
+        force: run every stage again, and start an interrupted training over instead of resuming it.
         announce: called before each stage with the stage and whether it is skipped.
     """
     outcomes: dict[str, Outcome] = {}
-    for stage in stages(recipe):
+    for stage in stages(recipe, force=force):
         inputs = {name: outcomes[name].artefact for name in stage.needs}
         folder = out / stage.name
         done = None if force else unchanged(stage, inputs, folder)
@@ -140,6 +140,14 @@ def _data_fingerprint(config: BaseModel) -> str:
 
     choice = getattr(config, "data", None)
     return fingerprint(choice.name, choice.options) if isinstance(choice, Choice) else ""
+
+
+def _training(force: bool) -> Run:
+    def run_stage(config: BaseModel, inputs: Mapping[str, Artefact], out: Path) -> Artefact:
+        interrupted = out.with_name(f"{out.name}.partial").exists()
+        return _late("train", resume=interrupted and not force)(config, inputs, out)
+
+    return run_stage
 
 
 def _late(module: str, **options: object) -> Run:

@@ -1,0 +1,1 @@
+"""What a run came to: the headline table as plain data, and one self-contained HTML page."""

@@ -28,7 +28,8 @@ def make(folder: Path, content: str = "hello", stage: str = "demo") -> Artefact:
 
 def test_a_finished_artefact_reads_back(tmp_path: Path) -> None:
     made = make(tmp_path / "demo")
-    assert made.metrics == {"answer": 42}
+    assert made.metrics["answer"] == 42
+    assert made.metrics["seconds"] >= 0
     assert made.manifest.config == {"level": 1}
     assert made.manifest.inputs == {"source": "sha256:0"}
     assert made.manifest.outputs == {"sub/file.txt": f"sha256:{hashlib.sha256(b'hello').hexdigest()}"}

@@ -1,0 +1,147 @@
+"""From measurements to the rows of a benchmark's result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from sparsepipe.benchmark.harness import EXTENSION, MINIMUM_BLOCKS, QUANTILES, Measurement, Setting
+from sparsepipe.benchmark.statistics import (
+    NOISE_LIMIT,
+    Estimate,
+    Samples,
+    as_dict,
+    median,
+    minimum_samples,
+    percentile,
+    self_difference,
+    speedup,
+)
+
+MEDIAN = 0.5
+MILLISECONDS_PER_NANOSECOND = 1e-6
+TARGET_KEY = "sparsepipe.target"
+
+
+def rows(
+    labels: Sequence[str], measurements: Sequence[Measurement], setting: Setting, baseline: int
+) -> list[dict[str, Any]]:
+    """One JSON-able row for each measurement.
+
+    Args:
+        labels: what each file is called.
+        measurements: of one setting, in the order of `labels`.
+        setting: threads, batch and time.
+        baseline: index of the file that speed-ups are relative to.
+    """
+    reference = measurements[baseline]
+    return [
+        _row(label, measurement, setting, _speedup(reference, measurement, setting.seed))
+        for label, measurement in zip(labels, measurements, strict=True)
+    ]
+
+
+def file_facts(path: Path) -> tuple[str | None, int]:
+    """The export target that an ONNX file names in its metadata, and its size in bytes with its external data.
+
+    A file that is not valid ONNX has no target; the worker will say what is wrong with it.
+    """
+    size = path.stat().st_size
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception:  # protobuf and onnx each raise their own
+        return None, size
+    target = next((entry.value for entry in model.metadata_props if entry.key == TARGET_KEY), None)
+    beside = {
+        entry.value
+        for tensor in model.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    external = [path.parent / name for name in beside]
+    return target, size + sum(file.stat().st_size for file in external if file.is_file())
+
+
+def _row(label: str, measurement: Measurement, setting: Setting, gain: Estimate | None) -> dict[str, Any]:
+    target, size = file_facts(measurement.contestant.model)
+    row: dict[str, Any] = {
+        "file": label,
+        "target": target,
+        "threads": setting.threads,
+        "batch": setting.batch,
+        "samples": 0,
+        "latency_ms": dict.fromkeys(QUANTILES),
+        "speedup": None,
+        "cpu_ms": None,
+        "load_ms": _median(measurement.load_ms),
+        "first_call_ms": _median(measurement.first_call_ms),
+        "rss_bytes": measurement.rss_bytes,
+        "peak_rss_bytes": measurement.peak_rss_bytes,
+        "idle_rss_bytes": measurement.idle_rss_bytes,
+        "file_bytes": size,
+        "blocks": len(measurement.blocks),
+        "blocks_dropped": 0,
+        "self_difference": None,
+        "noisy": False,
+        "note": measurement.failure,
+    }
+    if measurement.failure is not None or not measurement.blocks:
+        return row
+    blocks = measurement.usable
+    samples: Samples = np.concatenate([block.latency_ns for block in blocks])
+    difference = self_difference([block.latency_ns for block in blocks])
+    disturbed = len(measurement.blocks) - len(measurement.clean)
+    return row | {
+        "samples": len(samples),
+        "latency_ms": {
+            name: as_dict(
+                median([block.latency_ns for block in blocks], setting.seed)
+                if quantile == MEDIAN
+                else percentile(samples, quantile),
+                MILLISECONDS_PER_NANOSECOND,
+            )
+            for name, quantile in QUANTILES.items()
+        },
+        "speedup": as_dict(gain),
+        "cpu_ms": float(np.median([block.cpu_ns_per_call for block in blocks])) * MILLISECONDS_PER_NANOSECOND,
+        "blocks_dropped": len(measurement.blocks) - len(blocks),
+        "self_difference": difference,
+        "noisy": (difference is not None and difference > NOISE_LIMIT) or disturbed > len(measurement.blocks) / 2,
+        "note": _note(measurement, len(samples), setting),
+    }
+
+
+def _speedup(reference: Measurement, measurement: Measurement, seed: int) -> Estimate | None:
+    """Over the rounds in which neither was disturbed; over all where there are too few of those."""
+    if reference.failure is not None or measurement.failure is not None:
+        return None
+    pairs = list(zip(reference.blocks, measurement.blocks, strict=True))
+    clean = [pair for pair in pairs if not (pair[0].disturbed or pair[1].disturbed)]
+    used = clean if len(clean) >= MINIMUM_BLOCKS else pairs
+    return speedup([first.latency_ns for first, _ in used], [second.latency_ns for _, second in used], seed)
+
+
+def _note(measurement: Measurement, samples: int, setting: Setting) -> str | None:
+    notes = []
+    disturbed = len(measurement.blocks) - len(measurement.clean)
+    if measurement.usable is measurement.blocks and disturbed:
+        notes.append(f"other processes disturbed {disturbed} of {len(measurement.blocks)} blocks; all were kept")
+    missing = [name for name, quantile in QUANTILES.items() if samples < minimum_samples(quantile)]
+    if missing:
+        needed = minimum_samples(QUANTILES[missing[-1]])
+        notes.append(
+            f"{' and '.join(missing)} not shown: {samples} calls in at most {EXTENSION * setting.seconds:g} s, "
+            f"where {missing[-1]} needs {needed}"
+        )
+    if setting.cpus is not None and len(setting.cpus) < setting.threads:
+        notes.append(f"{setting.threads} threads shared {len(setting.cpus)} processors")
+    return "; ".join(notes) or None
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return float(np.median(values)) if values else None

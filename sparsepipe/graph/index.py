@@ -1,0 +1,125 @@
+"""Who makes and who uses each tensor of an ONNX graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+
+STANDARD_DOMAINS = ("", "ai.onnx")
+
+
+@dataclass(frozen=True)
+class Index:
+    """The tensors of one graph by name. It describes the graph at the moment it was made.
+
+    Attributes:
+        producers: the node that writes a tensor.
+        consumers: the nodes that read a tensor, once per input slot; nodes inside subgraphs are not among them.
+        constants: initializers and the values of Constant nodes.
+        outputs: names of the graph's outputs.
+        captured: names that a subgraph (of If, Loop or Scan) mentions.
+    """
+
+    producers: Mapping[str, NodeProto]
+    consumers: Mapping[str, list[NodeProto]]
+    constants: Mapping[str, TensorProto]
+    outputs: frozenset[str]
+    captured: frozenset[str]
+
+    def pinned(self, name: str) -> bool:
+        """Whether `name` is seen from outside of the graph's own nodes, so that its meaning must stay."""
+        return name in self.outputs or name in self.captured
+
+
+def index(graph: GraphProto) -> Index:
+    """Index the nodes and initializers of `graph`."""
+    producers: dict[str, NodeProto] = {}
+    consumers: dict[str, list[NodeProto]] = {}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    captured: set[str] = set()
+    for node in graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+        producers.update((name, node) for name in node.output if name)
+        if (value := constant_value(node)) is not None:
+            constants[node.output[0]] = value
+        for inner in subgraphs(node):
+            captured |= _mentioned(inner)
+    return Index(producers, consumers, constants, frozenset(value.name for value in graph.output), frozenset(captured))
+
+
+def attribute(node: NodeProto, name: str) -> AttributeProto | None:
+    """The attribute `name` of `node`, or None where it is not set."""
+    return next((found for found in node.attribute if found.name == name), None)
+
+
+def integer(node: NodeProto, name: str, default: int) -> int:
+    """The value of an integer attribute."""
+    found = attribute(node, name)
+    return default if found is None else found.i
+
+
+def number(node: NodeProto, name: str, default: float) -> float:
+    """The value of a float attribute."""
+    found = attribute(node, name)
+    return default if found is None else found.f
+
+
+def is_standard(node: NodeProto, *op_types: str) -> bool:
+    """Whether `node` is one of these operators of the ONNX standard."""
+    return node.domain in STANDARD_DOMAINS and node.op_type in op_types
+
+
+def constant_value(node: NodeProto) -> TensorProto | None:
+    """The tensor of a Constant node that holds one as `value`; None for every other node."""
+    if not is_standard(node, "Constant"):
+        return None
+    found = attribute(node, "value")
+    return found.t if found is not None else None
+
+
+def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    """The graphs that `node` holds as attributes."""
+    for found in node.attribute:
+        if found.type == AttributeProto.GRAPH:
+            yield found.g
+        yield from found.graphs
+
+
+def label(node: NodeProto) -> str:
+    """What to call a node in a message."""
+    return node.name or next((name for name in node.output if name), node.op_type)
+
+
+def opset(model: ModelProto) -> int:
+    """The version of the ONNX standard's operators that `model` uses; 0 where it names none."""
+    return next((entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), 0)
+
+
+def copy(model: ModelProto) -> ModelProto:
+    """A copy that shares nothing with `model`."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    return result
+
+
+def fresh(name: str, graph: GraphProto) -> str:
+    """`name`, made longer until no tensor of `graph` or of its subgraphs has it."""
+    taken = _mentioned(graph)
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _mentioned(graph: GraphProto) -> set[str]:
+    names = {value.name for value in [*graph.input, *graph.output]}
+    names |= {tensor.name for tensor in graph.initializer}
+    names |= {sparse.values.name for sparse in graph.sparse_initializer}
+    for node in graph.node:
+        names.update(node.input)
+        names.update(node.output)
+        for inner in subgraphs(node):
+            names |= _mentioned(inner)
+    return names

@@ -1,0 +1,223 @@
+"""Read an ONNX file that someone else wrote, and trust nothing in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, numpy_helper
+
+from sparsepipe.errors import GraphError
+from sparsepipe.graph.index import constant_value, opset, subgraphs
+
+OLDEST_OPSET = 7
+"""onnxruntime promises to run operators from this version on."""
+NEWEST_OPSET = onnx.defs.onnx_opset_version()
+LIMIT_BYTES = 2**31 - 1
+"""Largest protobuf message, so the largest single ONNX file."""
+
+
+def load(path: Path) -> ModelProto:
+    """Read an ONNX file whole: external data is read in, sparse tensors become dense ones.
+
+    Args:
+        path: the file; external data is read from its folder only.
+
+    Raises:
+        GraphError: there is no such file, it is not ONNX or cut off, its opset is not supported, its external data is
+            missing, cut off, outside of the folder or too large, or onnx.checker refuses it.
+    """
+    model = _parse(path)
+    _check_opset(model, path)
+    _read_external(model, path)
+    for graph in _graphs(model):
+        _densify(graph, path)
+    _complete_outputs(model)
+    check(model, where=str(path))
+    return model
+
+
+def check(model: ModelProto | bytes, *, where: str, full: bool = False) -> None:
+    """Run onnx.checker.
+
+    Args:
+        model: the model, or its serialised form.
+        where: what to call it in the error.
+        full: infer the types and shapes of all tensors, too; no model with sparse initializers passes that.
+
+    Raises:
+        GraphError: the checker refuses the model.
+    """
+    try:
+        onnx.checker.check_model(model, full_check=full)
+    except Exception as error:  # checker, inference and protobuf errors have no common base class
+        raise GraphError(f"The model is not valid ONNX: {first_line(error)}.", where=where) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The message of an error up to its first line break."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
+def too_large(where: str) -> GraphError:
+    """The error for a model over the limit of one ONNX file."""
+    return GraphError(
+        "The model has more than 2 GB; one ONNX file cannot hold that.",
+        where=where,
+        advice="Write the portable target alone if that is small enough, store weights as float16 or int8, or split "
+        "the network into several files.",
+    )
+
+
+def _parse(path: Path) -> ModelProto:
+    if not path.is_file():
+        raise GraphError("There is no such ONNX file.", where=str(path))
+    if path.stat().st_size > LIMIT_BYTES:
+        raise too_large(str(path))
+    try:
+        model = onnx.load_model_from_string(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError
+        raise GraphError(
+            "This is not an ONNX file, or it was cut off.",
+            where=str(path),
+            advice="Compare its size with the original, or export it again.",
+        ) from error
+    # Any short file of the right form decodes; what makes it a model is a version and a graph.
+    if model.ir_version < 1 or not model.HasField("graph") or not (model.graph.node or model.graph.output):
+        raise GraphError("The file holds no ONNX model.", where=str(path), advice="Export it again.")
+    return model
+
+
+def _check_opset(model: ModelProto, path: Path) -> None:
+    version = opset(model)
+    if version == 0:
+        raise GraphError("The file does not say which ONNX opset it uses.", where=str(path))
+    if not OLDEST_OPSET <= version <= NEWEST_OPSET:
+        raise GraphError(
+            f"The file uses ONNX opset {version}; opsets {OLDEST_OPSET} to {NEWEST_OPSET} can be read.",
+            where=str(path),
+            advice="Export it with another opset"
+            + (", or install a newer onnx package." if version > NEWEST_OPSET else "."),
+        )
+
+
+def _graphs(model: ModelProto) -> Iterator[GraphProto]:
+    """Every graph of the model: the main one, and those inside of nodes at any depth."""
+    pending = [model.graph]
+    nodes: list[NodeProto] = [node for function in model.functions for node in function.node]
+    pending += [inner for node in nodes for inner in subgraphs(node)]
+    while pending:
+        graph = pending.pop()
+        yield graph
+        pending += [inner for node in graph.node for inner in subgraphs(node)]
+
+
+def _tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor of the model, wherever it is stored."""
+    nodes = [node for function in model.functions for node in function.node]
+    for graph in _graphs(model):
+        nodes += graph.node
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        if attribute.type == AttributeProto.TENSOR:
+            yield attribute.t
+        elif attribute.type == AttributeProto.SPARSE_TENSOR:
+            yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+        yield from attribute.tensors
+
+
+def _complete_outputs(model: ModelProto) -> None:
+    """Infer the shapes of outputs that do not say theirs: onnxruntime does not mind, onnx.checker does."""
+    vague = [value for value in model.graph.output if not value.type.tensor_type.HasField("shape")]
+    if vague:
+        inferred = {value.name: value.type for value in onnx.shape_inference.infer_shapes(model).graph.output}
+        for value in vague:
+            value.type.CopyFrom(inferred[value.name])
+
+
+def _read_external(model: ModelProto, path: Path) -> None:
+    pieces = [
+        (tensor, *_external_piece(tensor, path))
+        for tensor in _tensors(model)
+        if tensor.data_location == TensorProto.EXTERNAL
+    ]
+    total = path.stat().st_size + sum(length for _, _, _, length in pieces)
+    if total > LIMIT_BYTES:
+        raise too_large(str(path))
+    for tensor, file, offset, length in pieces:
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            tensor.raw_data = stream.read(length)
+        del tensor.external_data[:]
+        tensor.data_location = TensorProto.DEFAULT
+
+
+def _external_piece(tensor: TensorProto, path: Path) -> tuple[Path, int, int]:
+    """File, offset and length in bytes of a tensor's external data, checked."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    name = entries.get("location", "")
+    where = f"{path}, tensor '{tensor.name}'"
+    folder = path.parent.resolve()
+    pure = PurePosixPath(name)
+    file = (folder / pure).resolve()
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or not file.is_relative_to(folder):
+        raise GraphError(
+            f"The external data '{name}' leads out of the file's folder.",
+            where=where,
+            advice="Such a file is not read, because it could take in any file of this machine.",
+        )
+    if not file.is_file():
+        raise GraphError(
+            f"The external data file '{name}' is missing.", where=where, advice="Copy it beside the ONNX file."
+        )
+    size = file.stat().st_size
+    try:
+        offset = int(entries.get("offset", "0"))
+        length = int(entries.get("length", str(size - offset)))
+    except ValueError as error:
+        raise GraphError("The offset or length of its external data is not a number.", where=where) from error
+    if offset < 0 or length < 0 or offset + length > size:
+        raise GraphError(
+            f"The external data '{name}' is cut off: bytes {offset} to {offset + length} of {size} are needed.",
+            where=where,
+            advice="Copy the file again.",
+        )
+    return file, offset, length
+
+
+def _densify(graph: GraphProto, path: Path) -> None:
+    for sparse in graph.sparse_initializer:
+        graph.initializer.append(_dense(sparse, path))
+    del graph.sparse_initializer[:]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "sparse_value" and node.op_type == "Constant" and constant_value(node) is None:
+                dense = _dense(attribute.sparse_tensor, path)
+                attribute.Clear()
+                attribute.name, attribute.type = "value", AttributeProto.TENSOR
+                attribute.t.CopyFrom(dense)
+
+
+def _dense(sparse: SparseTensorProto, path: Path) -> TensorProto:
+    name = sparse.values.name
+    try:
+        values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+        shape = tuple(sparse.dims)
+        size = math.prod(shape)
+        if size * values.dtype.itemsize > LIMIT_BYTES:
+            raise ValueError("it has more than 2 GB when it is dense")
+        if indices.ndim == 2:
+            indices = np.ravel_multi_index(tuple(indices.T), shape) if indices.size else indices.reshape(-1)
+        if indices.size and not 0 <= indices.min() <= indices.max() < size:
+            raise ValueError("an index is out of range")
+        dense = np.zeros(size, values.dtype)
+        dense[indices] = values
+    except (ValueError, IndexError, TypeError, OverflowError, MemoryError) as error:
+        raise GraphError(f"The sparse tensor '{name}' is malformed: {first_line(error)}.", where=str(path)) from error
+    return numpy_helper.from_array(dense.reshape(shape), name)

@@ -1,0 +1,76 @@
+"""onnxruntime sessions with the kernel library registered, and their errors as one paragraph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from sparsepipe.errors import GraphError
+from sparsepipe.runtime.library import library_path
+
+Array = NDArray[Any]
+
+
+def session(source: Path | bytes, *, threads: int = 1, **options: Any) -> onnxruntime.InferenceSession:
+    """Open an ONNX model on the CPU.
+
+    Args:
+        source: the file, or a whole serialised model (which cannot refer to external data).
+        threads: threads of one operator; 0 leaves the number to onnxruntime.
+        options: further attributes of `onnxruntime.SessionOptions`, by name.
+
+    Raises:
+        GraphError: the file is missing, is no valid model, or needs something that this onnxruntime does not have.
+    """
+    where = source.name if isinstance(source, Path) else "model"
+    if isinstance(source, Path) and not source.is_file():
+        raise GraphError("There is no such ONNX file.", where=str(source))
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    for name, value in options.items():
+        setattr(settings, name, value)
+    try:
+        if (library := library_path()) is not None:
+            settings.register_custom_ops_library(str(library))
+        model = str(source) if isinstance(source, Path) else source
+        return onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no common base class
+        raise GraphError(f"onnxruntime cannot load it: {one_line(error)}", where=where) from error
+
+
+def run(model: onnxruntime.InferenceSession, inputs: Mapping[str, Array], *, where: str = "model") -> list[Array]:
+    """One call: input name -> array, to the list of outputs.
+
+    Raises:
+        GraphError: an input is missing or has the wrong type or shape, or an operator fails.
+    """
+    try:
+        return [np.asarray(output) for output in model.run(None, dict(inputs))]
+    except Exception as error:  # onnxruntime's errors have no common base class
+        raise GraphError(f"onnxruntime cannot run it: {one_line(error)}", where=where) from error
+
+
+def predict(model: onnxruntime.InferenceSession, batches: Iterable[Array]) -> Iterator[Array]:
+    """The first output for each batch of a network with one input.
+
+    Raises:
+        GraphError: the network has several inputs, or a batch does not fit.
+    """
+    names = [node.name for node in model.get_inputs()]
+    if len(names) != 1:
+        raise GraphError(f"The network has {len(names)} inputs ({', '.join(names)}); one was expected.")
+    for batch in batches:
+        yield run(model, {names[0]: batch})[0]
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error as one sentence, without line breaks."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{text or type(error).__name__}."

@@ -1,0 +1,145 @@
+"""How many weights each layer keeps: target densities, and exact whole numbers that add up to the target.
+
+Functions of shapes and numbers alone. `dense` names layers that keep everything whatever the rule says; the others
+make up for it, so that the target holds over all the shapes given, except with `uniform`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from sparsepipe.errors import RecipeError
+from sparsepipe.sparsity.selection import kth_largest
+
+Shape = tuple[int, ...]
+
+
+def uniform(shapes: Mapping[str, Shape], sparsity: float, dense: Collection[str] = ()) -> dict[str, float]:
+    """The same density 1 - sparsity in every layer; layers in `dense` are not made up for."""
+    return {name: 1.0 if name in dense else 1 - sparsity for name in shapes}
+
+
+def er(shapes: Mapping[str, Shape], sparsity: float, dense: Collection[str] = ()) -> dict[str, float]:
+    """Erdos-Renyi: density proportional to (O + I) / (O I), clamped at 1 (SET, doi 10.1038/s41467-018-04316-3).
+
+    Raises:
+        RecipeError: the layers in `dense` alone exceed the target.
+    """
+    return _erdos_renyi(shapes, sparsity, dense, lambda shape: sum(shape[:2]) / math.prod(shape[:2]))
+
+
+def erk(shapes: Mapping[str, Shape], sparsity: float, dense: Collection[str] = ()) -> dict[str, float]:
+    """Erdos-Renyi-Kernel: density proportional to sum(shape) / prod(shape), clamped at 1 (RigL, arXiv 1911.11134).
+
+    Raises:
+        RecipeError: the layers in `dense` alone exceed the target.
+    """
+    return _erdos_renyi(shapes, sparsity, dense, lambda shape: sum(shape) / math.prod(shape))
+
+
+DISTRIBUTIONS: dict[str, Callable[[Mapping[str, Shape], float, Collection[str]], dict[str, float]]] = {
+    "uniform": uniform,
+    "er": er,
+    "erk": erk,
+}
+"""Distributions that depend on shapes alone. `global` also needs the weights: see `global_magnitude`."""
+NAMES = (*DISTRIBUTIONS, "global")
+
+
+def _erdos_renyi(
+    shapes: Mapping[str, Shape], sparsity: float, dense: Collection[str], raw: Callable[[Shape], float]
+) -> dict[str, float]:
+    """Densities eps * raw(shape) with eps such that the target holds.
+
+    Layers that would exceed density 1 become dense, all those with the largest raw value together, and eps is
+    computed again for the rest until none does; clamping alone would fall short of the target.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    full = set(dense) & set(shapes)
+    budget = (1 - sparsity) * sum(sizes.values())
+    while free := {name: raw(shape) for name, shape in shapes.items() if name not in full}:
+        eps = (budget - sum(sizes[name] for name in full)) / sum(value * sizes[name] for name, value in free.items())
+        if eps < 0:
+            raise _too_dense(sparsity, full)
+        highest = max(free.values())
+        if eps * highest <= 1:
+            return {name: eps * free[name] if name in free else 1.0 for name in shapes}
+        full |= {name for name, value in free.items() if value == highest}
+    return dict.fromkeys(shapes, 1.0)
+
+
+def global_magnitude(scores: Mapping[str, Tensor], sparsity: float, dense: Collection[str] = ()) -> dict[str, float]:
+    """The share of each layer in the weights of highest score over the whole network.
+
+    Args:
+        scores: for each layer its elementwise scores; the densities are counted in elements.
+        sparsity: over all the layers given.
+        dense: layers that keep everything.
+
+    Raises:
+        RecipeError: the layers in `dense` alone exceed the target.
+    """
+    free = {name: score.reshape(-1) for name, score in scores.items() if name not in dense}
+    if not free:
+        return dict.fromkeys(scores, 1.0)
+    total = sum(score.numel() for score in scores.values())
+    kept = round((1 - sparsity) * total) - sum(scores[name].numel() for name in dense)
+    if kept < 0:
+        raise _too_dense(sparsity, dense)
+    if kept == 0:
+        return {name: float(name not in free) for name in scores}
+    merged = torch.cat(list(free.values()))
+    threshold = kth_largest(merged, kept)
+    above = {name: int((score > threshold).sum()) for name, score in free.items()}
+    left = kept - sum(above.values())
+    densities = dict.fromkeys(scores, 1.0)
+    for name, score in free.items():  # ties at the threshold go to the first layers
+        ties = min(int((score == threshold).sum()), left)
+        left -= ties
+        densities[name] = (above[name] + ties) / score.numel()
+    return densities
+
+
+def apportion(shares: Mapping[str, float], limits: Mapping[str, int], units: Mapping[str, int]) -> dict[str, int]:
+    """Whole numbers near `shares` whose weighted sum is the target: the method of the largest remainder.
+
+    Args:
+        shares: real-valued number of units for each layer.
+        limits: the most units that a layer has. Each layer gets at least one: none would cut the network in two.
+        units: weights in one unit. The target is the rounded sum of shares x units; it is met exactly where all
+            units are equal, else to within one unit.
+    """
+    counts = {name: min(max(math.floor(share), 1), limits[name]) for name, share in shares.items()}
+    missing = round(sum(share * units[name] for name, share in shares.items()))
+    missing -= sum(count * units[name] for name, count in counts.items())
+    by_remainder = sorted(shares, key=lambda name: counts[name] - shares[name])
+    while missing > 0:
+        taking = [name for name in by_remainder if counts[name] < limits[name] and units[name] <= missing]
+        if not taking:
+            break
+        for name in taking:
+            if units[name] <= missing:
+                counts[name] += 1
+                missing -= units[name]
+    while missing < 0:  # where the minimum of one unit exceeded the shares
+        giving = [name for name in reversed(by_remainder) if counts[name] > 1 and units[name] <= -missing]
+        if not giving:
+            break
+        for name in giving:
+            if units[name] <= -missing:
+                counts[name] -= 1
+                missing += units[name]
+    return counts
+
+
+def _too_dense(sparsity: float, dense: Collection[str]) -> RecipeError:
+    return RecipeError(
+        f"A sparsity of {sparsity:g} cannot be reached: the layers that stay dense ({', '.join(sorted(dense))}) hold "
+        "more weights than that leaves.",
+        where="sparsity",
+        advice="Lower the sparsity, choose another pattern, or exclude these layers with an override.",
+    )

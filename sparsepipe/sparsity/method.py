@@ -1,0 +1,133 @@
+"""What a sparse-training method is: a few hooks around the optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from sparsepipe.sparsity import scores
+from sparsepipe.sparsity.network import Network
+from sparsepipe.sparsity.pattern import Pattern
+from sparsepipe.sparsity.selection import top_k
+from sparsepipe.sparsity.target import Layer, Target
+
+
+class Method:
+    """A method of sparse training. It holds options only; what changes is in the `Network` that each hook is given.
+
+    `Sparsifier` calls the hooks without gradient tracking. Steps count from 1.
+    """
+
+    name: ClassVar[str]
+    """As in the registry."""
+
+    @property
+    def dense_gradient_every(self) -> int | None:
+        """Steps between two uses of the dense gradient, for FLOPs; None if the method never needs it."""
+        return None
+
+    def attach(self, network: Network) -> None:
+        """Give the network its layers and first masks."""
+
+    def needs_gradients(self, network: Network, step: int) -> bool:
+        """Whether `network.gradients` must hold the dense gradients of `step` in `after_step`."""
+        return False
+
+    def after_step(self, network: Network, step: int) -> None:
+        """Called after optimizer step `step`, with inactive weights at zero."""
+
+    def on_epoch_end(self, network: Network, epoch: int) -> None:
+        """Called at the end of each epoch by loops that have epochs."""
+
+    def finalize(self, network: Network) -> None:
+        """Called once when training is over, before the masks are handed out."""
+
+    def masks_final(self, network: Network, step: int) -> bool:
+        """Whether after `step` the masks will not change any more and the target sparsity is reached."""
+        return True
+
+    def metrics(self, network: Network, step: int) -> dict[str, float]:
+        """Figures worth logging that only this method knows."""
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        """The method's options, JSON-able: a checkpoint made with others is refused."""
+        return {"method": self.name}
+
+
+class TargetMethod(Method):
+    """A method that aims at a target: sparsity, distribution, pattern and overrides.
+
+    Args:
+        sparsity: fraction of zeros over all maskable weights that no override settles.
+        distribution: uniform, er, erk or global.
+        pattern: unstructured, RxC, N:M, channel or constant-fan-in.
+        overrides: tables of `layers` (a glob) with `sparsity`, `pattern` or `dense`; the first match wins.
+
+    Raises:
+        RecipeError: an option is out of range or of the wrong type, or contradicts another.
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: float = 0.9,
+        distribution: str = "erk",
+        pattern: str | Pattern = "unstructured",
+        overrides: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        self.target = Target.of(sparsity, distribution, pattern, overrides)
+
+    def plan(self, network: Network) -> None:
+        """Lay out the layers, and say why those that stay dense do."""
+        network.layers = self.target.plan(network.weights)
+        network.masks.reasons = {
+            name: layer.dense_because for name, layer in network.layers.items() if layer.dense_because
+        }
+
+    def kept(self, network: Network, progress: float = 1.0) -> dict[str, int]:
+        """Groups to keep in each row of each layer now, from the weights as they are now."""
+        magnitudes = {}
+        if self.target.distribution == "global":
+            # Inactive weights score below every active one, so that they never take a place.
+            magnitudes = {
+                name: torch.where(mask, scores.magnitude(network.weights[name].parameter), -1.0)
+                for name, mask in network.masks.items()
+            }
+        return self.target.kept(network.layers, magnitudes, progress)
+
+    def describe(self) -> dict[str, Any]:
+        target = self.target
+        overrides = [[entry.layers, entry.sparsity, str(entry.pattern), entry.dense] for entry in target.overrides]
+        return {
+            **super().describe(),
+            "sparsity": target.sparsity,
+            "distribution": target.distribution,
+            "pattern": str(target.pattern),
+            "overrides": overrides,
+        }
+
+
+class SparseFromStart(TargetMethod):
+    """A method whose network is sparse from the first step on, with random masks of exact counts."""
+
+    def attach(self, network: Network) -> None:
+        self.plan(network)
+        masks = {}
+        for name, kept in self.kept(network).items():
+            layer = network.layers[name]
+            if kept < layer.groups:
+                masks[name] = _random_mask(network, layer, kept)
+            else:
+                network.masks.reasons.setdefault(name, f"{self.target.distribution} keeps it dense")
+        network.start(masks)
+
+
+def _random_mask(network: Network, layer: Layer, kept: int) -> torch.Tensor:
+    device = network.weights[layer.name].parameter.device
+    rows = torch.empty(layer.rows, layer.groups, device=device)
+    score = scores.random(rows, network.seed, layer.name, 0)
+    counts = torch.full((layer.rows,), kept, device=device)
+    return layer.pattern.unfold(top_k(score, counts, torch.ones_like(rows, dtype=torch.bool)), layer.shape)

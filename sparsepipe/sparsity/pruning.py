@@ -1,0 +1,29 @@
+"""Magnitude pruning of a network that starts dense."""
+
+from __future__ import annotations
+
+from sparsepipe.sparsity import scores
+from sparsepipe.sparsity.method import TargetMethod
+from sparsepipe.sparsity.network import Network
+from sparsepipe.sparsity.selection import top_k
+
+
+class MagnitudePruning(TargetMethod):
+    """A method that removes the active weights of lowest magnitude, layer by layer, and never brings one back."""
+
+    def attach(self, network: Network) -> None:
+        self.plan(network)
+        self.kept(network)  # a target out of reach is an error here, not in the middle of training
+
+    def prune(self, network: Network, progress: float = 1.0) -> None:
+        """Prune to where the masks belong at `progress` between dense (0) and the target (1)."""
+        for name, kept in self.kept(network, progress).items():
+            layer = network.layers[name]
+            if kept < layer.groups:
+                active = layer.pattern.rows(network.masks[name])
+                score = layer.pattern.scores(scores.magnitude(network.weights[name].parameter))
+                counts = active.sum(dim=1).clamp(max=kept)
+                network.change(name, layer.pattern.unfold(top_k(score, counts, active), layer.shape))
+            elif progress == 1:
+                network.masks.reasons.setdefault(name, f"{self.target.distribution} keeps it dense")
+        network.masks.count()

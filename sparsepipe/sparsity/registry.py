@@ -1,0 +1,143 @@
+"""Sparse-training methods by name. Importing this module loads no method and no torch."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sparsepipe.errors import MissingExtraError, RecipeError
+
+if TYPE_CHECKING:
+    from sparsepipe.sparsity.method import Method
+
+log = logging.getLogger("sparsepipe")
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What can be said of a method without loading it."""
+
+    name: str
+    home: str
+    """`module:class`."""
+    summary: str
+    source: str
+    exact: bool = True
+    """Whether it reaches the target sparsity exactly."""
+
+
+METHODS: dict[str, MethodInfo] = {
+    info.name: info
+    for info in (
+        MethodInfo(
+            "dst-ee",
+            "sparsepipe.sparsity.methods.dst_ee:DSTEE",
+            "drop by magnitude, grow by |gradient| plus a bonus for weights that were seldom active",
+            "arXiv 2211.16667",
+        ),
+        MethodInfo(
+            "rigl",
+            "sparsepipe.sparsity.methods.rigl:RigL",
+            "drop by magnitude, grow by |gradient|",
+            "arXiv 1911.11134",
+        ),
+        MethodInfo(
+            "set",
+            "sparsepipe.sparsity.methods.set:SET",
+            "drop by magnitude, grow at random",
+            "doi 10.1038/s41467-018-04316-3",
+        ),
+        MethodInfo(
+            "static",
+            "sparsepipe.sparsity.methods.static:Static",
+            "random masks that never change",
+            "baseline of arXiv 1911.11134",
+        ),
+        MethodInfo(
+            "gmp",
+            "sparsepipe.sparsity.methods.gmp:GMP",
+            "start dense, prune by magnitude along a cubic schedule",
+            "arXiv 1710.01878",
+        ),
+        MethodInfo(
+            "magnitude-oneshot",
+            "sparsepipe.sparsity.methods.magnitude_oneshot:MagnitudeOneShot",
+            "train dense, prune once by magnitude, fine-tune",
+            "arXiv 1506.02626",
+        ),
+        MethodInfo(
+            "dense",
+            "sparsepipe.sparsity.methods.dense:Dense",
+            "ordinary dense training, the baseline",
+            "-",
+        ),
+    )
+}
+
+
+def available(glob: str = "*") -> list[MethodInfo]:
+    """Methods whose name matches `glob`."""
+    return [info for info in METHODS.values() if fnmatchcase(info.name, glob)]
+
+
+def create(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """Make a method from its name and options.
+
+    An option that only other methods take is passed over with a line in the log, so that a recipe stays valid when
+    only its method's name changes.
+
+    Raises:
+        RecipeError: unknown name, an option that no method takes, or a value that is not allowed.
+        MissingExtraError: torch is not installed.
+    """
+    if name not in METHODS:
+        raise RecipeError(
+            f"There is no method '{name}'{_hint(name, METHODS)}.",
+            where="method",
+            advice=f"Methods: {', '.join(METHODS)}.",
+        )
+    options = options or {}
+    own = options_of(name)
+    foreign = [key for key in options if key not in own]
+    known = {key for other in METHODS for key in options_of(other)} if foreign else set()
+    for key in foreign:
+        if key not in known:
+            listed = f"Options of {name}: {', '.join(own)}." if own else f"The method '{name}' takes no options."
+            raise RecipeError(f"No method takes an option '{key}'{_hint(key, known)}.", where="method", advice=listed)
+    if foreign:
+        log.info("The method '%s' has no use for: %s.", name, ", ".join(foreign))
+    method: Method = _load(name)(**{key: value for key, value in options.items() if key in own})
+    return method
+
+
+def options_of(name: str) -> list[str]:
+    """Names of the options that the method `name` takes, its own and those it shares."""
+    found: dict[str, None] = {}
+    for base in _load(name).__mro__:
+        if "__init__" in vars(base) and base is not object:
+            parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+            found.update((each.name, None) for each in parameters if each.kind is each.KEYWORD_ONLY)
+            if all(each.kind is not each.VAR_KEYWORD for each in parameters):
+                break
+    return list(found)
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = METHODS[name].home.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise MissingExtraError("torch", "train", "Sparse training") from error
+
+
+def _hint(word: str, known: Mapping[str, Any] | set[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""

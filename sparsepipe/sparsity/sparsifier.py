@@ -1,0 +1,202 @@
+"""Sparsifier: sparse training in any loop. The only place with optimizer hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsepipe.errors import ArtefactError, ModelError
+from sparsepipe.sparsity import options
+from sparsepipe.sparsity.masks import MaskSet, unpack_mask
+from sparsepipe.sparsity.method import Method
+from sparsepipe.sparsity.network import Network
+from sparsepipe.sparsity.weights import maskable
+
+
+class Sparsifier:
+    """Keeps the weights of `model` sparse while `optimizer` trains them; the training loop stays as it is.
+
+    After every optimizer step all inactive weights are exactly zero, for any optimizer, and the method may have
+    changed the masks. Gradients that were accumulated, averaged over ranks, clipped or unscaled are used as they
+    arrive at the step, which is where they are complete; a step that a `GradScaler` skips counts for nothing.
+
+    Args:
+        model: the module whose `named_parameters()` name the masks; not a wrapper of it (DDP, a compiled module).
+        optimizer: any `torch.optim.Optimizer`; weights that it does not train are left as they are.
+        method: for example `DSTEE(sparsity=0.95)`.
+        total_steps: optimizer steps of the whole training; the schedules span them.
+        seed: of everything random in the masks.
+
+    Raises:
+        ModelError: nothing can be masked, or `optimizer` is none of torch's.
+        RecipeError: the target cannot be reached, or an override matches no layer.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, method: Method, *, total_steps: int, seed: int = 0
+    ) -> None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # the wrappers of Fabric and Accelerate keep it there
+        if not isinstance(optimizer, Optimizer):
+            raise ModelError(f"A Sparsifier needs a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+        self.method = method
+        self.step = 0
+        """Optimizer steps taken so far."""
+        self._network = Network(maskable(model, optimizer), optimizer, options.count("total_steps", total_steps), seed)
+        self._skipped = False
+        self._expected_nonzero: dict[str, int] = {}
+        with torch.no_grad():
+            method.attach(self._network)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    @property
+    def mask_set(self) -> MaskSet:
+        return self._network.masks
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Parameter name -> bool tensor, True where the weight is active. It changes in place; do not write to it."""
+        return self._network.masks
+
+    @property
+    def masks_final(self) -> bool:
+        """Whether the masks will not change any more and the target sparsity is reached."""
+        return self.method.masks_final(self._network, self.step)
+
+    def on_epoch_end(self, epoch: int) -> None:
+        """For loops that have epochs: call it after each (`epoch` from 0)."""
+        with torch.no_grad():
+            self.method.on_epoch_end(self._network, epoch)
+
+    def metrics(self) -> dict[str, Any]:
+        """Sparsity, exploration rate, drop fraction and the density of each layer, as they are now."""
+        return {
+            "sparsity": self.mask_set.sparsity,
+            "exploration_rate": self.mask_set.exploration_rate(),
+            "drop_fraction": 0.0,
+            "density": self.mask_set.densities(),
+            **self.method.metrics(self._network, self.step),
+        }
+
+    def freeze(self) -> MaskSet:
+        """End sparse training: let the method finish, zero inactive weights, leave the optimizer, return the masks."""
+        with torch.no_grad():
+            self.method.finalize(self._network)
+            self._network.mask_weights()
+        for hook in self._hooks:
+            hook.remove()
+        return self.mask_set
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to resume bit for bit, beside the states of model and optimizer: tensors and plain values.
+
+        Masks are bits, counters int16. Load it into a Sparsifier made with the same method for the same model.
+        """
+        masks = self.mask_set
+        return {
+            "step": self.step,
+            "seed": self._network.seed,
+            "method": self.method.describe(),
+            "shapes": {name: list(shape) for name, shape in masks.shapes().items()},
+            "masks": masks.pack(),
+            "counters": {name: counter.clone() for name, counter in masks.counters.items()},
+            "reasons": dict(masks.reasons),
+            "nonzero": {name: self._nonzero(name) for name in masks.counters},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`. Load the model and the optimizer after making the Sparsifier, not before.
+
+        Raises:
+            ArtefactError: the state is of another model or of other options; the message names the first difference.
+        """
+        self._refuse_other(state)
+        tensors = self._network.tensors
+        for name, counter in state["counters"].items():
+            weight, mask = tensors[name], unpack_mask(name, state["masks"][name], tuple(state["shapes"][name]))
+            self.mask_set.change(weight, name, mask.to(weight.device))
+            self.mask_set.counters[name].copy_(counter)
+        self.mask_set.reasons = dict(state["reasons"])
+        self.step = int(state["step"])
+        self._network.seed = int(state["seed"])
+        self._expected_nonzero = dict(state["nonzero"])
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # args[0] is the optimizer itself; a closure computes the gradients only inside the step.
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._around(optimizer, kwargs["closure"])}
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._around(optimizer, args[1]), *args[2:]), kwargs
+        self._take_gradients(optimizer)
+        return None
+
+    def _around(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def closure_then_masks() -> Any:
+            loss = closure()
+            self._take_gradients(optimizer)
+            return loss
+
+        return closure_then_masks
+
+    @torch.no_grad()
+    def _take_gradients(self, optimizer: Optimizer) -> None:
+        """Keep the dense gradients if this step's update needs them, then mask those that the optimizer will see."""
+        if self._expected_nonzero:
+            self._check_weights_were_loaded_last()
+        # GradScaler leaves unscaling and skipping to optimizers that can do both themselves (fused ones).
+        found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        self._skipped = found_inf is not None and bool(found_inf)
+        network = self._network
+        if not self._skipped and self.method.needs_gradients(network, self.step + 1):
+            for name in network.masks.counters:
+                gradient = network.weights[name].parameter.grad
+                if gradient is not None:
+                    network.gradients[name] = gradient.clone() if scale is None else gradient / scale
+        network.mask_gradients()
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._skipped:
+            self.step += 1
+            self._network.mask_weights()
+            self.method.after_step(self._network, self.step)
+        self._network.gradients.clear()
+
+    def _refuse_other(self, state: Mapping[str, Any]) -> None:
+        shapes = {name: list(shape) for name, shape in self.mask_set.shapes().items()}
+        for what, ours, theirs in (
+            ("option", self.method.describe(), state["method"]),
+            ("shape of", shapes, state["shapes"]),
+        ):
+            for key in [*theirs, *ours]:
+                if ours.get(key) != theirs.get(key):
+                    raise ArtefactError(
+                        f"The checkpoint was made with another {what} '{key}': "
+                        f"{theirs.get(key, 'none')} there, {ours.get(key, 'none')} here.",
+                        where="sparsifier state",
+                        advice="Resume with the model and the recipe that the checkpoint was made with.",
+                    )
+
+    def _nonzero(self, name: str) -> int:
+        return int(self._network.weights[name].parameter.count_nonzero())
+
+    def _check_weights_were_loaded_last(self) -> None:
+        """Making a Sparsifier cuts the weights to its first masks, so weights loaded before that are spoilt."""
+        expected, self._expected_nonzero = self._expected_nonzero, {}
+        for name, count in expected.items():
+            weight = self._network.weights[name].parameter
+            found = int((weight * self.mask_set[name]).count_nonzero())
+            if found < count // 2:
+                raise ArtefactError(
+                    f"Only {found} of {count} weights are left in '{name}': the model was loaded too early.",
+                    where="sparsifier state",
+                    advice="Make the Sparsifier first, then load the model, the optimizer and the Sparsifier.",
+                )

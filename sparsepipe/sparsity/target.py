@@ -1,0 +1,200 @@
+"""What a method aims at: sparsity, distribution, pattern and per-layer overrides, turned into exact counts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import ceil
+from typing import Any
+
+from torch import Tensor
+
+from sparsepipe.errors import RecipeError
+from sparsepipe.sparsity import options
+from sparsepipe.sparsity.distribution import DISTRIBUTIONS, NAMES, apportion, global_magnitude
+from sparsepipe.sparsity.pattern import Pattern, Shape, Unstructured, parse
+from sparsepipe.sparsity.weights import Weight
+
+OVERRIDE_KEYS = ("layers", "sparsity", "pattern", "dense")
+
+
+@dataclass(frozen=True)
+class Override:
+    """Settings of the layers whose name matches a glob."""
+
+    layers: str
+    sparsity: float | None = None
+    pattern: Pattern | None = None
+    dense: bool = False
+
+    @classmethod
+    def read(cls, table: Mapping[str, Any]) -> Override:
+        """Read `{layers = "*.conv1", sparsity = 0.5}` and its like.
+
+        Raises:
+            RecipeError: an unknown key, no `layers`, a value out of range, or nothing to override.
+        """
+        for key in table:
+            if key not in OVERRIDE_KEYS:
+                raise RecipeError(f"Unknown key '{key}'; allowed: {', '.join(OVERRIDE_KEYS)}.", where="overrides")
+        layers, dense = table.get("layers"), table.get("dense", False)
+        if not isinstance(layers, str) or not isinstance(dense, bool) or len(table) < 2:
+            raise RecipeError(
+                f"{dict(table)} is not an override.",
+                where="overrides",
+                advice='Examples: {layers = "*.conv1", sparsity = 0.5}, {layers = "head", dense = true}.',
+            )
+        sparsity = pattern = None
+        if "sparsity" in table:
+            sparsity = options.number("overrides.sparsity", table["sparsity"], high=1, below=True)
+        if "pattern" in table:
+            pattern = parse(table["pattern"])
+        return cls(layers, sparsity, pattern, dense)
+
+    def matches(self, name: str) -> bool:
+        """Whether the glob fits a parameter's name, with or without its ending `.weight`."""
+        return fnmatchcase(name, self.layers) or fnmatchcase(name.removesuffix(".weight"), self.layers)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one weight is to become. Its mask has `rows` rows of `groups` groups of `size` weights."""
+
+    name: str
+    shape: Shape
+    pattern: Pattern
+    rows: int
+    groups: int
+    size: int
+    density: float | None
+    """Density from an override or from the pattern itself; None where the distribution decides."""
+    dense_because: str | None
+    """Why it keeps everything, whatever the distribution says."""
+
+    @property
+    def unit(self) -> int:
+        """Weights gained by keeping one group more in each row."""
+        return self.rows * self.size
+
+
+@dataclass(frozen=True)
+class Target:
+    """Sparsity over all maskable weights that no override settles, and how it is spread over them."""
+
+    sparsity: float
+    distribution: str
+    pattern: Pattern
+    overrides: tuple[Override, ...]
+
+    @classmethod
+    def of(
+        cls, sparsity: float, distribution: str, pattern: str | Pattern, overrides: Iterable[Mapping[str, Any]]
+    ) -> Target:
+        """Check the options that methods share.
+
+        Raises:
+            RecipeError: an option is out of range or of the wrong type, or contradicts the pattern.
+        """
+        if isinstance(overrides, Mapping | str) or not all(isinstance(entry, Mapping) for entry in overrides):
+            raise RecipeError("'overrides' must be a list of tables.", where="overrides")
+        target = cls(
+            options.number("sparsity", sparsity, high=1, below=True),
+            options.choice("distribution", distribution, NAMES),
+            parse(pattern),
+            tuple(Override.read(entry) for entry in overrides),
+        )
+        _refuse_contradiction(target.pattern, target.sparsity)
+        for override in target.overrides:
+            if override.pattern is not None and override.sparsity is not None:
+                _refuse_contradiction(override.pattern, override.sparsity)
+        return target
+
+    def plan(self, weights: Mapping[str, Weight]) -> dict[str, Layer]:
+        """Decide for each weight its pattern and whether something other than the distribution settles its density.
+
+        Raises:
+            RecipeError: an override matches no weight.
+        """
+        for override in self.overrides:
+            if not any(override.matches(name) for name in weights):
+                _refuse_unmatched(override.layers, weights)
+        first_convolution = next((name for name, weight in weights.items() if weight.convolution), None)
+        return {name: self._layer(weight, name == first_convolution) for name, weight in weights.items()}
+
+    def _layer(self, weight: Weight, first_convolution: bool) -> Layer:
+        override = next((entry for entry in self.overrides if entry.matches(weight.name)), Override("*"))
+        pattern = override.pattern or self.pattern
+        misfit = pattern.misfit(weight.shape)
+        if weight.transposed and not isinstance(pattern, Unstructured):
+            misfit = f"a transposed convolution can only be unstructured, not {pattern}"
+        density = pattern.density if override.sparsity is None else 1 - override.sparsity
+        reason = None
+        if override.dense:
+            density, reason = 1.0, f"override '{override.layers}'"
+        elif misfit:
+            density, reason = None, misfit
+        elif density is None and self.distribution == "uniform" and first_convolution:
+            reason = "uniform keeps the first convolution dense"
+        if reason:
+            pattern = Unstructured()
+        return Layer(weight.name, weight.shape, pattern, *pattern.grid(weight.shape), density, reason)
+
+    def kept(self, layers: Mapping[str, Layer], scores: Mapping[str, Tensor], progress: float = 1.0) -> dict[str, int]:
+        """Groups that each row of each layer keeps.
+
+        Args:
+            layers: from `plan`.
+            scores: elementwise magnitudes; read by the distribution `global` alone.
+            progress: of a gradual method on its way from dense (0) to the target (1). For the same scores, no layer
+                ever keeps more later on.
+
+        Raises:
+            RecipeError: the layers that must stay dense exceed the target.
+        """
+        free = {name: layer for name, layer in layers.items() if layer.density is None}
+        dense = {name for name, layer in free.items() if layer.dense_because}
+        if self.distribution == "global":
+            grouped = {name: _mean_over_groups(scores[name], layer.pattern) for name, layer in free.items()}
+            densities = global_magnitude(grouped, self.sparsity * progress, dense)
+        else:
+            shapes = {name: layer.shape for name, layer in free.items()}
+            densities = DISTRIBUTIONS[self.distribution](shapes, self.sparsity, dense)
+        groups = {name: layer.groups for name, layer in layers.items()}
+        shares = {name: density * groups[name] for name, density in densities.items()}
+        final = apportion(shares, groups, {name: layer.unit for name, layer in free.items()})
+        for name, layer in layers.items():
+            if layer.density is not None:
+                final[name] = max(1, round(layer.density * layer.groups))
+        settled = free if self.distribution == "global" else {}
+        return {
+            name: final[name] if name in settled else final[name] + ceil((groups[name] - final[name]) * (1 - progress))
+            for name in layers
+        }
+
+
+def _mean_over_groups(score: Tensor, pattern: Pattern) -> Tensor:
+    """Every element with the mean score of its group, so that groups of different sizes compare."""
+    folded = pattern.fold(score)
+    return folded.mean(-1, keepdim=True).expand_as(folded)
+
+
+def _refuse_contradiction(pattern: Pattern, sparsity: float) -> None:
+    if pattern.density is None:
+        return
+    implied = 1 - pattern.density
+    if abs(implied - sparsity) > 1e-6:
+        raise RecipeError(
+            f"The pattern {pattern} fixes the sparsity at {implied:g}, but {sparsity:g} is asked for.",
+            where="sparsity",
+            advice=f"Set sparsity = {implied:g}, or choose another pattern.",
+        )
+
+
+def _refuse_unmatched(glob: str, weights: Mapping[str, Weight]) -> None:
+    names = [name.removesuffix(".weight") for name in weights]
+    close = difflib.get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]
+    raise RecipeError(
+        f"No maskable layer is called '{glob}'.", where="overrides", advice=f"Close names: {', '.join(close)}."
+    )

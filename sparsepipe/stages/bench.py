@@ -1,0 +1,115 @@
+"""The stage `bench`: latency, memory and size of ONNX files, measured side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from sparsepipe.artefact import Artefact, digest_file, draft, write_json
+from sparsepipe.benchmark.harness import COLD_STARTS, ROUNDS, Contestant, Setting, choose_cpus
+from sparsepipe.benchmark.harness import measure as race
+from sparsepipe.benchmark.results import file_facts, rows
+from sparsepipe.environment import describe_machine, package_versions
+from sparsepipe.errors import ArtefactError, GraphError
+from sparsepipe.progress import bar
+from sparsepipe.recipe import Bench
+
+RESULT_FILE = "bench.json"
+BASELINE_TARGET = "dense"
+
+
+def run(config: BaseModel, inputs: Mapping[str, Artefact], out: Path) -> Artefact:
+    """Measure every file of the export, the dense one being the baseline.
+
+    Args:
+        config: the recipe's `bench` section.
+        inputs: `export`.
+        out: folder of the new artefact, with `bench.json`.
+
+    Raises:
+        ArtefactError: a file of the export is missing.
+        GraphError: no file can be loaded.
+    """
+    assert isinstance(config, Bench)
+    export = inputs["export"]
+    paths = [export.file(file["name"]) for file in export.metrics["files"].values()]
+    return _write(paths, config, {"export": export.digest}, out)
+
+
+def measure(paths: Sequence[Path], config: Bench) -> dict[str, Any]:
+    """Measure ONNX files from anywhere; the dense export, or else the first file, is the baseline.
+
+    Args:
+        paths: the files.
+        config: threads and batch sizes, each pair of which is measured, time and pinning.
+
+    Returns:
+        `baseline`, `results` (a row for each file and setting) and `environment`.
+
+    Raises:
+        ArtefactError: a file is missing.
+        GraphError: no file can be loaded.
+    """
+    missing = next((path for path in paths if not path.is_file()), None)
+    if missing is not None or not paths:
+        raise ArtefactError("There is no such ONNX file.", where=str(missing) if missing else "bench")
+    labels = _labels(paths)
+    targets = [file_facts(path)[0] for path in paths]
+    baseline = targets.index(BASELINE_TARGET) if BASELINE_TARGET in targets else 0
+    contestants = [Contestant(path) for path in paths]
+    settings = [
+        Setting(threads, batch, config.seconds, choose_cpus(threads) if config.pin else None)
+        for threads in config.threads
+        for batch in config.batch
+    ]
+    environment = _environment(config)
+    results, reasons, workers = [], [], []
+    with bar("Measuring", len(settings) * ROUNDS) as running:
+        for setting in settings:
+            measured = race(contestants, setting, lambda note: running.advance(note=note))
+            results += rows(labels, measured, setting, baseline)
+            reasons += [one.failure for one in measured if one.refused]
+            workers += [one.settings for one in measured if one.settings]
+    if len(reasons) == len(results):
+        raise GraphError(f"No file could be measured: {reasons[0]}", where=labels[0])
+    runtimes = {str(one): one for one in workers}
+    return {
+        "baseline": labels[baseline],
+        "results": results,
+        "environment": {**environment, "runtimes": list(runtimes.values())},
+    }
+
+
+def record(paths: Sequence[Path], config: Bench, out: Path) -> Artefact:
+    """`measure` files from anywhere, and keep the result in the folder `out`."""
+    digests = {label: digest_file(path) for label, path in zip(_labels(paths), paths, strict=True)}
+    return _write(paths, config, digests, out)
+
+
+def _write(paths: Sequence[Path], config: Bench, inputs: Mapping[str, str], out: Path) -> Artefact:
+    with draft(out, "bench", config, inputs) as building:
+        result = measure(paths, config)
+        write_json(building.folder / RESULT_FILE, result)
+        building.metrics.update(result)
+    return Artefact.read(out)
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """File names, or whole paths where two files have the same name."""
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(set(paths)) else [str(path) for path in paths]
+
+
+def _environment(config: Bench) -> dict[str, Any]:
+    return {
+        **describe_machine(),
+        "versions": package_versions(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": {**config.model_dump(mode="json"), "rounds": ROUNDS, "cold_starts": COLD_STARTS},
+    }

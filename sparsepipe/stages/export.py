@@ -1,0 +1,205 @@
+"""Write ONNX files: from a trained network of this project, or from any ONNX file whose weights hold zeros."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from sparsepipe import recipe
+from sparsepipe.artefact import Artefact, atomic_write, digest_file, draft, write_json
+from sparsepipe.environment import package_versions
+from sparsepipe.errors import MissingExtraError, ModelError
+from sparsepipe.graph import index, opset
+from sparsepipe.graph.finish import serialise, stamp
+from sparsepipe.graph.fold import fold
+from sparsepipe.graph.load import load
+from sparsepipe.graph.portable import sparsify
+from sparsepipe.graph.select import Layer, sparsity, survey
+from sparsepipe.plugins import is_plugin
+from sparsepipe.progress import bar
+from sparsepipe.runtime.session import session
+from sparsepipe.spec import SPEC_FILE, ModelSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger("sparsepipe")
+
+LAYERS_FILE = "layers.json"
+STEPS = 4  # of the progress bar: read or build, choose, check, write
+
+TARGETS: Mapping[str, Callable[[ModelProto, Sequence[Layer]], ModelProto]] = {
+    "dense": lambda model, layers: index.copy(model),
+    "portable": sparsify,
+}
+"""Target -> how it stores the chosen layers."""
+
+
+def run(
+    config: recipe.Export, inputs: Mapping[str, Artefact], out: Path, *, trusted_model: str | None = None
+) -> Artefact:
+    """Export the network of a `convert` or `freeze` artefact.
+
+    Args:
+        config: targets and opset.
+        inputs: `convert` or `freeze` -> its artefact.
+        out: the folder to write.
+        trusted_model: `module:function` that may be imported, if the network was made by it.
+
+    Raises:
+        ModelError: the network's code is not trusted, or its weights do not fit it.
+        GraphError: the network cannot be exported, or onnxruntime cannot load the result.
+        ArtefactError: the artefact is damaged.
+        MissingExtraError: torch or onnxscript is not installed.
+    """
+    try:
+        from sparsepipe.graph.build import build
+    except ImportError as error:
+        raise MissingExtraError(error.name or "torch", "train", "Exporting a network") from error
+
+    stage = "convert" if "convert" in inputs else "freeze"
+    source = inputs[stage]
+    spec = ModelSpec.read(source.file(SPEC_FILE))
+    with bar("Export", STEPS) as progress:
+        network = load_network(source, trusted_model)
+        model, unfolded = fold(build(network, spec.input_shape, opset=config.opset))
+        for norm in unfolded:
+            log.info("The batch normalisation '%s' is not folded: %s.", norm.node, norm.reason)
+        properties = {"sparsepipe.spec": spec.model_dump_json(), **_versions("torch", "onnxscript")}
+        if spec.recipe_digest is not None:
+            properties["sparsepipe.recipe_digest"] = spec.recipe_digest
+        progress.advance(note="choosing layers")
+        return _write(model, properties, config, {stage: source.digest}, out, progress.advance)
+
+
+def from_onnx(path: Path, config: recipe.Export, out: Path) -> Artefact:
+    """Export an ONNX file from any tool: graph, names and opset stay, only the storage of weights changes.
+
+    The opset is converted only if `config` sets one explicitly. torch is not needed.
+
+    Raises:
+        GraphError: the file cannot be read, cannot be converted to the opset, or cannot be loaded by onnxruntime.
+    """
+    with bar("Export", STEPS) as progress:
+        model = load(path)
+        if "opset" in config.model_fields_set:
+            model = opset.convert(model, config.opset, where=str(path))
+        progress.advance(note="choosing layers")
+        return _write(model, {}, config, {"onnx": digest_file(path)}, out, progress.advance)
+
+
+def file_name(target: str) -> str:
+    """Name of the ONNX file of a target in the output folder."""
+    return f"model.{target}.onnx"
+
+
+def load_network(source: Artefact, trusted_model: str | None = None) -> nn.Module:
+    """The network of a `convert` or `freeze` artefact with its weights, in evaluation mode.
+
+    Args:
+        source: the artefact.
+        trusted_model: `module:function` that may be imported. A name that only the artefact gives is not: it may come
+            from anyone, and importing runs code.
+
+    Raises:
+        ModelError: the network's code is not trusted or not found, or its weights do not fit it.
+        ArtefactError: a file is missing or damaged.
+    """
+    import torch
+
+    from sparsepipe.models.registry import create
+    from sparsepipe.stages.convert import load_weights
+
+    spec = ModelSpec.read(source.file(SPEC_FILE))
+    if is_plugin(spec.model.name) and spec.model.name != trusted_model:
+        raise ModelError(
+            f"The network is built by code that this folder names, '{spec.model.name}'.",
+            where=str(source.folder),
+            advice=f"If you trust that code, repeat the command with --model {spec.model.name}",
+        )
+    network: nn.Module = create(
+        spec.model.name, input_shape=spec.input_shape, classes=len(spec.classes), options=spec.model.options
+    )
+    weights = load_weights(source)
+    _check_weights({name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}, weights, source)
+    network.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
+    network.eval()
+    return network
+
+
+def _check_weights(
+    expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, NDArray[Any]], source: Artefact
+) -> None:
+    missing = [name for name in expected if name not in weights]
+    unexpected = [name for name in weights if name not in expected]
+    misshaped = [
+        f"{name} {weights[name].shape} instead of {shape}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "of the wrong shape": misshaped}
+    if any(problems.values()):
+        found = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
+        raise ModelError(
+            f"The weights do not fit the network: {found}.",
+            where=str(source.folder),
+            advice="The network's code or options have changed since it was trained; use the ones it was trained with.",
+        )
+
+
+def _some(names: Sequence[str], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _write(
+    model: ModelProto,
+    properties: Mapping[str, str],
+    config: recipe.Export,
+    inputs: Mapping[str, str],
+    out: Path,
+    advance: Callable[..., None],
+) -> Artefact:
+    """Choose, rewrite, check and write; nothing is written before every file is known to be good."""
+    layers = survey(model)
+    total = sparsity(layers)
+    common = {
+        **properties,
+        **_versions("onnx"),
+        "sparsepipe.version": package_versions()["sparsepipe"],
+        "sparsepipe.sparsity": f"{total:.6f}",
+    }
+    advance(note="checking")
+    files: dict[str, bytes] = {}
+    for target in config.targets:
+        rewritten = TARGETS[target](model, layers)
+        stamp(rewritten, {**common, "sparsepipe.target": target})
+        files[target] = serialise(rewritten, where=file_name(target))
+    advance(note="writing")
+    rows = [asdict(layer) for layer in layers]
+    with draft(out, "export", config, inputs) as building:
+        for name, data in files.items():
+            path = building.folder / file_name(name)
+            with atomic_write(path) as file:
+                file.write(data)
+            session(path)
+        write_json(building.folder / LAYERS_FILE, rows)
+        building.metrics.update(
+            files={name: {"name": file_name(name), "bytes": len(data)} for name, data in files.items()},
+            sparsity=total,
+            opset=index.opset(model),
+            layers=rows,
+        )
+    advance()
+    return Artefact.read(out, "export")
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {f"sparsepipe.{name}": package_versions()[name] for name in packages}

@@ -1,0 +1,118 @@
+"""Freeze: masks applied for good, training state dropped.
+
+A frozen network is `model.json`, `model.safetensors` (weights and buffers) and `masks.safetensors`. Its inactive
+weights are exactly +0.0, active ones keep their bits, except that an active -0.0 becomes +0.0, too: zero has one form
+from here on. What is counted as `nnz` are the weights that are not zero. bfloat16 tensors become float32 without loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsepipe.artefact import Artefact, Draft, digest_file, draft
+from sparsepipe.errors import ArtefactError
+from sparsepipe.formats.layout import Array, positive_zeros
+from sparsepipe.formats.masks import Mask, load_masks, save_masks
+from sparsepipe.formats.tensors import digest_tensors, read_tensors, write_tensors
+from sparsepipe.recipe import Section
+from sparsepipe.spec import MASKS_FILE, SPEC_FILE, WEIGHTS_FILE, ModelSpec
+from sparsepipe.stages import checkpoints
+
+
+class FreezeConfig(Section):
+    """Freezing has no settings."""
+
+
+def run(config: FreezeConfig, inputs: Mapping[str, Artefact], out: Path) -> Artefact:
+    """Freeze what the stage `train` made. Needs no torch.
+
+    Args:
+        config: no settings.
+        inputs: the artefact of `train`.
+        out: folder to write.
+
+    Raises:
+        ArtefactError: a file is missing or damaged, or weights and masks do not belong together.
+        FormatError: the file of masks is malformed.
+    """
+    trained = inputs["train"]
+    spec = ModelSpec.read(trained.file(SPEC_FILE))
+    state = read_tensors(trained.file(WEIGHTS_FILE)).tensors
+    masks = load_masks(trained.file(MASKS_FILE))
+    _check(state, masks, trained)
+    with draft(out, "freeze", config, {"train": trained.digest}) as building:
+        _write(building, spec, state, masks)
+    return Artefact.read(out, "freeze")
+
+
+def from_checkpoint(path: Path, spec: ModelSpec, out: Path) -> Artefact:
+    """Freeze a checkpoint from elsewhere: the zeros in its weights are the masks.
+
+    Every floating-point tensor of two or more dimensions counts as a weight. Needs torch for .pt and .pth only.
+
+    Args:
+        path: a .safetensors, .pt or .pth file; see checkpoints.read for what it may hold.
+        spec: the network that the weights belong to, and its inputs and classes.
+        out: folder to write.
+
+    Raises:
+        ArtefactError: the file is missing or damaged, holds no state dict, or its weights and masks do not fit.
+        MissingExtraError: a .pt file where torch is not installed.
+    """
+    state = checkpoints.read(path)
+    masks = {name: array != 0 for name, array in state.items() if array.ndim >= 2 and array.dtype.kind == "f"}
+    with draft(out, "freeze", FreezeConfig(), {"checkpoint": digest_file(path)}) as building:
+        _write(building, spec, state, masks)
+    return Artefact.read(out, "freeze")
+
+
+def _check(state: Mapping[str, Array], masks: Mapping[str, Mask], trained: Artefact) -> None:
+    where = str(trained.folder)
+    for name, mask in masks.items():
+        if name not in state:
+            raise ArtefactError(f"There is a mask for '{name}', but no such weight.", where=where)
+        if state[name].shape != mask.shape:
+            raise ArtefactError(
+                f"The weight '{name}' has shape {list(state[name].shape)}, its mask {list(mask.shape)}.", where=where
+            )
+    masked, maskable = sum(mask.size for mask in masks.values()), trained.metrics.get("weights")
+    if isinstance(maskable, int) and masked < maskable:
+        raise ArtefactError(
+            f"{maskable - masked} of the {maskable} weights that were trained with masks have none in {MASKS_FILE}.",
+            where=where,
+            advice="Finish the training again with `sparsepipe train RECIPE --resume`.",
+        )
+
+
+def _write(building: Draft, spec: ModelSpec, state: Mapping[str, Array], masks: Mapping[str, Mask]) -> None:
+    frozen = {
+        name: positive_zeros(np.where(masks[name], array, array.dtype.type(0))) if name in masks else array
+        for name, array in state.items()
+    }
+    spec.write(building.folder)
+    write_tensors(building.folder / WEIGHTS_FILE, frozen)
+    save_masks(building.folder / MASKS_FILE, masks)
+    layers = [_layer(name, frozen[name]) for name in masks]
+    weights, nnz = sum(layer["size"] for layer in layers), sum(layer["nnz"] for layer in layers)
+    building.metrics |= {
+        "sparsity": 1 - nnz / weights if weights else 0.0,
+        "nnz": nnz,
+        "weights": weights,
+        "digest": digest_tensors(frozen),
+        "layers": layers,
+    }
+
+
+def _layer(name: str, weight: Array) -> dict[str, Any]:
+    nnz = int(np.count_nonzero(weight))
+    return {
+        "name": name,
+        "shape": list(weight.shape),
+        "nnz": nnz,
+        "size": weight.size,
+        "sparsity": 1 - nnz / weight.size if weight.size else 0.0,
+    }

@@ -1,0 +1,41 @@
+"""The weights of an ONNX file as plain arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto, numpy_helper
+
+from sparsepipe.errors import GraphError
+from sparsepipe.formats.layout import Array
+from sparsepipe.graph.load import load
+from sparsepipe.graph.select import weights
+
+FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+def read(path: Path) -> dict[str, Array]:
+    """The constant weights of floating-point type, under their names and in their shapes in the file.
+
+    Constants are initializers, dense or sparse, and Constant nodes, in subgraphs too. bfloat16 becomes float32.
+
+    Raises:
+        GraphError: the file is missing or damaged, or has no such weight.
+    """
+    found = {
+        weight.name: _to_array(weight, f"{path}: {weight.name}")
+        for weight in weights(load(path))
+        if weight.data_type in FLOATS
+    }
+    if not found:
+        raise GraphError("No node of this file has a constant weight of floating-point type.", where=str(path))
+    return dict(sorted(found.items()))
+
+
+def _to_array(tensor: TensorProto, where: str) -> Array:
+    try:
+        array = numpy_helper.to_array(tensor)
+    except (ValueError, TypeError) as error:
+        raise GraphError(f"The tensor is malformed: {error}.", where=where) from error
+    return array.astype(np.float32) if tensor.data_type == TensorProto.BFLOAT16 else array

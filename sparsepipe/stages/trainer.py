@@ -1,0 +1,178 @@
+"""What the stage `train` does once torch is there: run a training, select, test, and write the result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsepipe import data
+from sparsepipe.artefact import Draft
+from sparsepipe.formats.masks import save_masks
+from sparsepipe.formats.tensors import write_tensors
+from sparsepipe.progress import bar
+from sparsepipe.recipe import digest
+from sparsepipe.sparsity import flops
+from sparsepipe.sparsity.masks import MaskSet
+from sparsepipe.spec import MASKS_FILE, WEIGHTS_FILE, ModelSpec
+from sparsepipe.stages.assembly import Assembly, assemble
+from sparsepipe.training import checkpoint, device
+from sparsepipe.training.interrupt import stop_request
+from sparsepipe.training.loop import Epoch
+from sparsepipe.training.metrics import MetricsLog
+
+if TYPE_CHECKING:
+    from sparsepipe.stages.train import TrainConfig
+
+log = logging.getLogger("sparsepipe")
+
+
+def train(config: TrainConfig, building: Draft, identity: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
+    """Train as `config` says, from `state` if there is one, and write files and metrics of the artefact.
+
+    Raises:
+        As `sparsepipe.stages.train.run`.
+    """
+    dataset = data.load(config.data.name, config.data.options)
+    fabric = device.fabric(config.train.device, config.train.precision)
+    # Network and dropout draw from torch's global generators; the caller gets these back as they were.
+    cuda = [fabric.device] if fabric.device.type == "cuda" else []
+    with device.threads(config.train.threads), torch.random.fork_rng(cuda):
+        torch.manual_seed(config.seed)
+        training = assemble(config, dataset, fabric)
+        if state is not None:
+            training.loop.load_state_dict(state["loop"])
+            log.info("Resuming after step %d of %d.", training.loop.step, training.loop.total_steps)
+        multiples = _run(training, building, identity)
+        masks = training.sparsifier.freeze()
+        selected = _select(training, masks)
+        _write(training, building, masks, selected, multiples)
+    (building.folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
+
+
+def _run(training: Assembly, building: Draft, identity: Mapping[str, Any]) -> list[float]:
+    """Train to the end, with logs and checkpoints; returns the inference FLOPs multiple of each epoch.
+
+    Raises:
+        KeyboardInterrupt: it was asked to stop; the state is saved.
+    """
+    loop, settings = training.loop, training.config.train
+    note = "first epoch"
+
+    def save() -> None:
+        checkpoint.save(building.folder, {"identity": dict(identity), "loop": loop.state_dict()})
+
+    def on_epoch(epoch: Epoch) -> None:
+        nonlocal note
+        record = _record(training, epoch, _multiples(metrics))
+        metrics.write(record)
+        note = f"epoch {epoch.number}/{settings.epochs}, loss {epoch.train.loss:.3f}, "
+        note += f"validation {epoch.validation.accuracy:.2%}"
+        log.info("%s, sparsity %.2f%%, %.1f s", note, 100 * record["sparsity"], epoch.seconds)
+        if epoch.number % settings.checkpoint_every == 0 or epoch.number == settings.epochs:
+            save()
+
+    remaining = loop.total_steps - loop.step
+    with (
+        MetricsLog(building.folder, loop.step) as metrics,
+        bar(f"training {training.config.model.name} ({training.config.method.name})", remaining) as progress,
+        stop_request() as request,
+    ):
+        loop.run(on_step=lambda: progress.advance(1, note), on_epoch=on_epoch, stop=lambda: request.made)
+    if request.made:
+        save()
+        log.warning("Stopped after step %d of %d; all is saved in %s.", loop.step, loop.total_steps, building.folder)
+        raise KeyboardInterrupt
+    return _multiples(metrics)
+
+
+def _multiples(metrics: MetricsLog) -> list[float]:
+    return [record["inference_flops_multiple"] for record in metrics.records]
+
+
+def _record(training: Assembly, epoch: Epoch, earlier: list[float]) -> dict[str, Any]:
+    """What is logged of one epoch; `earlier` are the inference multiples of the epochs before."""
+    state = training.sparsifier.metrics()
+    multiple = flops.inference_multiple(training.macs, state["density"])
+    return {
+        "epoch": epoch.number,
+        "step": epoch.step,
+        "lr": epoch.lr,
+        "train_loss": epoch.train.loss,
+        "train_accuracy": epoch.train.accuracy,
+        "validation_loss": epoch.validation.loss,
+        "validation_accuracy": epoch.validation.accuracy,
+        "sparsity": state["sparsity"],
+        "exploration_rate": state["exploration_rate"],
+        "drop_fraction": state["drop_fraction"],
+        "density": state["density"],
+        "inference_flops_multiple": multiple,
+        "training_flops_multiple": flops.training_multiple(
+            [*earlier, multiple], training.sparsifier.method.dense_gradient_every
+        ),
+        "seconds": epoch.seconds,
+    }
+
+
+def _select(training: Assembly, masks: MaskSet) -> int:
+    """Put the selected weights into the network, exact zeros where masks are off; returns their epoch."""
+    loop, settings = training.loop, training.config.train
+    epoch = settings.epochs
+    if settings.select == "best" and loop.best is not None:
+        loop.model.load_state_dict(loop.best["weights"])
+        epoch = loop.best["epoch"]
+    elif settings.select == "best":
+        log.warning("The masks became final only after the last epoch, so its weights are selected.")
+    with torch.no_grad():
+        for name, mask in masks.items():
+            loop.model.get_parameter(name).masked_fill_(~mask, 0)
+    return epoch
+
+
+def _write(training: Assembly, building: Draft, masks: MaskSet, epoch: int, multiples: list[float]) -> None:
+    """Write the network, and measure it: the one place where test samples are looked at."""
+    config, dataset, loop = training.config, training.dataset, training.loop
+    validation = loop.evaluate(training.validation)
+    test = loop.evaluate(training.evaluation(dataset.test))
+    ModelSpec(
+        model=config.model,
+        input_shape=dataset.input_shape,
+        classes=dataset.classes,
+        preprocessing=dataset.preprocessing,
+        method=config.method.name,
+        pattern=str(training.sparsifier.method.describe().get("pattern", "unstructured")),
+        data=config.data,
+        recipe_digest=digest(config),
+    ).write(building.folder)
+    weights = loop.model.state_dict()
+    write_tensors(building.folder / WEIGHTS_FILE, {name: value.cpu().numpy() for name, value in weights.items()})
+    save_masks(building.folder / MASKS_FILE, {name: mask.cpu().numpy() for name, mask in masks.items()})
+    inference = flops.inference_multiple(training.macs, masks.densities())
+    building.metrics |= {
+        "test_accuracy": test.accuracy,
+        "test_correct": test.correct,
+        "test_samples": test.samples,
+        "validation_accuracy": validation.accuracy,
+        "epoch_selected": epoch,
+        "sparsity": masks.sparsity,
+        "nnz": masks.nnz,
+        "weights": masks.size,
+        "parameters": sum(parameter.numel() for parameter in loop.model.parameters()),
+        "exploration_rate": masks.exploration_rate(),
+        "inference_flops_multiple": inference,
+        "training_flops_multiple": flops.training_multiple(
+            multiples or inference, training.sparsifier.method.dense_gradient_every
+        ),
+        "dense_macs": sum(training.macs.values()),
+        "seconds": loop.seconds,
+        "data": {"name": dataset.name, **training.samples},
+    }
+    log.info(
+        "Selected epoch %d: validation %.2f%%, test %.2f%%, sparsity %.2f%%.",
+        epoch,
+        100 * validation.accuracy,
+        100 * test.accuracy,
+        100 * masks.sparsity,
+    )

@@ -1,0 +1,290 @@
+"""The stage `validate`: exported files against the network that they were made from, on the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, PositiveInt
+
+from sparsepipe import data as datasets
+from sparsepipe.artefact import Artefact, draft, write_json
+from sparsepipe.benchmark.statistics import wilson
+from sparsepipe.data.registry import SOURCES
+from sparsepipe.errors import ArtefactError, DataError, GraphError, SparsepipeError
+from sparsepipe.progress import track
+from sparsepipe.recipe import Choice, NamedChoice, Recipe, Validation
+from sparsepipe.runtime.compare import Divergence, Tally, finite, first_divergence, has_classes
+from sparsepipe.runtime.inputs import Input, aligned, merge, rename
+from sparsepipe.runtime.network import OnnxNetwork
+from sparsepipe.runtime.samples import Batch, Samples, labelled_samples, random_samples
+from sparsepipe.spec import ModelSpec
+from sparsepipe.stages.reference import (
+    DENSE_TARGET,
+    NETWORK_STAGES,
+    Network,
+    Reference,
+    from_artefact,
+    from_path,
+    spec_of,
+)
+
+RESULT_FILE = "validation.json"
+SOURCES_AT_HAND = SOURCES.keys() - {"hf"}
+"""Kinds of datasets that a file may name: they run no code of others and download nothing."""
+
+
+class ValidateConfig(Validation):
+    """The recipe's `validate` section, and what else the result depends on."""
+
+    data: NamedChoice | None = None
+    """What to compare on; None means the dataset that the file names, or else random inputs."""
+    seed: int = 0
+    """Of random inputs."""
+    samples: PositiveInt = 64
+    """Number of random inputs."""
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> ValidateConfig:
+        return cls(**recipe.validation.model_dump(), data=recipe.data, seed=recipe.seed)
+
+
+def run(config: BaseModel, inputs: Mapping[str, Artefact], out: Path, *, trusted_model: str | None = None) -> Artefact:
+    """Compare every exported file with the network itself, in PyTorch on the test split.
+
+    Where torch is not installed, the dense file is the reference for the others.
+
+    Args:
+        config: a `ValidateConfig`.
+        inputs: `export`, and `freeze` or `convert`.
+        out: folder of the new artefact, with `validation.json`.
+        trusted_model: the `module:function` that the user allows to be imported as the network.
+
+    Raises:
+        SparsepipeError: an input is missing or damaged. A file that differs is a result: `passed` is false.
+    """
+    assert isinstance(config, ValidateConfig)
+    export = inputs["export"]
+    source = next(inputs[stage] for stage in NETWORK_STAGES if stage in inputs)
+    reference = from_artefact(source, export, trusted_model)
+    files = {target: export.file(file["name"]) for target, file in export.metrics["files"].items()}
+    if isinstance(reference.network, OnnxNetwork):
+        files.pop(DENSE_TARGET)
+    if not files:
+        raise ArtefactError(
+            "There is no exported file to compare with the network.",
+            where=str(export.folder),
+            advice="Without torch the dense file stands for the network; export a further target.",
+        )
+    digests = {name: artefact.digest for name, artefact in inputs.items()}
+    if config.data is not None:
+        digests["data"] = datasets.fingerprint(config.data.name, config.data.options)
+    with draft(out, "validate", config, digests) as building:
+        result = _validate([OnnxNetwork(path) for path in files.values()], reference, config)
+        write_json(building.folder / RESULT_FILE, result)
+        building.metrics.update(result)
+    return Artefact.read(out)
+
+
+def compare(
+    candidate: Path,
+    reference: Path | Artefact,
+    data: Choice | None = None,
+    *,
+    config: ValidateConfig | None = None,
+    trusted_model: str | None = None,
+) -> dict[str, Any]:
+    """Compare one ONNX file with another one, or with the network in a folder.
+
+    Args:
+        candidate: the ONNX file in question.
+        reference: an ONNX file, a run folder or a stage's folder, or an artefact that holds a network.
+        data: dataset to compare on. None means `config.data`, or the one that a file's metadata name, or else random
+            inputs, for which there is no accuracy.
+        config: tolerances, seed, and the number of random inputs.
+        trusted_model: the `module:function` that the user allows to be imported as the network.
+
+    Returns:
+        What `validation.json` holds: `passed`, `candidates` (one), `reference`, `data`, `samples` and `note`.
+
+    Raises:
+        SparsepipeError: a file is missing or damaged, or the two take different inputs.
+    """
+    config = config or ValidateConfig()
+    if data is not None:
+        config = config.model_copy(update={"data": data})
+    network = OnnxNetwork(candidate)
+    if isinstance(reference, Artefact):
+        other = from_artefact(reference, None, trusted_model)
+    else:
+        other = from_path(reference, trusted_model)
+    return _validate([network], replace(other, spec=other.spec or spec_of(network)), config)
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What to compare on: the samples, the dataset that they come from, and what must be said about the choice."""
+
+    samples: Samples
+    data: str | None
+    classes: int | None
+    note: str | None
+
+
+@dataclass
+class _Trial:
+    """One file under test: the comparison so far, and the inputs for which it was worst."""
+
+    network: OnnxNetwork
+    tally: Tally = field(default_factory=Tally)
+    worst: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, batch: Batch, expected: Sequence[Any], samples: Samples) -> None:
+        found = self.network.run(rename(batch.inputs, samples.inputs, self.network.inputs))
+        sample = self.tally.add(expected, batch.outputs(found), batch.labels)
+        if sample is not None or not self.worst:
+            self.worst = batch.inputs if samples.fixed else batch.only(sample or 0)
+
+
+def _validate(candidates: Sequence[OnnxNetwork], reference: Reference, config: ValidateConfig) -> dict[str, Any]:
+    network = reference.network
+    taken = network.inputs
+    for candidate in candidates:
+        taken = merge(taken, candidate.inputs)
+    material = _material(taken, [*candidates, network], reference.spec, config)
+    samples, trials = material.samples, [_Trial(candidate) for candidate in candidates]
+    for batch in track(samples, "Validating", len(samples)):
+        expected = batch.outputs(network.run(rename(batch.inputs, samples.inputs, network.inputs)))
+        _check_classes(expected, material)
+        for trial in trials:
+            trial.add(batch, expected, samples)
+    rows = [_row(trial, network, samples.inputs, config) for trial in trials]
+    return {
+        "passed": all(row["passed"] for row in rows),
+        "candidates": rows,
+        "reference": network.name,
+        "data": material.data,
+        "samples": samples.count,
+        "note": "; ".join(note for note in (reference.note, material.note) if note) or None,
+    }
+
+
+def _material(
+    taken: Sequence[Input], networks: Sequence[Network], spec: ModelSpec | None, config: ValidateConfig
+) -> _Material:
+    """The test split of the configured dataset, or of the one that the spec names, or random inputs."""
+    if config.data is not None:
+        return _test_split(config.data, taken, spec, config)
+    if spec is None or spec.data is None:
+        note = "no dataset is known, so random inputs were compared, and there is no accuracy"
+        return _random(taken, networks, config, note)
+    if spec.data.name.partition(":")[0] not in SOURCES_AT_HAND:
+        note = (
+            f"the dataset '{spec.data.name}' of the file's metadata is code or a download, which is used only if you "
+            "name it; random inputs were compared, and there is no accuracy"
+        )
+        return _random(taken, networks, config, note)
+    try:
+        return _test_split(spec.data, taken, spec, config)
+    except SparsepipeError as error:
+        note = (
+            f"the dataset '{spec.data.name}' of the file's metadata cannot be used ({error}); random inputs were "
+            "compared, and there is no accuracy"
+        )
+        return _random(taken, networks, config, note)
+
+
+def _test_split(choice: Choice, taken: Sequence[Input], spec: ModelSpec | None, config: ValidateConfig) -> _Material:
+    dataset = datasets.load(choice.name, choice.options)
+    if len(taken) != 1:
+        names = ", ".join(entry.name for entry in taken)
+        raise DataError(f"A dataset gives one input, the network takes {len(taken)} ({names}).", where=choice.name)
+    (entry,) = taken
+    shape = (entry.shape[0] if entry.shape else None, *dataset.input_shape)
+    fits = len(entry.shape) == len(shape) and all(
+        size == given or not isinstance(size, int) for size, given in zip(entry.shape[1:], shape[1:], strict=True)
+    )
+    if not fits:
+        raise DataError(
+            f"Its samples have the shape {list(dataset.input_shape)}, the network takes {list(entry.shape[1:])}.",
+            where=choice.name,
+        )
+    preprocessing, notes = dataset.preprocessing, []
+    if spec is None:
+        notes.append("the file names no preprocessing, so that of the dataset was used")
+    else:
+        preprocessing = spec.preprocessing
+        if len(spec.classes) == len(dataset.classes) and spec.classes != dataset.classes:
+            notes.append("the classes of the dataset have other names than those of the network")
+
+    def load(indices: Any) -> Any:
+        return datasets.prepare(dataset.test.load(indices), preprocessing)
+
+    samples = labelled_samples(replace(entry, shape=shape), dataset.test.labels, config.batch_size, load)
+    return _Material(samples, choice.name, len(dataset.classes), "; ".join(notes) or None)
+
+
+def _random(taken: Sequence[Input], networks: Sequence[Network], config: ValidateConfig, note: str) -> _Material:
+    bounds: dict[str, int] = {}
+    for network in networks:
+        if isinstance(network, OnnxNetwork):
+            theirs = network.index_bounds()
+            bounds |= {
+                entry.name: min(theirs[own.name], bounds.get(entry.name, theirs[own.name]))
+                for entry, own in zip(taken, aligned(taken, network.inputs), strict=True)
+                if own.name in theirs
+            }
+    samples = random_samples(taken, config.samples, config.batch_size, config.seed, bounds)
+    return _Material(samples, None, None, note)
+
+
+def _check_classes(outputs: Sequence[Any], material: _Material) -> None:
+    if material.classes is not None and has_classes(outputs[0]) and outputs[0].shape[1] != material.classes:
+        raise DataError(
+            f"The dataset has {material.classes} classes, the network {outputs[0].shape[1]}.", where=material.data
+        )
+
+
+def _row(trial: _Trial, network: Network, taken: Sequence[Input], config: ValidateConfig) -> dict[str, Any]:
+    tally, divergence = trial.tally, None
+    passed = tally.passed(config.max_relative, config.min_agreement)
+    notes = [tally.problem or ("" if np.isfinite(tally.max_abs) else "Some values are not finite in one of the two.")]
+    if not passed:
+        try:
+            divergence = _first_divergence(trial, network, taken, config.max_relative)
+        except GraphError as error:
+            notes.append(f"The layers cannot be looked at: {error}")
+    return {
+        "file": trial.network.name,
+        "reference": network.name,
+        "samples": tally.samples,
+        "max_abs": finite(tally.max_abs),
+        "max_relative": finite(tally.max_relative),
+        "agreement": tally.agreement,
+        "passed": passed,
+        "accuracy": _accuracy(tally.correct, tally.samples),
+        "reference_accuracy": _accuracy(tally.reference_correct, tally.samples),
+        "first_divergence": asdict(divergence) if divergence else None,
+        "note": " ".join(note for note in notes if note) or None,
+    }
+
+
+def _first_divergence(trial: _Trial, network: Network, taken: Sequence[Input], tolerance: float) -> Divergence | None:
+    """Where the sample with the largest difference first goes beyond the tolerance."""
+    candidate = trial.network
+    own, theirs = (rename(trial.worst, taken, target) for target in (candidate.inputs, network.inputs))
+    expected = network.trace(theirs, candidate.tensors)
+    found = candidate.trace(own, list(expected))
+    # Outputs belong together by position, whatever they are called.
+    expected |= dict(zip(candidate.outputs, network.run(theirs), strict=False))
+    found |= dict(zip(candidate.outputs, candidate.run(own), strict=False))
+    return first_divergence([*candidate.tensors, *candidate.outputs], expected, found, tolerance)
+
+
+def _accuracy(correct: int | None, samples: int) -> dict[str, Any] | None:
+    if correct is None or not samples:
+        return None
+    return {**asdict(wilson(correct, samples)), "correct": correct, "samples": samples}

@@ -1,0 +1,252 @@
+"""The training loop: steps and epochs, evaluation, the best epoch so far, and a state that resumes bit for bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from sparsepipe.errors import SparsepipeError
+from sparsepipe.sparsity.sparsifier import Sparsifier
+from sparsepipe.training.batches import Batch, TrainingBatches
+from sparsepipe.training.rates import Rate
+
+FINITE_CHECK_EVERY = 20
+"""Steps between two checks of the loss on a device where reading it waits for the device."""
+
+DIVERGED_ADVICE = "Try a lower optimizer.lr, a longer schedule.warmup, or train.precision = 'fp32'."
+
+
+class DivergedError(SparsepipeError):
+    """The loss became infinite or NaN."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross-entropy and accuracy over `samples` samples."""
+
+    loss: float
+    correct: int
+    samples: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.samples
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is known at the end of an epoch; epochs count from 1, `step` is the number of steps done."""
+
+    number: int
+    step: int
+    lr: float
+    train: Score
+    validation: Score
+    seconds: float
+
+
+def evaluate(fabric: Fabric, network: nn.Module, batches: Iterable[Batch]) -> Score:
+    """Cross-entropy and accuracy of `network` (as Fabric set it up) in evaluation mode, over all processes."""
+    network.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=fabric.device)
+    with torch.no_grad():
+        for inputs, labels in batches:
+            logits = network(inputs)
+            loss = functional.cross_entropy(logits, labels, reduction="sum")
+            totals += torch.stack([loss, (logits.argmax(1) == labels).sum(), loss.new_tensor(len(labels))])
+    loss_sum, correct, samples = _sum_over_processes(fabric, totals).tolist()
+    return Score(loss_sum / samples, int(correct), int(samples))
+
+
+class Loop:
+    """One training, from any step to its end.
+
+    Args:
+        fabric: device and precision; it is launched already.
+        model: the network, on its device and in its memory format.
+        optimizer: over the parameters of `model`.
+        sparsifier: over `model` and `optimizer`.
+        training: the batches of each epoch.
+        validation: the batches to select on.
+        lr: base learning rate.
+        rate: multiple of `lr` at each step.
+        epochs: passes over the training samples.
+        label_smoothing: share of the target that is spread over all classes.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: nn.Module,
+        optimizer: Optimizer,
+        sparsifier: Sparsifier,
+        *,
+        training: TrainingBatches,
+        validation: Iterable[Batch],
+        lr: float,
+        rate: Rate,
+        epochs: int,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.sparsifier = sparsifier
+        self.step = 0
+        """Optimizer steps done."""
+        self.seconds = 0.0
+        """Spent on training so far, interrupted runs included."""
+        self.best: dict[str, Any] | None = None
+        """The epoch of highest validation accuracy among those with final masks: number, accuracy, loss, weights."""
+        self._fabric = fabric
+        self._training = training
+        self._validation = validation
+        self._lr = lr
+        self._rate = rate
+        self._epochs = epochs
+        self._label_smoothing = label_smoothing
+        self._network, self._optimizer = fabric.setup(model, optimizer, move_to_device=False)
+        self._losses = torch.zeros(training.steps, device=fabric.device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=fabric.device)
+        self._started = time.monotonic()
+
+    @property
+    def total_steps(self) -> int:
+        return self._epochs * self._training.steps
+
+    def run(
+        self,
+        *,
+        on_step: Callable[[], None],
+        on_epoch: Callable[[Epoch], None],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Train to the end, or until `stop`.
+
+        Args:
+            on_step: called after every step.
+            on_epoch: called after every epoch; the state may be saved there.
+            stop: asked before every step; once it returns True, training ends there, and the state can be saved.
+
+        Raises:
+            DivergedError: the loss is not finite any more.
+        """
+        self._started = time.monotonic() - self.seconds
+        while self.step < self.total_steps:
+            before = time.monotonic()
+            epoch, first = divmod(self.step, self._training.steps)
+            self._network.train()
+            for inputs, labels in self._training.epoch(epoch, first):
+                if stop():
+                    return
+                self._train(inputs, labels)
+                self.seconds = time.monotonic() - self._started
+                on_step()
+            self._check_finite(epoch)
+            on_epoch(self._finish(epoch, before))
+
+    def evaluate(self, batches: Iterable[Batch]) -> Score:
+        """Score of the network as it is now."""
+        return evaluate(self._fabric, self._network, batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the training depends on: nested dicts of tensors and plain values."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": self._losses,
+            "correct": self._correct,
+            "best": self.best,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sparsifier": self.sparsifier.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state_dict` was taken."""
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self.best = state["best"]
+        self._losses.copy_(state["losses"])
+        self._correct.copy_(state["correct"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._lay_out_optimizer_state()
+        self.sparsifier.load_state_dict(state["sparsifier"])
+        torch.set_rng_state(state["random"])
+        if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+
+    def _train(self, inputs: Tensor, labels: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr * self._rate(self.step)
+        self._optimizer.zero_grad()
+        logits = self._network(inputs)
+        loss = functional.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
+        position = self.step % self._training.steps
+        self._losses[position] = loss.detach()
+        if loss.device.type == "cpu" or position % FINITE_CHECK_EVERY == 0:
+            self._check_finite(self.step // self._training.steps)
+        self._fabric.backward(loss)
+        self._optimizer.step()
+        self._correct += (logits.detach().argmax(1) == labels).sum()
+        self.step += 1
+
+    def _finish(self, epoch: int, before: float) -> Epoch:
+        self.sparsifier.on_epoch_end(epoch)
+        steps = self._training.steps
+        totals = torch.stack([self._losses.double().sum(), self._correct.double()])
+        loss_sum, correct = _sum_over_processes(self._fabric, totals).tolist()
+        samples = steps * self._training.global_size
+        train = Score(loss_sum / (steps * self._fabric.world_size), int(correct), samples)
+        validation = self.evaluate(self._validation)
+        if not isfinite(validation.loss):
+            raise DivergedError(
+                f"The validation loss became {validation.loss}.", where=f"epoch {epoch + 1}", advice=DIVERGED_ADVICE
+            )
+        if self.sparsifier.masks_final:
+            self._keep_if_best(epoch + 1, validation)
+        self._losses.zero_()
+        self._correct.zero_()
+        self.seconds = time.monotonic() - self._started
+        lr = self._lr * self._rate(self.step - 1)
+        return Epoch(epoch + 1, self.step, lr, train, validation, time.monotonic() - before)
+
+    def _keep_if_best(self, number: int, score: Score) -> None:
+        """Keep the weights if the accuracy is higher than ever, or as high with a lower loss."""
+        if self.best is None or (score.accuracy, -score.loss) > (self.best["accuracy"], -self.best["loss"]):
+            weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            self.best = {"epoch": number, "accuracy": score.accuracy, "loss": score.loss, "weights": weights}
+
+    def _check_finite(self, epoch: int) -> None:
+        finite = self._losses.isfinite()
+        if not bool(finite.all()):
+            position = int((~finite).nonzero()[0])
+            raise DivergedError(
+                f"The training loss became {self._losses[position].item()} in step {position + 1} of the epoch.",
+                where=f"step {epoch * self._training.steps + position + 1}, epoch {epoch + 1}",
+                advice=DIVERGED_ADVICE,
+            )
+
+    def _lay_out_optimizer_state(self) -> None:
+        """Give loaded state the memory format of its parameter, so that sums come out in the same order as before."""
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _sum_over_processes(fabric: Fabric, totals: Tensor) -> Tensor:
+    summed = fabric.all_reduce(totals, reduce_op="sum")
+    assert isinstance(summed, Tensor)
+    return summed

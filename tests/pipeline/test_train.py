@@ -1,0 +1,527 @@
+"""The stage `train`: what it writes, that it resumes bit for bit, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("lightning_fabric")
+
+from safetensors.torch import load_file  # noqa: E402
+from torch import nn  # noqa: E402
+
+from sparsepipe import data  # noqa: E402
+from sparsepipe.artefact import Artefact  # noqa: E402
+from sparsepipe.data import Dataset, Split, prepare  # noqa: E402
+from sparsepipe.data.split import IntArray, Raw  # noqa: E402
+from sparsepipe.errors import ArtefactError, DataError, MissingExtraError, ModelError, RecipeError  # noqa: E402
+from sparsepipe.formats.masks import load_masks  # noqa: E402
+from sparsepipe.models.registry import create  # noqa: E402
+from sparsepipe.progress import Bar  # noqa: E402
+from sparsepipe.recipe import parse  # noqa: E402
+from sparsepipe.sparsity.registry import METHODS  # noqa: E402
+from sparsepipe.spec import MASKS_FILE, SPEC_FILE, WEIGHTS_FILE, ModelSpec  # noqa: E402
+from sparsepipe.stages import assembly, train, trainer  # noqa: E402
+from sparsepipe.training import checkpoint, metrics  # noqa: E402
+from sparsepipe.training.loop import DivergedError  # noqa: E402
+
+SAMPLES, STEPS_PER_EPOCH, EPOCHS = 120, 6, 4
+STEPS = STEPS_PER_EPOCH * EPOCHS
+LOGGED = {
+    "epoch",
+    "step",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "validation_loss",
+    "validation_accuracy",
+    "sparsity",
+    "exploration_rate",
+    "drop_fraction",
+    "density",
+    "inference_flops_multiple",
+    "training_flops_multiple",
+    "seconds",
+}
+
+
+def small_network(input_shape: tuple[int, ...], classes: int, extra: int = 0) -> nn.Module:
+    """A network with all that has state: convolutions, batch norm, and dropout, which draws from torch's generator."""
+    return nn.Sequential(
+        nn.Conv2d(input_shape[0], 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(12, classes + extra),
+    )
+
+
+def diverging_network(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(input_shape)), classes))
+
+
+def small_images(samples: int = SAMPLES) -> dict[str, Any]:
+    """Images [N, 6, 6, 2] of three classes that differ in brightness; no two images are the same."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(samples + 30) % 3
+    images = generator.integers(0, 80, (samples + 30, 6, 6, 2)) + 60 * labels[:, None, None, None]
+    x, y = images.astype(np.uint8), labels
+    return {"x_train": x[:samples], "y_train": y[:samples], "x_test": x[samples:], "y_test": y[samples:]}
+
+
+@pytest.fixture(autouse=True)
+def _user_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "small", sys.modules[__name__])
+
+
+def config(*overrides: str) -> train.TrainConfig:
+    table = {
+        "seed": 3,
+        "model": "small:small_network",
+        "data": "small:small_images",
+        "method": {"name": "dst-ee", "sparsity": 0.6, "update_every": 3, "c": 1e-3},
+        "augment": {"crop": 1, "flip": True},
+        "train": {"epochs": EPOCHS, "batch_size": 16, "threads": 1, "validation": 0.2},
+    }
+    return train.TrainConfig.from_recipe(parse(table, overrides))
+
+
+def run(out: Path, *overrides: str, resume: bool = False) -> Artefact:
+    return train.run(config(*overrides), {}, out, resume=resume)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
+    """Call `action` once, right after training step `step` of the next run."""
+    done = 0
+    advance = Bar.advance
+
+    def counting(bar: Bar, count: int = 1, note: str | None = None) -> None:
+        nonlocal done
+        advance(bar, count, note)
+        done += count
+        if done == step:
+            action()
+
+    monkeypatch.setattr(Bar, "advance", counting)
+
+
+class KilledError(Exception):
+    pass
+
+
+def kill() -> None:
+    raise KilledError
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def assert_same_result(one: Artefact, other: Artefact) -> None:
+    """Weights, masks, and the whole state of the training are the same bits; times may differ."""
+    for name in (WEIGHTS_FILE, MASKS_FILE):
+        assert one.file(name).read_bytes() == other.file(name).read_bytes(), name
+    states = [load_file(artefact.file(checkpoint.FILE)) for artefact in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+    logs = [metrics.read(artefact.file(metrics.FILE)) for artefact in (one, other)]
+    for log in logs:
+        assert [record.pop("seconds") > 0 for record in log] == [True] * EPOCHS
+    assert logs[0] == logs[1]
+    assert {**one.metrics, "seconds": 0} == {**other.metrics, "seconds": 0}
+
+
+# What a finished training leaves
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_trains_the_digits(tmp_path: Path, method: str) -> None:
+    artefact = run(
+        tmp_path / "train",
+        f"method={method}",
+        "method.sparsity=0.8",
+        "model={name='mlp', hidden=1, width=48}",
+        "data={name='digits'}",
+        "augment={}",
+        "train.epochs=6",
+        "train.batch_size=32",
+    )
+    found = artefact.metrics
+    assert found["test_accuracy"] > 0.8
+    assert found["test_accuracy"] == found["test_correct"] / found["test_samples"]
+    assert found["sparsity"] == pytest.approx(0 if method == "dense" else 0.8, abs=1e-3)
+    assert found["weights"] == found["dense_macs"] == 64 * 48 + 48 * 10
+    assert found["parameters"] == found["weights"] + 48 + 10
+    assert found["nnz"] == round(found["weights"] * (1 - found["sparsity"]))
+    assert found["data"] == {"name": "digits", "train": 1150, "validation": 288, "test": 359}
+    grown = method in ("dst-ee", "rigl", "set")
+    assert found["exploration_rate"] == pytest.approx(0.2, abs=1e-3) or grown or found["exploration_rate"] == 1
+    assert not grown or 0.21 < found["exploration_rate"] < 1
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "small", sys.modules[__name__])
+        return run(tmp_path_factory.mktemp("finished") / "train")
+
+
+def test_the_artefact_holds_the_files_and_figures_that_later_stages_read(finished: Artefact) -> None:
+    outputs = {name.partition("/")[0] for name in finished.manifest.outputs}
+    expected = {SPEC_FILE, WEIGHTS_FILE, MASKS_FILE, metrics.FILE, metrics.EVENTS, checkpoint.FILE}
+    assert outputs == expected
+    assert finished.manifest.inputs == {"data": data.fingerprint("small:small_images")}
+    assert set(finished.metrics) == {
+        "test_accuracy",
+        "test_correct",
+        "test_samples",
+        "validation_accuracy",
+        "epoch_selected",
+        "sparsity",
+        "nnz",
+        "weights",
+        "parameters",
+        "exploration_rate",
+        "inference_flops_multiple",
+        "training_flops_multiple",
+        "dense_macs",
+        "seconds",
+        "data",
+    }
+    finished.verify()
+
+
+def test_inactive_weights_are_exact_zeros_and_active_ones_are_not(finished: Artefact) -> None:
+    weights, masks = load_file(finished.file(WEIGHTS_FILE)), load_masks(finished.file(MASKS_FILE))
+    assert set(masks) == {"0.weight", "3.weight", "9.weight"}
+    for name, mask in masks.items():
+        values = weights[name].numpy()
+        assert not values[~mask].view(np.int32).any(), "not +0.0"
+        assert np.count_nonzero(values) == mask.sum()
+    assert sum(int(mask.sum()) for mask in masks.values()) == finished.metrics["nnz"]
+
+
+def test_the_saved_network_scores_what_the_manifest_says(finished: Artefact) -> None:
+    spec = ModelSpec.read(finished.file(SPEC_FILE))
+    assert (spec.input_shape, len(spec.classes), spec.method, spec.pattern) == ((2, 6, 6), 3, "dst-ee", "unstructured")
+    network = create(spec.model.name, input_shape=spec.input_shape, classes=3, options=spec.model.options)
+    network.load_state_dict(load_file(finished.file(WEIGHTS_FILE)))
+    arrays = small_images()
+    with torch.no_grad():
+        logits = network.eval()(torch.from_numpy(prepare(arrays["x_test"], spec.preprocessing)))
+    assert int((logits.argmax(1).numpy() == arrays["y_test"]).sum()) == finished.metrics["test_correct"]
+
+
+def test_each_epoch_is_logged_with_all_keys(finished: Artefact) -> None:
+    records = metrics.read(finished.file(metrics.FILE))
+    assert [set(record) for record in records] == [LOGGED] * EPOCHS
+    assert [record["step"] for record in records] == [STEPS_PER_EPOCH * epoch for epoch in range(1, EPOCHS + 1)]
+    assert all(record["sparsity"] == pytest.approx(0.6, abs=2e-3) for record in records)
+    assert set(records[0]["density"]) == {"0.weight", "3.weight", "9.weight"}
+    assert records[-1]["training_flops_multiple"] == finished.metrics["training_flops_multiple"]
+
+
+def test_the_best_epoch_is_selected_among_those_with_final_masks(finished: Artefact) -> None:
+    records = metrics.read(finished.file(metrics.FILE))
+    settled = [record for record in records if record["step"] >= 15]  # updates every 3 steps before 0.75 * 24 = 18
+    best = max(settled, key=lambda record: (record["validation_accuracy"], -record["validation_loss"]))
+    assert finished.metrics["epoch_selected"] == best["epoch"]
+    assert finished.metrics["validation_accuracy"] == best["validation_accuracy"]
+
+
+def test_select_last_takes_the_last_epoch(tmp_path: Path) -> None:
+    artefact = run(tmp_path / "train", "train.select='last'", "optimizer.lr=0.5", "schedule=constant")
+    last = metrics.read(artefact.file(metrics.FILE))[-1]
+    assert artefact.metrics["epoch_selected"] == EPOCHS
+    assert artefact.metrics["validation_accuracy"] == last["validation_accuracy"]
+
+
+def test_the_dense_method_may_select_any_epoch(tmp_path: Path) -> None:
+    artefact = run(tmp_path / "train", "method=dense", "optimizer.lr=0.5", "schedule=constant", "seed=1")
+    records = metrics.read(artefact.file(metrics.FILE))
+    best = max(records, key=lambda record: (record["validation_accuracy"], -record["validation_loss"]))
+    assert artefact.metrics["epoch_selected"] == best["epoch"]
+    assert artefact.metrics["sparsity"] == 0
+    assert artefact.metrics["inference_flops_multiple"] == artefact.metrics["training_flops_multiple"] == 1
+
+
+def test_bf16_trains_with_weights_in_fp32(tmp_path: Path, finished: Artefact) -> None:
+    artefact = run(tmp_path / "train", "train.precision=bf16")
+    weights = load_file(artefact.file(WEIGHTS_FILE))
+    assert {value.dtype for value in weights.values()} == {torch.float32, torch.int64}
+    losses = [metrics.read(run.file(metrics.FILE))[-1]["train_loss"] for run in (artefact, finished)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+
+
+def test_the_same_recipe_gives_the_same_bits_and_another_seed_others(tmp_path: Path, finished: Artefact) -> None:
+    assert_same_result(run(tmp_path / "again"), finished)
+    other = run(tmp_path / "other", "seed=4")
+    assert other.file(WEIGHTS_FILE).read_bytes() != finished.file(WEIGHTS_FILE).read_bytes()
+
+
+def test_the_random_state_of_the_caller_is_left_as_it_was(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    run(tmp_path / "train", "train.epochs=1", "method=dense")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Data
+
+
+class CountingSplit:
+    """A split that counts how often each of its samples is loaded, and when."""
+
+    def __init__(self, split: Split, now: Callable[[], int]) -> None:
+        self._split = split
+        self._now = now
+        self.labels = split.labels
+        self.loaded: list[int] = []
+        self.times: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def load(self, indices: IntArray) -> Raw:
+        self.loaded += indices.tolist()
+        self.times.add(self._now())
+        return self._split.load(indices)
+
+    def subset(self, indices: IntArray) -> Split:
+        raise AssertionError("no part of the test split is to be taken")
+
+
+def test_the_test_split_is_read_once_after_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 0
+    counted: list[CountingSplit] = []
+
+    def load(name: str, options: dict[str, Any]) -> Dataset:
+        whole = data.load(name, options)
+        counted.append(CountingSplit(whole.test, lambda: steps))
+        return Dataset(whole.name, whole.classes, whole.train, counted[0], whole.input_shape, whole.preprocessing)
+
+    def count(bar: Bar, count: int = 1, note: str | None = None) -> None:
+        nonlocal steps
+        steps += count
+
+    monkeypatch.setattr(trainer, "data", type("data", (), {"load": load}))
+    monkeypatch.setattr(Bar, "advance", count)
+    artefact = run(tmp_path / "train")
+    assert sorted(counted[0].loaded) == list(range(30))
+    assert counted[0].times == {STEPS}
+    assert artefact.metrics["test_samples"] == 30
+
+
+def test_training_validation_and_test_samples_are_disjoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[set[bytes]] = []
+    source = assembly.source
+
+    def recording(split: Split, device: torch.device) -> Any:
+        parts.append({sample.tobytes() for sample in split.load(np.arange(len(split)))})
+        return source(split, device)
+
+    monkeypatch.setattr(assembly, "source", recording)
+    run(tmp_path / "train", "train.epochs=1", "method=static")
+    assert sorted(map(len, parts)) == [24, 30, 96]
+    assert len(set.union(*parts)) == SAMPLES + 30
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(
+    ("action", "step", "overrides"),
+    [
+        (kill, 7, ()),
+        (kill, 19, ()),
+        (kill, STEPS, ()),
+        (kill, 14, ("method=rigl", "optimizer={name='adamw', lr=0.01}")),
+        (kill, 11, ("method=gmp",)),
+        (kill, 17, ("method=magnitude-oneshot", "train.checkpoint_every=2")),
+        (kill, 20, ("method=set", "method.pattern='2x1'", "train.precision=bf16")),
+        (interrupt, 1, ()),
+        (interrupt, 9, ()),
+        (interrupt, 12, ("method=dense",)),
+        (terminate, 16, ("method=gmp", "schedule.warmup=2", "train.label_smoothing=0.1")),
+    ],
+)
+def test_an_interrupted_training_resumes_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: Callable[[], None], step: int, overrides: tuple[str, ...]
+) -> None:
+    straight = run(tmp_path / "straight", *overrides)
+    with monkeypatch.context() as patch, pytest.raises((KilledError, KeyboardInterrupt)):
+        at_step(patch, step, action)
+        run(tmp_path / "resumed", *overrides)
+    assert not (tmp_path / "resumed").exists()
+    torch.manual_seed(12345)  # nothing may depend on what the process did before
+    resumed = run(tmp_path / "resumed", *overrides, resume=True)
+    assert not (tmp_path / "resumed.partial").exists()
+    assert_same_result(resumed, straight)
+
+
+def test_a_training_may_be_interrupted_many_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Artefact
+) -> None:
+    for action, step in ((kill, 8), (interrupt, 5), (kill, 1), (interrupt, 4), (kill, 2)):
+        with monkeypatch.context() as patch, pytest.raises((KilledError, KeyboardInterrupt)):
+            at_step(patch, step, action)
+            run(tmp_path / "train", resume=True)
+    assert_same_result(run(tmp_path / "train", resume=True), finished)
+
+
+def test_ctrl_c_keeps_the_steps_done_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_step(patch, 9, interrupt)
+        run(tmp_path / "train")
+    assert "Stopped after step 9 of 24" in caplog.text
+    assert checkpoint.load(tmp_path / "train.partial")["loop"]["step"] == 9  # type: ignore[index]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, finished: Artefact
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        at_step(patch, 20, kill)
+        run(tmp_path / "train")
+    newest = tmp_path / "train.partial" / checkpoint.FILE
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with caplog.at_level(logging.INFO, "sparsepipe"):
+        resumed = run(tmp_path / "train", resume=True)
+    assert "going on from the one before" in caplog.text
+    assert "Resuming after step 12 of 24" in caplog.text
+    assert_same_result(resumed, finished)
+
+
+def interrupted(out: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        at_step(patch, 13, kill)
+        run(out, *overrides)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_with_the_differences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path / "train", monkeypatch)
+    with pytest.raises(ArtefactError) as caught:
+        run(tmp_path / "train", "method.sparsity=0.7", "optimizer.lr=0.2", resume=True)
+    message = str(caught.value)
+    assert "method.sparsity = 0.6 (now 0.7)" in message
+    assert "optimizer.lr = 0.1 (now 0.2)" in message
+    assert "update_every" not in message
+    assert (tmp_path / "train.partial" / checkpoint.FILE).is_file(), "a refused checkpoint must be kept"
+
+
+def test_a_checkpoint_made_with_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(tmp_path / "train", monkeypatch)
+    with pytest.raises(ArtefactError, match=r"data\.samples = None \(now 150\)"):
+        run(tmp_path / "train", "data.samples=150", resume=True)
+    monkeypatch.setattr(data, "fingerprint", lambda name, options: "sha256:other")
+    with pytest.raises(ArtefactError, match="the data = "):
+        run(tmp_path / "train", resume=True)
+
+
+def test_settings_that_change_no_result_may_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Artefact
+) -> None:
+    interrupted(tmp_path / "train", monkeypatch)
+    resumed = run(tmp_path / "train", "train.checkpoint_every=3", "train.device=cpu", resume=True)
+    assert_same_result(resumed, finished)
+
+
+def test_without_resume_an_interrupted_training_is_discarded_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, finished: Artefact
+) -> None:
+    interrupted(tmp_path / "train", monkeypatch)
+    with caplog.at_level(logging.INFO, "sparsepipe"):
+        again = run(tmp_path / "train")
+    assert "is discarded" in caplog.text
+    assert_same_result(again, finished)
+
+
+def test_nothing_to_resume_is_a_fresh_start_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "sparsepipe"):
+        run(tmp_path / "train", "train.epochs=1", "method=static", resume=True)
+    assert "no interrupted training to resume" in caplog.text
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (("model.extra=2",), ModelError, ["(2, 5)", "3 classes"]),
+        (("data={name='digits'}", "model={name='vgg19'}"), ModelError, ["at least 16x16"]),
+        (("model={name='resnet20', widht=4}",), ModelError, ["widht", "width"]),
+        (("method=dstee",), RecipeError, ["dstee", "dst-ee"]),
+        (("method.sparsty=0.5",), RecipeError, ["sparsty", "sparsity"]),
+        (("data=small:no_images",), DataError, ["no_images"]),
+        (("schedule.warmup=9",), RecipeError, ["schedule.warmup", "54 steps"]),
+        (("optimizer.lr=1e30", "method=dense"), DivergedError, ["step", "epoch 1", "lower optimizer.lr"]),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_error_and_leaves_nothing_behind(
+    tmp_path: Path, overrides: tuple[str, ...], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        run(tmp_path / "train", *overrides)
+    for word in words:
+        assert word in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def features() -> dict[str, Any]:
+    generator = np.random.default_rng(0)
+    return {"x_train": generator.normal(size=(60, 5)).astype(np.float32), "y_train": np.arange(60) % 3}
+
+
+def test_features_train_a_perceptron_but_neither_augmentation_nor_convolutions(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"augment.*5 features"):
+        run(tmp_path / "train", "data=small:features", "model={name='mlp'}")
+    with pytest.raises(ModelError, match=r"does not take samples of the shape \(5,\)"):
+        run(tmp_path / "train", "data=small:features", "augment={}", "model=small:fixed_network")
+    artefact = run(tmp_path / "train", "data=small:features", "augment={}", "model={name='mlp'}", "train.epochs=1")
+    assert ModelSpec.read(artefact.file(SPEC_FILE)).input_shape == (5,)
+
+
+def fixed_network(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """A user's network that does not look at its arguments."""
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4 * 4 * 4, 3))
+
+
+def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("sparsepipe.stages.trainer", "sparsepipe.training.device"):
+        monkeypatch.delitem(sys.modules, module)
+        monkeypatch.delattr(module)
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
+    with pytest.raises(MissingExtraError, match=r"lightning_fabric.*sparsepipe\[train\]"):
+        run(tmp_path / "train")
+
+
+def test_the_configuration_comes_from_the_recipe_and_ignores_what_later_stages_do() -> None:
+    one, other = config(), config("train.dense_twin=true", "bench.seconds=9", "name=other")
+    assert json.loads(one.model_dump_json()) == json.loads(other.model_dump_json())

@@ -1,0 +1,174 @@
+"""The command line: help, JSON on stdout, one paragraph and exit code 2 for every bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from sparsepipe.cli import main as cli
+
+Invoke = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Invoke:
+    """Runs the command in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sparsepipe", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def linear_onnx(path: Path, zeros: float = 0.9) -> Path:
+    """y = x W + b with a 64x32 weight of which the fraction `zeros` is zero."""
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(64, 32)).astype(np.float32)
+    weight[generator.random(weight.shape) < zeros] = 0
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "w", "b"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 32])],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.zeros(32, np.float32), "b")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in cli.VERBS)])
+def test_every_verb_has_help(invoke: Invoke, verb: list[str]) -> None:
+    code, out, _ = invoke(*verb, "--help")
+    assert code == 0
+    assert "Usage: sparsepipe" in out
+
+
+def test_the_list_of_verbs_is_shown_without_importing_any(invoke: Invoke) -> None:
+    code = "import sys; sys.argv = ['sparsepipe', '--help']\nfrom sparsepipe.cli import main\ntry: main.main()\n"
+    code += "except SystemExit: pass\nprint([m for m in sys.modules if m.startswith('sparsepipe.cli.')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['sparsepipe.cli.main']"
+
+
+@pytest.mark.parametrize("verb", ["models", "methods", "datasets", "doctor"])
+def test_listings_print_json_on_stdout_only(invoke: Invoke, verb: str) -> None:
+    code, out, _ = invoke(verb, "--json")
+    assert code == 0
+    assert json.loads(out)
+    code, out, _ = invoke(verb)
+    assert code == 0
+    assert out
+
+
+def test_models_takes_a_wildcard(invoke: Invoke) -> None:
+    _, out, _ = invoke("models", "resnet*", "--json")
+    names = [entry["name"] for entry in json.loads(out)]
+    assert {"resnet20", "resnet32", "resnet56"} <= set(names)
+    assert all(name.startswith("resnet") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["run", "none.toml"], ["none.toml", "no such recipe"]),
+        (["train", "{bad_toml}"], ["not valid TOML"]),
+        (["train", "{recipe}", "--set", "train.epoch=1"], ["train.epoch", "did you mean 'epochs'"]),
+        (["train", "{recipe}", "--set", "model=resnet21"], ["resnet21", "resnet20"]),
+        (["train", "{recipe}", "--set", "data=mnist"], ["mnist", "mnist5k"]),
+        (["train", "{recipe}", "--set", "data=cifar10:/no/such/dir"], ["/no/such/dir"]),
+        (["train", "{recipe}", "--set", "method=dstee"], ["dstee", "dst-ee"]),
+        (["train", "{recipe}", "--set", "method.sparsty=0.5"], ["sparsty", "sparsity"]),
+        (["train", "{recipe}", "--set", "method.sparsity=1.5"], ["sparsity", "1.5"]),
+        (["train", "{recipe}", "--set", "method.pattern=3y1"], ["3y1"]),
+        (["train", "{recipe}", "--set", "model.widht=3"], ["widht"]),
+        (["train", "{recipe}", "--set", "model=no_such_module:build"], ["no_such_module"]),
+        (["freeze", "{folder}"], ["'train'"]),
+        (["convert", "{folder}"], ["'freeze'"]),
+        (["export", "{folder}", "--format", "onnx"], ["'convert'"]),
+        (["export", "{text}", "--out", "{folder}/o"], ["ONNX"]),
+        (["export", "{onnx}"], ["--out"]),
+        (["export", "{onnx}", "--opset", "3", "--out", "{folder}/o"], ["opset", "3"]),
+        (["validate", "{text}", "--against", "{onnx}"], ["ONNX"]),
+        (["bench", "{text}"], ["ONNX"]),
+        (["report", "{folder}"], ["No stage"]),
+        (["inspect", "{text}"], ["text.txt"]),
+        (["frobnicate"], ["frobnicate"]),
+        (["run"], ["RECIPE"]),
+    ],
+)
+def test_bad_input_is_one_paragraph_and_exit_code_2(
+    invoke: Invoke, tmp_path: Path, arguments: list[str], parts: list[str]
+) -> None:
+    (tmp_path / "bad.toml").write_text("model = [")
+    (tmp_path / "r.toml").write_text('model = "mlp"\ndata = "digits"\n[train]\nepochs = 1\n')
+    (tmp_path / "text.txt").write_text("not a model")
+    (tmp_path / "folder").mkdir()
+    places = {
+        "bad_toml": tmp_path / "bad.toml",
+        "recipe": tmp_path / "r.toml",
+        "text": tmp_path / "text.txt",
+        "folder": tmp_path / "folder",
+        "onnx": linear_onnx(tmp_path / "m.onnx"),
+    }
+    given = [argument.format(**places) for argument in arguments]
+    if given[0] == "train":
+        given += ["--out", str(tmp_path / "out")]
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    code, out, err = invoke(*given)
+    assert code == 2, err
+    assert not out
+    assert "Traceback" not in err
+    assert all(part in err for part in parts), err
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before, "something was left half-written"
+
+
+def test_a_foreign_onnx_file_goes_through_every_verb_that_takes_one(invoke: Invoke, tmp_path: Path) -> None:
+    model = linear_onnx(tmp_path / "foreign.onnx")
+    out = tmp_path / "out"
+
+    code, text, err = invoke("export", model, "--format", "onnx", "--out", out / "export", "--json")
+    assert code == 0, err
+    exported = json.loads(text)
+    assert [layer["sparse"] for layer in exported["metrics"]["layers"]] == [True]
+    portable = out / "export" / "model.portable.onnx"
+    assert portable.stat().st_size < model.stat().st_size
+
+    code, text, err = invoke("validate", portable, "--against", model, "--json")
+    assert code == 0, err
+    assert json.loads(text)["passed"] is True
+
+    code, text, err = invoke("inspect", portable, "--json")
+    assert code == 0, err
+    weight = np.count_nonzero(numpy_helper.to_array(onnx.load(model).graph.initializer[0]))
+    assert [layer["nnz"] for layer in json.loads(text)["layers"] if layer["size"] == 64 * 32] == [weight]
+
+    code, text, err = invoke("convert", model, "--out", out / "convert", "--json")
+    assert code == 0, err
+    metrics = json.loads(text)["metrics"]
+    assert metrics["bytes_after"] < metrics["bytes_before"]
+
+    code, text, err = invoke("bench", model, portable, "--seconds", "0.2", "--json")
+    assert code == 0, err
+    assert len(json.loads(text)["results"]) == 2
+
+
+def test_validate_exits_with_1_when_outputs_differ(invoke: Invoke, tmp_path: Path) -> None:
+    first, second = linear_onnx(tmp_path / "a.onnx", 0.9), linear_onnx(tmp_path / "b.onnx", 0.5)
+    code, text, _ = invoke("validate", second, "--against", first, "--json")
+    assert code == 1
+    assert json.loads(text)["passed"] is False

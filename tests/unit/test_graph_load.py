@@ -1,0 +1,187 @@
+"""Reading ONNX files of others: complete, or refused with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import ModelProto, SparseTensorProto, TensorProto, helper, numpy_helper
+
+from sparsepipe.errors import GraphError
+from sparsepipe.graph import load as loading
+from sparsepipe.graph.load import load
+
+WEIGHT = np.arange(12, dtype=np.float32).reshape(4, 3) * (np.arange(12).reshape(4, 3) % 3 == 0)
+
+
+def gemm(weight: NDArray[Any] = WEIGHT, opset: int = 17, **graph_parts: Any) -> ModelProto:
+    parts = {"initializer": [numpy_helper.from_array(weight, "w")]} | graph_parts
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
+        **parts,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def saved(model: ModelProto, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def weight_of(model: ModelProto) -> NDArray[Any]:
+    (tensor,) = model.graph.initializer
+    assert not model.graph.sparse_initializer
+    return numpy_helper.to_array(tensor)
+
+
+def test_a_plain_file_comes_back_as_it_is(tmp_path: Path) -> None:
+    assert load(saved(gemm(), tmp_path)) == gemm()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not onnx at all, but text", b"\x08\x08", b"PK\x03\x04" + bytes(100), bytes(64)],
+    ids=["empty", "text", "only a version", "zip", "zeros"],
+)
+def test_what_is_no_onnx_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(GraphError, match=r"not an ONNX file|holds no ONNX model"):
+        load(path)
+
+
+def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = gemm().SerializeToString()
+    path = tmp_path / "model.onnx"
+    for length in range(0, len(whole), 3):
+        path.write_bytes(whole[:length])
+        with pytest.raises(GraphError):
+            load(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.onnx", tmp_path):
+        with pytest.raises(GraphError, match="no such ONNX file"):
+            load(path)
+
+
+@pytest.mark.parametrize("opset", [6, 99])
+def test_an_opset_out_of_range_is_named(opset: int, tmp_path: Path) -> None:
+    with pytest.raises(GraphError, match=f"opset {opset}; opsets 7 to"):
+        load(saved(gemm(opset=opset), tmp_path))
+
+
+def test_an_invalid_graph_is_refused(tmp_path: Path) -> None:
+    broken = gemm()
+    broken.graph.node[0].input[1] = "nowhere"
+    with pytest.raises(GraphError, match=r"not valid ONNX.*nowhere"):
+        load(saved(broken, tmp_path))
+
+
+def test_outputs_of_unknown_shape_get_one(tmp_path: Path) -> None:
+    vague = gemm()
+    vague.graph.output[0].type.tensor_type.ClearField("shape")
+    dims = load(saved(vague, tmp_path)).graph.output[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["n", 4]
+
+
+def test_a_tensor_shorter_than_its_shape_is_refused(tmp_path: Path) -> None:
+    broken = gemm()
+    broken.graph.initializer[0].raw_data = bytes(8)
+    with pytest.raises(GraphError, match="w"):
+        load(saved(broken, tmp_path))
+
+
+def test_sparse_initializers_become_dense(tmp_path: Path) -> None:
+    flat = np.flatnonzero(WEIGHT)
+    for positions in (flat, np.argwhere(WEIGHT)):
+        tensor = SparseTensorProto(dims=WEIGHT.shape)
+        tensor.values.CopyFrom(numpy_helper.from_array(WEIGHT.reshape(-1)[flat], "w"))
+        tensor.indices.CopyFrom(numpy_helper.from_array(positions.astype(np.int64)))
+        model = load(saved(gemm(initializer=[], sparse_initializer=[tensor]), tmp_path))
+        np.testing.assert_array_equal(weight_of(model), WEIGHT)
+
+
+def test_a_sparse_constant_becomes_dense(tmp_path: Path) -> None:
+    tensor = SparseTensorProto(dims=WEIGHT.shape)
+    tensor.values.CopyFrom(numpy_helper.from_array(WEIGHT[WEIGHT != 0], "v"))
+    tensor.indices.CopyFrom(numpy_helper.from_array(np.flatnonzero(WEIGHT).astype(np.int64)))
+    made = gemm(initializer=[])
+    made.graph.node.insert(0, helper.make_node("Constant", [], ["w"], sparse_value=tensor))
+    model = load(saved(made, tmp_path))
+    np.testing.assert_array_equal(numpy_helper.to_array(model.graph.node[0].attribute[0].t), WEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("indices", "shape"), [([-1, 3], (4, 3)), ([3, 12], (4, 3)), ([1], (4, 3)), ([0, 1], (2**40, 2**40))]
+)
+def test_a_malformed_sparse_initializer_is_refused(indices: list[int], shape: tuple[int, ...], tmp_path: Path) -> None:
+    tensor = SparseTensorProto(dims=shape)
+    tensor.values.CopyFrom(numpy_helper.from_array(np.float32([1, 2]), "w"))
+    tensor.indices.CopyFrom(numpy_helper.from_array(np.array(indices, np.int64)))
+    with pytest.raises(GraphError, match="sparse tensor 'w' is malformed"):
+        load(saved(gemm(initializer=[], sparse_initializer=[tensor]), tmp_path))
+
+
+@pytest.fixture
+def external(tmp_path: Path) -> Path:
+    path = tmp_path / "model.onnx"
+    onnx.save(gemm(), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    return path
+
+
+def relocated(path: Path, **entries: str) -> Path:
+    """Change the external data entries of the one tensor."""
+    model = onnx.load(path, load_external_data=False)
+    tensor = model.graph.initializer[0]
+    for entry in tensor.external_data:
+        entry.value = entries.pop(entry.key, entry.value)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_external_data_is_read_in(external: Path) -> None:
+    model = load(external)
+    np.testing.assert_array_equal(weight_of(model), WEIGHT)
+    assert model.graph.initializer[0].data_location == TensorProto.DEFAULT
+
+
+def test_missing_external_data_is_named(external: Path) -> None:
+    (external.parent / "weights.bin").unlink()
+    with pytest.raises(GraphError, match=r"'weights\.bin' is missing.*Copy it"):
+        load(external)
+
+
+@pytest.mark.parametrize("entries", [{"length": "49"}, {"offset": "4"}, {"offset": "-1"}, {"length": "x"}])
+def test_external_data_that_is_cut_off_is_refused(entries: dict[str, str], external: Path) -> None:
+    with pytest.raises(GraphError, match="tensor 'w'"):
+        load(relocated(external, **entries))
+
+
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "a/../../secret", "", "..\\secret", "link"])
+def test_external_data_cannot_leave_the_folder(location: str, tmp_path: Path) -> None:
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(WEIGHT.tobytes())
+    (folder / "link").symlink_to(tmp_path / "secret")
+    path = folder / "model.onnx"
+    onnx.save(gemm(), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    with pytest.raises(GraphError, match="leads out of the file's folder"):
+        load(relocated(path, location=location))
+
+
+def test_more_than_the_limit_is_refused_before_it_is_read(external: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "LIMIT_BYTES", external.stat().st_size + WEIGHT.nbytes - 1)
+    with pytest.raises(GraphError, match="more than 2 GB"):
+        load(external)
+    monkeypatch.setattr(loading, "LIMIT_BYTES", external.stat().st_size - 1)
+    with pytest.raises(GraphError, match="more than 2 GB"):
+        load(external)

@@ -1,0 +1,61 @@
+"""What is logged of each epoch, and that a resumed training logs no epoch twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("tensorboard")
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sparsepipe.training.metrics import EVENTS, FILE, MetricsLog, read
+
+
+def record(epoch: int, loss: float | None = 0.5) -> dict[str, object]:
+    return {"epoch": epoch, "step": 10 * epoch, "train_loss": loss, "density": {"conv.weight": 0.25, "fc.weight": 1.0}}
+
+
+def test_each_epoch_is_one_line_and_events_by_step(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, 0) as metrics:
+        for epoch in (1, 2):
+            metrics.write(record(epoch, 1 / epoch))
+        assert metrics.records == [record(1, 1.0), record(2, 0.5)]
+    assert [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()] == metrics.records
+    events = EventAccumulator(str(tmp_path / EVENTS)).Reload()  # type: ignore[no-untyped-call]
+    assert set(events.Tags()["scalars"]) == {"epoch", "train_loss", "density/conv.weight", "density/fc.weight"}
+    assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [(10, 1.0), (20, 0.5)]
+
+
+def test_a_resumed_log_forgets_what_comes_after_its_step(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, 0) as metrics:
+        for epoch in (1, 2, 3):
+            metrics.write(record(epoch, 9.0))
+    with MetricsLog(tmp_path, 25) as metrics:  # in the middle of epoch 3
+        assert [entry["epoch"] for entry in metrics.records] == [1, 2]
+        metrics.write(record(3, 1.0))
+    assert [entry["train_loss"] for entry in read(tmp_path / FILE)] == [9.0, 9.0, 1.0]
+    events = EventAccumulator(str(tmp_path / EVENTS)).Reload()  # type: ignore[no-untyped-call]
+    assert [event.step for event in events.Scalars("train_loss")] == [10, 20, 30]
+
+
+def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(json.dumps(record(1)) + "\n" + '{"epoch": 2, "st')
+    with MetricsLog(tmp_path, 10) as metrics:
+        metrics.write(record(2))
+    assert [entry["epoch"] for entry in read(tmp_path / FILE)] == [1, 2]
+
+
+def test_no_file_is_no_records(tmp_path: Path) -> None:
+    assert read(tmp_path / FILE) == []
+
+
+def test_unknown_values_are_null_and_no_event(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, 0) as metrics:
+        metrics.write(record(1, None))
+    assert read(tmp_path / FILE)[0]["train_loss"] is None
+    events = EventAccumulator(str(tmp_path / EVENTS)).Reload()  # type: ignore[no-untyped-call]
+    assert "train_loss" not in events.Tags()["scalars"]
