@@ -89,16 +89,16 @@ def survey(model: ModelProto) -> list[Layer]:
     layers: list[Layer] = []
     counted: dict[str, tuple[Layer, str]] = {}
     for node in model.graph.node:
-        if (weight := _weight(node, found)) is None:
+        if (weight := weight_of(node, found)) is None:
             continue
         if weight.name in counted:
             layers.append(_again(node, *counted[weight.name]))
             continue
         layers.append(_judge(node, weight, _obstacle(weight, found), was_input=weight.name in inputs))
         counted[weight.name] = (layers[-1], label(node))
-    for place, nodes, inner in _left_alone(model, found):
+    for place, nodes, inner in left_alone(model, found):
         for node in nodes:
-            if (weight := _weight(node, inner)) is None:
+            if (weight := weight_of(node, inner)) is None:
                 continue
             if weight.name in counted and weight.name in found.captured:
                 layers.append(_again(node, *counted[weight.name]))
@@ -113,9 +113,9 @@ def weights(model: ModelProto) -> Iterator[TensorProto]:
     A weight that is used again comes again.
     """
     found = index(model.graph)
-    for _, nodes, seen in [("", model.graph.node, found), *_left_alone(model, found)]:
+    for _, nodes, seen in [("", model.graph.node, found), *left_alone(model, found)]:
         for node in nodes:
-            if (weight := _weight(node, seen)) is not None:
+            if (weight := weight_of(node, seen)) is not None:
                 yield weight
 
 
@@ -126,7 +126,7 @@ def sparsity(layers: Iterable[Layer]) -> float:
     return 1 - sum(layer.nnz for layer in counted) / size if size else 0.0
 
 
-def _weight(node: NodeProto, found: Index) -> TensorProto | None:
+def weight_of(node: NodeProto, found: Index) -> TensorProto | None:
     """The constant weight of `node` as it is stored, under the name of the tensor that holds it."""
     if node.domain not in WEIGHT_DOMAINS:
         return None
@@ -190,7 +190,7 @@ def _again(node: NodeProto, first: Layer, user: str) -> Layer:
     return replace(first, op=node.op_type, dense_bytes=0, bytes=0, reason=f"same weight as in '{user}'")
 
 
-def _left_alone(model: ModelProto, found: Index) -> Iterator[tuple[str, Sequence[NodeProto], Index]]:
+def left_alone(model: ModelProto, found: Index) -> Iterator[tuple[str, Sequence[NodeProto], Index]]:
     """The subgraphs and functions: what to call each, its nodes, and the tensors that these see."""
     yield from _inner_graphs(model.graph.node, found)
     for function in model.functions:

@@ -9,8 +9,10 @@ bridged by blocks of zeros.
 ``DepthwiseConv(X, W, B?) -> Y`` is a dense depthwise convolution with W [C, 1, *kernel]: it keeps the NCHW layout
 between sparse layers, where onnxruntime's own one pays for two changes of layout.
 
-The fallback is a model-local function per node: it rebuilds the dense weight from standard operators, which
-onnxruntime folds into a constant where it inlines the function.
+The fallback is a model-local function per operator: it rebuilds the dense weight from standard operators, which
+onnxruntime folds into a constant where it inlines the function. Numbers reach the body as the node's attributes. What
+cannot differ within one body is part of the operator's name: ``SparseConvAddRelu`` is ``SparseConv`` with a residual
+and ReLU (``operator_name``). A file therefore gives all its nodes a bias, or none.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import AttributeProto, TensorProto, helper
 
 DOMAIN = "sparsepipe"
 VERSION = 1
@@ -30,6 +32,14 @@ INPUTS = {
     "SparseLinear": ("X", "values", "deltas", "B"),
     "DepthwiseConv": ("X", "W", "B"),
 }
+
+
+ACTIVATIONS = {"none": "", "relu": "Relu", "clip": "Clip", "hardswish": "HardSwish", "silu": "Silu", "gelu": "Gelu"}
+
+
+def operator_name(base: str, activation: str, *, residual: bool = False) -> str:
+    """The name under which the library knows ``base`` with these fused steps."""
+    return base + ("Add" if residual else "") + ACTIVATIONS[activation]
 
 
 def encode(
@@ -81,7 +91,19 @@ def sparse_conv(
     mode: int = 0,
     name: str = "",
 ) -> onnx.NodeProto:
-    """A SparseConv node; ``weight_shape`` is [O, I, *kernel], ``limits`` the bounds of activation "clip"."""
+    """A SparseConv node under its ``operator_name``.
+
+    Args:
+        inputs: names of X, values, deltas and perhaps of B and the residual; a missing B before a residual is "".
+        output: name of Y.
+        weight_shape: [O, I, *kernel].
+        strides, pads, dilations: as of Conv.
+        block: output channels of a block.
+        activation: a key of ``ACTIVATIONS``.
+        limits: the bounds of activation "clip".
+        mode: way of packing the input; 0 leaves it to the kernel.
+        name: of the node.
+    """
     rank = len(weight_shape) - 2
     attributes: dict[str, Any] = {
         "kernel_shape": list(weight_shape[2:]),
@@ -97,7 +119,8 @@ def sparse_conv(
     }
     if limits:
         attributes |= {"min": float(limits[0]), "max": float(limits[1])}
-    return helper.make_node("SparseConv", list(inputs), [output], name=name, domain=DOMAIN, **attributes)
+    op_type = operator_name("SparseConv", activation, residual=len(inputs) > 4)
+    return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
 
 def depthwise_conv(
@@ -147,36 +170,38 @@ def sparse_linear(
     }
     if limits:
         attributes |= {"min": float(limits[0]), "max": float(limits[1])}
-    return helper.make_node("SparseLinear", list(inputs), [output], name=name, domain=DOMAIN, **attributes)
+    op_type = operator_name("SparseLinear", activation)
+    return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
 
 def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
-    """The fallback body of one node, with the node's attributes written into it.
+    """The fallback body of all nodes of an operator that have the inputs and the activation of ``node``.
 
-    A function is one body for all nodes of its name, so a file gives each shape, activation and set of inputs an
-    ``overload``, or, for runtimes before ONNX IR 10, keeps one body per op type by passing what differs as attributes.
-    This builder serves files that hold one node of each type.
+    Args:
+        node: one of them.
+        opset: version of the standard operators in the body, 13 or newer.
     """
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    names = INPUTS[node.op_type]
+    base = next(name for name in INPUTS if node.op_type.startswith(name))
+    names = INPUTS[base]
     present = {name for name, value in zip(names, node.input, strict=False) if value}
-    window = {k: attributes[k] for k in ("kernel_shape", "strides", "pads", "dilations") if k in attributes}
+    window = {name: name for name in ("kernel_shape", "strides", "pads", "dilations") if name in attributes}
     bias = ["B"] if "B" in present else []
-    if node.op_type == "SparseConv":
-        shape = [attributes["out_channels"], attributes["in_channels"], *attributes["kernel_shape"]]
-        nodes = _dense_weight(shape, attributes["block"])
-        nodes.append(helper.make_node("Conv", ["X", "W", *bias], ["y0"], group=1, **window))
+    if base == "SparseConv":
+        nodes = _dense_weight(("out_channels", "in_channels"), "kernel_shape")
+        nodes.append(_with(helper.make_node("Conv", ["X", "W", *bias], ["y0"], group=1), window, AttributeProto.INTS))
         if "residual" in present:
             nodes.append(helper.make_node("Add", ["y0", "residual"], ["y1"]))
-    elif node.op_type == "DepthwiseConv":
-        nodes = [helper.make_node("Conv", ["X", "W", *bias], ["y0"], group=attributes["channels"], **window)]
+    elif base == "DepthwiseConv":
+        conv = _with(helper.make_node("Conv", ["X", "W", *bias], ["y0"]), window, AttributeProto.INTS)
+        nodes = [_with(conv, {"group": "channels"}, AttributeProto.INT)]
     else:
-        nodes = _dense_weight([attributes["out_features"], attributes["in_features"]], attributes["block"])
+        nodes = _dense_weight(("out_features", "in_features"))
         nodes.append(helper.make_node("Transpose", ["W"], ["Wt"], perm=[1, 0]))
         nodes.append(helper.make_node("MatMul", ["X", "Wt"], ["y0"]))
         if bias:
             nodes.append(helper.make_node("Add", ["y0", "B"], ["y1"]))
-    nodes += _activation(attributes, nodes[-1].output[0])
+    nodes += _activation(attributes["activation"], nodes[-1].output[0])
     function = helper.make_function(
         DOMAIN, node.op_type, list(names[: len(node.input)]), ["Y"], nodes, [helper.make_opsetid("", opset)]
     )
@@ -184,36 +209,59 @@ def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
     return function
 
 
+def _with(node: onnx.NodeProto, sources: Mapping[str, str], kind: AttributeProto.AttributeType) -> onnx.NodeProto:
+    """``node`` with attributes (its name -> the function's name) that the caller of the function sets."""
+    for name, source in sources.items():
+        node.attribute.add(name=name, ref_attr_name=source, type=kind)
+    return node
+
+
+def _attribute(output: str, field: str, source: str, kind: AttributeProto.AttributeType) -> onnx.NodeProto:
+    """A tensor of an attribute of the function."""
+    return _with(helper.make_node("Constant", [], [output]), {field: source}, kind)
+
+
 def _constant(name: str, value: NDArray[Any]) -> onnx.NodeProto:
     return helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(value))
 
 
-def _dense_weight(shape: Sequence[int], block: int) -> list[onnx.NodeProto]:
-    """``values``, ``deltas`` -> W. The blocks lie as [O/r, K, r]; a transpose brings the channels together."""
-    out = shape[0]
-    columns = int(np.prod(shape[1:]))
+def _dense_weight(sizes: tuple[str, str], kernel: str | None = None) -> list[onnx.NodeProto]:
+    """``values``, ``deltas`` -> W. The blocks lie as [O/r, K, r]; a transpose brings the channels together.
+
+    Args:
+        sizes: the attributes with the outputs and inputs of the weight.
+        kernel: the attribute with its further dimensions.
+    """
     zero = helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0])
+    dims = {"outputs": sizes[0], "inputs": sizes[1], "r": "block"}
+    nodes = [_constant("rest", np.array([-1], np.int64)), _constant("axis0", np.array(0, np.int64))]
+    for name, source in dims.items():
+        nodes.append(_attribute(f"{name}_", "value_int", source, AttributeProto.INT))
+        nodes.append(helper.make_node("Reshape", [f"{name}_", "rest"], [name]))
+    if kernel:
+        nodes.append(_attribute("taps", "value_ints", kernel, AttributeProto.INTS))
     return [
+        *nodes,
+        helper.make_node("Concat", ["outputs", "inputs", *(["taps"] if kernel else [])], ["weight_shape"], axis=0),
+        helper.make_node("Concat", ["rest", "r"], ["blocks_shape"], axis=0),
+        helper.make_node("Div", ["outputs", "r"], ["rows_of_blocks"]),
+        helper.make_node("Concat", ["rows_of_blocks", "rest", "r"], ["rows_shape"], axis=0),
+        helper.make_node("ConstantOfShape", ["weight_shape"], ["zeros_flat"], value=zero),
+        helper.make_node("Reshape", ["zeros_flat", "blocks_shape"], ["zeros"]),
         helper.make_node("Cast", ["deltas"], ["deltas64"], to=TensorProto.INT64),
-        _constant("axis0", np.array(0, np.int64)),
         helper.make_node("CumSum", ["deltas64", "axis0"], ["index"]),
-        _constant("blocks_shape", np.array([out // block * columns, block], np.int64)),
-        helper.make_node("ConstantOfShape", ["blocks_shape"], ["zeros"], value=zero),
-        _constant("axis1", np.array([1], np.int64)),
-        helper.make_node("Unsqueeze", ["index", "axis1"], ["index1"]),
+        helper.make_node("Unsqueeze", ["index", "rest"], ["index1"]),
         helper.make_node("Shape", ["values"], ["values_shape"]),
         helper.make_node("Expand", ["index1", "values_shape"], ["indices"]),
         helper.make_node("ScatterElements", ["zeros", "indices", "values"], ["blocks"], axis=0),
-        _constant("rows_shape", np.array([out // block, columns, block], np.int64)),
         helper.make_node("Reshape", ["blocks", "rows_shape"], ["rows"]),
         helper.make_node("Transpose", ["rows"], ["channels"], perm=[0, 2, 1]),
-        _constant("weight_shape", np.array(shape, np.int64)),
         helper.make_node("Reshape", ["channels", "weight_shape"], ["W"]),
     ]
 
 
-def _activation(attributes: Mapping[str, Any], value: str) -> list[onnx.NodeProto]:
-    match attributes["activation"]:
+def _activation(activation: bytes, value: str) -> list[onnx.NodeProto]:
+    match activation:
         case b"none":
             return [helper.make_node("Identity", [value], ["Y"])]
         case b"relu":
@@ -221,7 +269,7 @@ def _activation(attributes: Mapping[str, Any], value: str) -> list[onnx.NodeProt
         case b"hardswish":
             return [helper.make_node("HardSwish", [value], ["Y"])]
         case b"clip":
-            bounds = [_constant(name, np.array(attributes[name], np.float32)) for name in ("min", "max")]
+            bounds = [_attribute(name, "value_float", name, AttributeProto.FLOAT) for name in ("min", "max")]
             return [*bounds, helper.make_node("Clip", [value, "min", "max"], ["Y"])]
         case b"silu":
             return [

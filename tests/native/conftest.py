@@ -11,18 +11,17 @@ import numpy as np
 import onnx
 import pytest
 
-import sparsepipe.native
+from sparsepipe.runtime.library import library_path
 
 ort = pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="session")
 def library() -> Path:
-    folder = Path(sparsepipe.native.__file__).parent
-    path = Path(os.environ.get("SPARSEPIPE_LIBRARY", folder / "libsparsepipe_ops.so"))
-    if not path.is_file():
-        pytest.skip(f"the native library was not built: {path} is missing")
-    return path
+    path = os.environ.get("SPARSEPIPE_LIBRARY") or library_path()
+    if path is None or not Path(path).is_file():
+        pytest.skip("the native library was not built")
+    return Path(path)
 
 
 Session = Callable[..., Any]

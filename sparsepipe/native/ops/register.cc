@@ -83,9 +83,25 @@ extern "C" __attribute__((visibility("default"))) sparsepipe::abi::Status* Regis
     return create_status(abi::kFail, message.c_str());
   }
   const abi::Functions ort(table);
-  static const Op conv = describe("SparseConv", 5, 3, make_sparse_conv);
-  static const Op depthwise = describe("DepthwiseConv", 3, 2, make_depthwise_conv);
-  static const Op linear = describe("SparseLinear", 4, 3, make_sparse_linear);
+  // A file has one fallback body per operator name, so each set of fused steps has a name. The kernel is the same: it
+  // goes by the attributes and inputs.
+  static const Op ops[] = {
+      describe("SparseConv", 5, 3, make_sparse_conv),
+      describe("SparseConvRelu", 5, 3, make_sparse_conv),
+      describe("SparseConvClip", 5, 3, make_sparse_conv),
+      describe("SparseConvHardSwish", 5, 3, make_sparse_conv),
+      describe("SparseConvSilu", 5, 3, make_sparse_conv),
+      describe("SparseConvAdd", 5, 3, make_sparse_conv),
+      describe("SparseConvAddRelu", 5, 3, make_sparse_conv),
+      describe("SparseConvAddClip", 5, 3, make_sparse_conv),
+      describe("SparseConvAddHardSwish", 5, 3, make_sparse_conv),
+      describe("SparseConvAddSilu", 5, 3, make_sparse_conv),
+      describe("SparseLinear", 4, 3, make_sparse_linear),
+      describe("SparseLinearRelu", 4, 3, make_sparse_linear),
+      describe("SparseLinearClip", 4, 3, make_sparse_linear),
+      describe("SparseLinearGelu", 4, 3, make_sparse_linear),
+      describe("DepthwiseConv", 3, 2, make_depthwise_conv),
+  };
   // The domain outlives the sessions that use it, so it is made once and never released.
   static std::mutex mutex;
   static abi::Domain* domain = nullptr;
@@ -94,9 +110,7 @@ extern "C" __attribute__((visibility("default"))) sparsepipe::abi::Status* Regis
     if (domain == nullptr) {
       abi::Domain* made = nullptr;
       check(ort, ort.create_domain("sparsepipe", &made));
-      check(ort, ort.domain_add(made, &conv));
-      check(ort, ort.domain_add(made, &depthwise));
-      check(ort, ort.domain_add(made, &linear));
+      for (const Op& op : ops) check(ort, ort.domain_add(made, &op));
       domain = made;
     }
     check(ort, ort.add_domain(options, domain));
