@@ -97,7 +97,9 @@ def sparse_conv(
         inputs: names of X, values, deltas and perhaps of B and the residual; a missing B before a residual is "".
         output: name of Y.
         weight_shape: [O, I, *kernel].
-        strides, pads, dilations: as of Conv.
+        strides: as of Conv.
+        pads: as of Conv.
+        dilations: as of Conv.
         block: output channels of a block.
         activation: a key of ``ACTIVATIONS``.
         limits: the bounds of activation "clip".
