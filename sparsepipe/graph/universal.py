@@ -297,11 +297,12 @@ def _replace(graph: GraphProto, node: NodeProto, choice: Choice) -> NodeProto:
         "activation": layer.activation,
         "limits": layer.limits,
         "name": node.name,
+        **layer.window,
     }
     output = layer.last.output[0]
     if layer.base == "SparseConv":
         inputs += [layer.residual] if layer.residual else []
-        made = operators.sparse_conv(inputs, output, **layer.window, **shared)
+        made = operators.sparse_conv(inputs, output, **shared)
     else:
         made = operators.sparse_linear(inputs, output, **shared)
     position = next(place for place, entry in enumerate(graph.node) if entry.output[:1] == [output])
@@ -332,7 +333,8 @@ def _take(layer: _Layer, node: NodeProto) -> None:
 
 
 def _other(node: NodeProto, name: str) -> str:
-    return node.input[1] if node.input[0] == name else node.input[0]
+    first, second = map(str, node.input)
+    return second if first == name else first
 
 
 def _fuse_bias(layer: _Layer, found: Index) -> None:
