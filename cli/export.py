@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,8 +15,9 @@ from sparsepipe.cli import common
 @click.argument("source", type=common.existing_path())
 @click.option("--format", "format_", type=click.Choice(["onnx"]), default="onnx", help="File format.")
 @click.option(
-    "--target", "targets", multiple=True, type=click.Choice(["dense", "portable"]),
-    help="dense: ordinary weights. portable: sparse initializers, standard operators. Default: both.",
+    "--target", "targets", multiple=True, type=click.Choice(["dense", "portable", "universal"]),
+    help="dense: ordinary weights. portable: sparse initializers, standard operators. universal: compact weights, "
+    "sparse kernels where their library is registered, standard operators elsewhere. Default: all.",
 )  # fmt: skip
 @click.option("--opset", type=int, help="ONNX opset, 13 to 22.")
 @click.option("--out", type=click.Path(path_type=Path), help="Output folder. Default: export/ in the run folder.")
@@ -55,8 +58,17 @@ def command(
         common.print_json(common.artefact_json(artefact))
         return
     metrics = artefact.metrics
+    if metrics["kernels"]:
+        _print_layers("universal", metrics["kernels"])
+    if "portable" in metrics["files"] or not metrics["kernels"]:
+        _print_layers("portable", metrics["layers"])
+    for file in metrics["files"].values():
+        click.echo(f"{artefact.folder / file['name']}  {common.size_text(file['bytes'])}")
+
+
+def _print_layers(target: str, rows: Sequence[Mapping[str, Any]]) -> None:
     common.print_table(
-        ["layer", "op", "sparsity", "stored", "dense", "sparse", "why"],
+        [f"layer ({target})", "op", "sparsity", "stored", "dense", "sparse", "why"],
         [
             [
                 layer["name"],
@@ -67,8 +79,6 @@ def command(
                 common.size_text(layer["bytes"]),
                 layer["reason"],
             ]
-            for layer in metrics["layers"]
+            for layer in rows
         ],
     )
-    for file in metrics["files"].values():
-        click.echo(f"{artefact.folder / file['name']}  {common.size_text(file['bytes'])}")

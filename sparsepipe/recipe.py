@@ -21,7 +21,7 @@ from sparsepipe.artefact import digest_bytes, write_text
 from sparsepipe.errors import RecipeError
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Target = Literal["dense", "portable"]
+Target = Literal["dense", "portable", "universal"]
 DEFAULT_METHOD = "dst-ee"
 WeightFormat = Literal["csr", "bsr", "nm", "bitmask", "dense"]
 
@@ -115,7 +115,7 @@ class Conversion(Section):
 
 
 class Export(Section):
-    targets: tuple[Target, ...] = ("dense", "portable")
+    targets: tuple[Target, ...] = ("dense", "portable", "universal")
     opset: Annotated[int, Field(ge=13, le=22)] = 18
 
 

@@ -16,6 +16,7 @@ from sparsepipe.runtime.session import one_line, run, session
 
 Array = NDArray[Any]
 
+WITHOUT_LIBRARY = "without the kernel library"
 PROTOBUF_LIMIT = 2**31 - 1
 
 
@@ -25,22 +26,23 @@ class OnnxNetwork:
     Args:
         path: the file.
         threads: threads of one operator; 0 leaves the number to onnxruntime.
+        library: whether to register the kernel library, where it was built.
 
     Raises:
         GraphError: onnxruntime cannot load the file, or it takes inputs that are not tensors of numbers.
     """
 
-    def __init__(self, path: Path, *, threads: int = 0) -> None:
+    def __init__(self, path: Path, *, threads: int = 0, library: bool = True) -> None:
         self.path = path
-        self._threads = threads
-        self._session = session(path, threads=threads)
+        self._threads, self._library = threads, library
+        self._session = session(path, threads=threads, library=library)
         self.inputs: list[Input] = inputs_of(self._session)
         self.outputs: list[str] = [node.name for node in self._session.get_outputs()]
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.name if self._library else f"{self.path.name} {WITHOUT_LIBRARY}"
 
     @cached_property
     def model(self) -> onnx.ModelProto:
@@ -84,7 +86,7 @@ class OnnxNetwork:
         exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         if exposed.ByteSize() > PROTOBUF_LIMIT:
             raise GraphError("The model is larger than 2 GB, so its layers cannot be looked at.", where=self.name)
-        opened = session(exposed.SerializeToString(), threads=self._threads)
+        opened = session(exposed.SerializeToString(), threads=self._threads, library=self._library)
         return dict(zip(wanted, run(opened, inputs, where=self.name), strict=True))
 
     def index_bounds(self) -> dict[str, int]:

@@ -16,12 +16,15 @@ from sparsepipe.runtime.library import library_path
 Array = NDArray[Any]
 
 
-def session(source: Path | bytes, *, threads: int = 1, **options: Any) -> onnxruntime.InferenceSession:
+def session(
+    source: Path | bytes, *, threads: int = 1, library: bool = True, **options: Any
+) -> onnxruntime.InferenceSession:
     """Open an ONNX model on the CPU.
 
     Args:
         source: the file, or a whole serialised model (which cannot refer to external data).
         threads: threads of one operator; 0 leaves the number to onnxruntime.
+        library: whether to register the kernel library, where it was built.
         options: further attributes of `onnxruntime.SessionOptions`, by name.
 
     Raises:
@@ -37,8 +40,8 @@ def session(source: Path | bytes, *, threads: int = 1, **options: Any) -> onnxru
     for name, value in options.items():
         setattr(settings, name, value)
     try:
-        if (library := library_path()) is not None:
-            settings.register_custom_ops_library(str(library))
+        if library and (kernels := library_path()) is not None:
+            settings.register_custom_ops_library(str(kernels))
         model = str(source) if isinstance(source, Path) else source
         return onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common base class

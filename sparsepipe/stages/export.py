@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from sparsepipe.graph.fold import fold
 from sparsepipe.graph.load import load
 from sparsepipe.graph.portable import sparsify
 from sparsepipe.graph.select import Layer, sparsity, survey
+from sparsepipe.graph.universal import Choice, choose, rewrite
 from sparsepipe.plugins import is_plugin
 from sparsepipe.progress import bar
 from sparsepipe.runtime.session import session
@@ -38,9 +39,28 @@ COMMON_IR_VERSION = 10
 onnxruntime reads only months later."""
 STEPS = 4  # of the progress bar: read or build, choose, check, write
 
-TARGETS: Mapping[str, Callable[[ModelProto, Sequence[Layer]], ModelProto]] = {
-    "dense": lambda model, layers: index.copy(model),
-    "portable": sparsify,
+
+@dataclass(frozen=True)
+class Plan:
+    """A model, and which of its layers become sparse: for `portable` by size, for `universal` by time.
+
+    Attributes:
+        model: as it was built or read.
+        layers: what `portable` stores sparse.
+        folded: the model without batch normalisations.
+        kernels: what `universal` runs sparse, in `folded`; empty where that is not exported.
+    """
+
+    model: ModelProto
+    layers: Sequence[Layer]
+    folded: ModelProto
+    kernels: Sequence[Choice]
+
+
+TARGETS: Mapping[str, Callable[[Plan], ModelProto]] = {
+    "dense": lambda plan: index.copy(plan.model),
+    "portable": lambda plan: sparsify(plan.model, plan.layers),
+    "universal": lambda plan: rewrite(plan.folded, plan.kernels),
 }
 """Target -> how it stores the chosen layers."""
 
@@ -84,6 +104,8 @@ def run(
 
 def from_onnx(path: Path, config: recipe.Export, out: Path) -> Artefact:
     """Export an ONNX file from any tool: graph, names and opset stay, only the storage of weights changes.
+
+    For `universal`, batch normalisations are folded and what follows a sparse layer becomes part of it.
 
     The opset is converted only if `config` sets one explicitly. A version of the file format that is newer than the
     opset needs is lowered, so that onnxruntime reads it. torch is not needed.
@@ -155,6 +177,8 @@ def _write(
     """Choose, rewrite, check and write; nothing is written before every file is known to be good."""
     layers = survey(model)
     total = sparsity(layers)
+    folded = fold(model)[0] if "universal" in config.targets else model
+    plan = Plan(model, layers, folded, choose(folded) if "universal" in config.targets else [])
     common = {
         **properties,
         **_versions("onnx"),
@@ -164,7 +188,7 @@ def _write(
     advance(note="checking")
     files: dict[str, bytes] = {}
     for target in config.targets:
-        rewritten = TARGETS[target](model, layers)
+        rewritten = TARGETS[target](plan)
         stamp(rewritten, {**common, "sparsepipe.target": target})
         files[target] = serialise(rewritten, where=file_name(target))
     advance(note="writing")
@@ -181,6 +205,7 @@ def _write(
             sparsity=total,
             opset=index.opset(model),
             layers=rows,
+            kernels=[asdict(choice) for choice in plan.kernels],
         )
     advance()
     return Artefact.read(out, "export")

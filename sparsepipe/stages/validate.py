@@ -18,6 +18,7 @@ from sparsepipe.progress import track
 from sparsepipe.recipe import Choice, NamedChoice, Recipe, Validation
 from sparsepipe.runtime.compare import Divergence, Tally, finite, first_divergence, has_classes
 from sparsepipe.runtime.inputs import Input, aligned, merge, rename
+from sparsepipe.runtime.library import library_path
 from sparsepipe.runtime.network import OnnxNetwork
 from sparsepipe.runtime.samples import Batch, Samples, labelled_samples, random_samples
 from sparsepipe.spec import ModelSpec
@@ -31,6 +32,7 @@ from sparsepipe.stages.reference import (
     spec_of,
 )
 
+LIBRARY_TARGET = "universal"
 RESULT_FILE = "validation.json"
 SOURCES_AT_HAND = SOURCES.keys() - {"hf"}
 """Kinds of datasets that a file may name: they run no code of others and download nothing."""
@@ -82,7 +84,8 @@ def run(config: BaseModel, inputs: Mapping[str, Artefact], out: Path, *, trusted
     if config.data is not None:
         digests["data"] = datasets.fingerprint(config.data.name, config.data.options)
     with draft(out, "validate", config, digests) as building:
-        result = _validate([OnnxNetwork(path) for path in files.values()], reference, config)
+        candidates = [network for path in files.values() for network in _ways_to_run(path)]
+        result = _validate(candidates, reference, config)
         write_json(building.folder / RESULT_FILE, result)
         building.metrics.update(result)
     return Artefact.read(out)
@@ -107,7 +110,8 @@ def compare(
         trusted_model: the `module:function` that the user allows to be imported as the network.
 
     Returns:
-        What `validation.json` holds: `passed`, `candidates` (one), `reference`, `data`, `samples` and `note`.
+        What `validation.json` holds: `passed`, `candidates` (one; two for a universal file, which is also run without
+        the kernel library), `reference`, `data`, `samples` and `note`.
 
     Raises:
         SparsepipeError: a file is missing or damaged, or the two take different inputs.
@@ -115,12 +119,12 @@ def compare(
     config = config or ValidateConfig()
     if data is not None:
         config = config.model_copy(update={"data": data})
-    network = OnnxNetwork(candidate)
+    ways = _ways_to_run(candidate)
     if isinstance(reference, Artefact):
         other = from_artefact(reference, None, trusted_model)
     else:
         other = from_path(reference, trusted_model)
-    return _validate([network], replace(other, spec=other.spec or spec_of(network)), config)
+    return _validate(ways, replace(other, spec=other.spec or spec_of(ways[0])), config)
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,14 @@ def _validate(candidates: Sequence[OnnxNetwork], reference: Reference, config: V
         "samples": samples.count,
         "note": "; ".join(note for note in (reference.note, material.note) if note) or None,
     }
+
+
+def _ways_to_run(path: Path) -> list[OnnxNetwork]:
+    """The file as it runs here, and, where the kernel library takes part, also as it runs elsewhere."""
+    network = OnnxNetwork(path)
+    if network.metadata.get("sparsepipe.target") != LIBRARY_TARGET or library_path() is None:
+        return [network]
+    return [network, OnnxNetwork(path, library=False)]
 
 
 def _material(

@@ -15,6 +15,7 @@ import pytest
 from sparsepipe import pipeline, recipe
 from sparsepipe.artefact import Artefact
 from sparsepipe.data import load, prepare
+from sparsepipe.runtime.library import library_path
 from sparsepipe.spec import ModelSpec
 
 pytest.importorskip("torch")
@@ -72,7 +73,7 @@ def test_run_ends_with_a_table_and_a_report(finished: tuple[Path, Any]) -> None:
     assert summary["sparsity"] == pytest.approx(0.8, abs=1e-3)
     assert 0 < summary["accuracy"]["sparse"]["value"] <= 1
     assert summary["accuracy"]["dense"] is not None
-    assert summary["files"]["sparse"]["bytes"] == (out / "export" / "model.portable.onnx").stat().st_size
+    assert summary["files"]["sparse"]["bytes"] == (out / "export" / "model.universal.onnx").stat().st_size
     assert not any(stage["skipped"] for stage in result["stages"].values())
 
 
@@ -81,11 +82,18 @@ def test_exported_files_score_as_the_trained_network_did(finished: tuple[Path, A
     spec = ModelSpec.read(out / "convert" / "model.json")
     test = load("mnist5k", {}).test
     inputs = prepare(test.load(np.arange(len(test))), spec.preprocessing)
-    for name in ("model.dense.onnx", "model.portable.onnx"):
+    for name in ("model.dense.onnx", "model.portable.onnx", "model.universal.onnx"):
         session = onnxruntime.InferenceSession(str(out / "export" / name))
         (logits,) = session.run(None, {session.get_inputs()[0].name: inputs})
         correct = int((np.argmax(logits, axis=1) == test.labels).sum())
         assert correct == Artefact.read(out / "train").metrics["test_correct"]
+
+
+def test_validation_also_runs_the_universal_file_without_the_library(finished: tuple[Path, Any]) -> None:
+    rows = Artefact.read(finished[0] / "validate").metrics["candidates"]
+    names = ["model.dense.onnx", "model.portable.onnx", "model.universal.onnx"]
+    names += ["model.universal.onnx without the kernel library"] if library_path() else []
+    assert [(row["file"], row["passed"]) for row in rows] == [(name, True) for name in names]
 
 
 def test_a_second_run_skips_every_stage(finished: tuple[Path, Any], recipe_file: Path) -> None:
@@ -125,7 +133,7 @@ def test_the_verbs_one_by_one_give_what_run_gives(
     for verb in ("freeze", "convert"):
         command(verb, folder)
     command("export", folder, "--format", "onnx")
-    for name in ("model.dense.onnx", "model.portable.onnx"):
+    for name in ("model.dense.onnx", "model.portable.onnx", "model.universal.onnx"):
         assert (folder / "export" / name).stat().st_size == pytest.approx(
             (out / "export" / name).stat().st_size, abs=200
         )

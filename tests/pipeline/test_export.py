@@ -106,7 +106,7 @@ def metadata(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
 
 
-def test_a_converted_network_becomes_two_files_that_agree(
+def test_a_converted_network_becomes_files_that_agree(
     tmp_path: Path, own_network: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("onnxscript")
@@ -115,10 +115,12 @@ def test_a_converted_network_becomes_two_files_that_agree(
     with caplog.at_level(logging.INFO, "sparsepipe"):
         result = export.run(Export(), {"convert": source}, tmp_path / "export", trusted_model=NAME)
 
-    dense, portable = (result.file(f"model.{target}.onnx") for target in ("dense", "portable"))
+    dense, portable, universal = (result.file(f"model.{target}.onnx") for target in ("dense", "portable", "universal"))
     onnx.checker.check_model(str(dense), full_check=True)
     onnx.checker.check_model(str(portable))
+    onnx.checker.check_model(str(universal), full_check=True)
     for batch in (1, 3):
+        np.testing.assert_allclose(evaluate(universal, batch=batch), of_torch(freeze, batch), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(evaluate(dense, batch=batch), of_torch(freeze, batch), rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(evaluate(dense, batch=batch), evaluate(portable, batch=batch))
     assert "'6' is not folded: it follows Relu '5'" in caplog.text
@@ -135,11 +137,13 @@ def test_a_converted_network_becomes_two_files_that_agree(
     metrics = result.metrics
     assert metrics["files"] == {
         target: {"name": path.name, "bytes": path.stat().st_size}
-        for target, path in (("dense", dense), ("portable", portable))
+        for target, path in (("dense", dense), ("portable", portable), ("universal", universal))
     }
     assert metrics["opset"] == model.opset_import[0].version == 18
     assert metrics["layers"] == read_json(result.file("layers.json"))
     assert [layer["name"] for layer in metrics["layers"]] == list(MASKED)
+    assert [layer["name"] for layer in metrics["kernels"]] == list(MASKED)
+    assert {entry.op_type for entry in onnx.load(universal).graph.node} & {"SparseConv", "SparseConvRelu"}
     total = sum(state()[name].size for name in MASKED)
     nonzero = sum(np.count_nonzero(state()[name]) for name in MASKED)
     assert metrics["sparsity"] == pytest.approx(1 - nonzero / total)

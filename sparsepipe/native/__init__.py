@@ -1,0 +1,1 @@
+"""The native kernels: C++ sources, the operators' encoding (operators.py) and, once built, libsparsepipe_ops.so."""

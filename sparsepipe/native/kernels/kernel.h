@@ -1,0 +1,113 @@
+// What an instruction set provides: the inner loops, behind plain structs and function pointers.
+//
+// Every implementation is kernels/template.h compiled with its own flags. Nothing here may define an
+// inline function or a template: the linker could pick the copy that was compiled for another CPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sparsepipe::kernels {
+
+enum class Activation : std::int32_t { kNone, kRelu, kClip, kHardSwish, kSilu, kGelu };
+
+struct Epilogue {
+  const float* bias;  // one per output channel, or nullptr
+  Activation activation;
+  float low, high;  // kClip
+};
+
+// One tile: `vectors` vectors of output positions, for the block rows [row_begin, row_end).
+// A block row is `block` consecutive output channels. An entry of the weight is an int32 offset (in floats,
+// from x) followed by `block` floats; the entries of block row i are [row_start[i], row_start[i + 1]).
+struct RowsArgs {
+  const float* x;
+  const char* entries;
+  const std::uint32_t* row_start;
+  std::int64_t row_begin, row_end;
+  float* partial;  // [row_end - row_begin][block][vectors * lanes] sums between blocks of input channels
+  bool first, last;  // of those blocks
+  float* y;                // channel `row_begin * block` of the output tile
+  const float* residual;   // the same position in the residual, or nullptr
+  std::int64_t y_stride;   // floats between channels of y and of residual
+  const std::int32_t* target;  // [vectors] offset in y of each vector ...
+  const std::int32_t* count;   // ... and how many of its lanes are stored
+  bool whole;                  // all lanes are stored, one vector after the other
+  Epilogue epilogue;           // bias points to channel 0
+  bool prefetch_output;  // y and residual do not fit the L2 cache
+  // Planes of the tile after this one, to prefetch while this one computes: so many with each row.
+  const float* next;
+  std::int64_t next_stride, next_channels, next_channels_per_row;
+};
+
+struct StageRow {
+  std::int32_t source, target, count;  // a row of the plane; its place in the stage; floats
+};
+struct Copy {
+  std::int32_t source, target;  // from the stage to the packed tile, `PackArgs::copy_floats` each
+};
+
+// Packs a tile of each of `channels` planes: the rows that it needs go to a small zero-padded stage, split by
+// column phase where the column stride is above 1; from there runs of `copy_floats` floats are copied to the tile.
+struct PackArgs {
+  const float* input;
+  std::int64_t input_stride;  // floats between planes
+  std::int64_t channels;
+  float* output;
+  std::int64_t output_stride;  // floats between the tiles of consecutive planes
+  // Channel c uses the stage at stage + c % stage_count * stage_stride; the padding is zero already.
+  float* stage;
+  std::int64_t stage_stride, stage_count;
+  const StageRow* rows;
+  std::int32_t row_count;
+  std::int32_t step;          // column stride
+  std::int32_t lead;          // padding before the first column
+  std::int32_t phase_stride;  // floats between the phases of a stage row
+  const Copy* copies;
+  std::int32_t copy_count;
+  std::int32_t copy_floats;  // a copy may write up to the next multiple of 4, 8 or lanes
+};
+
+// `rows` output rows of one channel of a depthwise convolution, from a stage that pack_stage filled.
+struct DepthwiseArgs {
+  const float* stage;
+  std::int64_t pitch;  // floats between stage rows
+  std::int32_t kernel_h, kernel_w, row_step, row_dilation;
+  const std::int32_t* column;  // [kernel_w] place of each kernel column in a stage row
+  const float* weights;        // [kernel_h][kernel_w]
+  float bias;
+  float* y;  // first of the rows
+  std::int64_t rows, columns;
+  Epilogue epilogue;  // without its bias
+};
+
+constexpr int kMaxVectors = 16;
+constexpr int kBlocks[] = {1, 2, 4};
+
+struct Isa {
+  const char* name;
+  std::int32_t lanes;
+  std::int32_t max_vectors[5];  // by block size
+  bool (*supported)();
+  void (*rows)(const RowsArgs&, int block, int vectors);
+  // Copies `count` floats of each plane, zero-filled up to output_stride.
+  void (*pack_flat)(const float* input, std::int64_t input_stride, std::int64_t channels, std::int64_t count,
+                    float* output, std::int64_t output_stride);
+  void (*pack_stage)(const PackArgs&);
+  void (*depthwise)(const DepthwiseArgs&);
+  // output[column * output_stride + row] = input[row * input_stride + column].
+  void (*transpose)(const float* input, std::int64_t input_stride, std::int64_t rows, std::int64_t columns,
+                    float* output, std::int64_t output_stride);
+  // y[o] = activation(sum of values * x[index]) for block rows; index16 or index32 is null.
+  void (*vector)(const float* x, const std::uint16_t* index16, const std::uint32_t* index32, const float* values,
+                 const std::uint32_t* row_start, std::int64_t row_begin, std::int64_t row_end, int block,
+                 const Epilogue&, float* y);
+};
+
+// The best one that the CPU runs, or the one that SPARSEPIPE_ISA names.
+// Returns nullptr and fills `error` where that name is unknown or does not run here.
+const Isa* select(char* error, std::size_t error_size);
+// All that were compiled in, best first; ends with nullptr.
+const Isa* const* compiled();
+
+}  // namespace sparsepipe::kernels

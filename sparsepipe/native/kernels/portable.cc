@@ -1,0 +1,15 @@
+// For every CPU: no flags beyond the compiler's default.
+#define SPARSEPIPE_LANES 4
+#define SPARSEPIPE_REGISTERS 16
+#define SPARSEPIPE_NAMESPACE portable
+#include "kernels/template.h"
+
+namespace sparsepipe::kernels {
+namespace {
+bool runs_here() {
+  return true;
+}
+}  // namespace
+}  // namespace sparsepipe::kernels
+
+SPARSEPIPE_DEFINE_ISA(kPortable, "portable", runs_here)

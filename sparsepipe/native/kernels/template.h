@@ -1,0 +1,603 @@
+// The inner loops on GCC/Clang vector extensions. Compiled once per instruction set, each time with
+// SPARSEPIPE_LANES, SPARSEPIPE_NAMESPACE and SPARSEPIPE_REGISTERS set by the including file.
+//
+// Only <cstdint>-like headers may be included: an inline function of the standard library compiled here
+// could replace the baseline copy of another file at link time.
+#include "kernels/kernel.h"
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define SPARSEPIPE_INLINE inline __attribute__((always_inline))
+#define SPARSEPIPE_UNROLL _Pragma("GCC unroll 16")
+
+namespace sparsepipe::kernels {
+namespace {
+namespace SPARSEPIPE_NAMESPACE {
+
+constexpr int kLanes = SPARSEPIPE_LANES;
+
+// Loads and stores at any alignment, of L floats.
+template <int L>
+struct Vector {
+  typedef float type __attribute__((vector_size(L * 4)));
+  typedef float loose __attribute__((vector_size(L * 4), aligned(4), may_alias));
+  typedef std::int32_t integer __attribute__((vector_size(L * 4)));
+};
+using vf = Vector<kLanes>::type;
+using vi = Vector<kLanes>::integer;
+
+template <int L = kLanes>
+SPARSEPIPE_INLINE typename Vector<L>::type load(const float* p) {
+  return *reinterpret_cast<const typename Vector<L>::loose*>(p);
+}
+template <int L = kLanes>
+SPARSEPIPE_INLINE void store(float* p, typename Vector<L>::type v) {
+  *reinterpret_cast<typename Vector<L>::loose*>(p) = v;
+}
+SPARSEPIPE_INLINE vf broadcast(float s) { return s - vf{}; }
+
+// The first n < kLanes floats only.
+SPARSEPIPE_INLINE vf load_some(const float* p, int n) {
+#if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
+  return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p));
+#else
+  alignas(64) float buffer[kLanes] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+#endif
+}
+SPARSEPIPE_INLINE void store_some(float* p, vf v, int n) {
+#if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), reinterpret_cast<__m512>(v));
+#else
+  alignas(64) float buffer[kLanes];
+  store(buffer, v);
+  for (int i = 0; i < n; ++i) p[i] = buffer[i];
+#endif
+}
+
+SPARSEPIPE_INLINE vf at_least(vf x, vf low) { return low > x ? low : x; }  // a NaN stays
+SPARSEPIPE_INLINE vf at_most(vf x, vf high) { return high < x ? high : x; }
+
+// e^x to about 2 ulp: e^x = 2^n e^r, |r| <= ln2 / 2, with the Taylor polynomial of degree 7 for e^r.
+SPARSEPIPE_INLINE vf exponential(vf x) {
+  x = at_most(at_least(x, broadcast(-87.0f)), broadcast(88.0f));
+  const vf magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const vf shifted = x * broadcast(1.44269504f) + magic;
+  const vf n = shifted - magic;
+  const vf r = (x - n * broadcast(0.693145752f)) - n * broadcast(1.42860677e-6f);
+  vf p = broadcast(1.0f / 5040);
+  p = p * r + broadcast(1.0f / 720);
+  p = p * r + broadcast(1.0f / 120);
+  p = p * r + broadcast(1.0f / 24);
+  p = p * r + broadcast(1.0f / 6);
+  p = p * r + broadcast(0.5f);
+  p = p * r + broadcast(1.0f);
+  p = p * r + broadcast(1.0f);
+  const vi power = (reinterpret_cast<vi>(shifted) << 23) + (vi{} + 0x3f800000);
+  return p * reinterpret_cast<vf>(power);
+}
+
+// x / 2 (1 + erf(x / sqrt 2)), erf by Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7).
+SPARSEPIPE_INLINE vf gelu(vf x) {
+  const vf z = x * broadcast(0.707106781f);
+  const vf a = z < broadcast(0.0f) ? -z : z;
+  const vf t = broadcast(1.0f) / (broadcast(1.0f) + broadcast(0.3275911f) * a);
+  vf p = broadcast(1.061405429f);
+  p = p * t + broadcast(-1.453152027f);
+  p = p * t + broadcast(1.421413741f);
+  p = p * t + broadcast(-0.284496736f);
+  p = p * t + broadcast(0.254829592f);
+  const vf tail = p * t * exponential(-a * a);  // 1 - erf(a)
+  const vf erf = z < broadcast(0.0f) ? tail - broadcast(1.0f) : broadcast(1.0f) - tail;
+  return broadcast(0.5f) * x * (broadcast(1.0f) + erf);
+}
+
+SPARSEPIPE_INLINE vf activate(vf x, const Epilogue& e) {
+  switch (e.activation) {
+    case Activation::kRelu:
+      return at_least(x, vf{});
+    case Activation::kClip:
+      return at_most(at_least(x, broadcast(e.low)), broadcast(e.high));
+    case Activation::kHardSwish:
+      return x * at_most(at_least(x * broadcast(1.0f / 6) + broadcast(0.5f), vf{}), broadcast(1.0f));
+    case Activation::kSilu:
+      return x / (broadcast(1.0f) + exponential(-x));
+    case Activation::kGelu:
+      return gelu(x);
+    case Activation::kNone:
+      break;
+  }
+  return x;
+}
+
+template <int R>
+struct Entry {
+  std::int32_t offset;
+  float value[R];
+};
+
+template <int R, int T>
+SPARSEPIPE_INLINE void multiply(vf (&sum)[R][T], const Entry<R>& entry, const float* x) {
+  const float* at = x + entry.offset;
+  if constexpr (R == 1) {
+    const vf w = broadcast(entry.value[0]);
+    SPARSEPIPE_UNROLL
+    for (int t = 0; t < T; ++t) sum[0][t] += w * load(at + t * kLanes);
+  } else {
+    SPARSEPIPE_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const vf in = load(at + t * kLanes);
+      SPARSEPIPE_UNROLL
+      for (int r = 0; r < R; ++r) sum[r][t] += broadcast(entry.value[r]) * in;
+    }
+  }
+}
+
+template <int R, int T>
+SPARSEPIPE_INLINE void finish(const vf (&sum)[R][T], const RowsArgs& a, std::int64_t row) {
+  SPARSEPIPE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const std::int64_t shift = ((row - a.row_begin) * R + r) * a.y_stride;
+    float* y = a.y + shift;
+    const float* residual = a.residual ? a.residual + shift : nullptr;
+    SPARSEPIPE_UNROLL
+    for (int t = 0; t < T; ++t) {
+      vf v = sum[r][t];
+      if (a.whole) {
+        if (residual) v += load(residual + a.target[0] + t * kLanes);
+        store(y + a.target[0] + t * kLanes, activate(v, a.epilogue));
+      } else if (a.count[t] == kLanes) {
+        if (residual) v += load(residual + a.target[t]);
+        store(y + a.target[t], activate(v, a.epilogue));
+      } else if (a.count[t] > 0) {
+        if (residual) v += load_some(residual + a.target[t], a.count[t]);
+        store_some(y + a.target[t], activate(v, a.epilogue), a.count[t]);
+      }
+    }
+  }
+}
+
+// Independent sums: enough to hide the latency of the FMA units even for small tiles.
+template <int R, int T>
+constexpr int kChains = R * T >= 8 ? 1 : (R * T >= 4 ? 2 : 4);
+
+// Rows between the prefetch of an output and its use.
+template <int R>
+constexpr int kAhead = R == 1 ? 6 : (R == 2 ? 3 : 2);
+
+template <int R, int T>
+void rows_of(const RowsArgs& a) {
+  constexpr int C = kChains<R, T>;
+  std::int64_t next = 0;
+  const auto* entries = reinterpret_cast<const Entry<R>*>(a.entries);
+  for (std::int64_t row = a.row_begin; row < a.row_end; ++row) {
+    vf sum[C][R][T];
+    float* partial = a.first && a.last ? nullptr : a.partial + (row - a.row_begin) * (R * T * kLanes);
+    SPARSEPIPE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const float bias = a.first && a.epilogue.bias ? a.epilogue.bias[row * R + r] : 0.0f;
+      SPARSEPIPE_UNROLL
+      for (int t = 0; t < T; ++t) {
+        sum[0][r][t] = a.first ? broadcast(bias) : load(partial + (r * T + t) * kLanes);
+        SPARSEPIPE_UNROLL
+        for (int c = 1; c < C; ++c) sum[c][r][t] = vf{};
+      }
+    }
+    if (a.last && a.prefetch_output) {
+      // The lines that a later row writes (and adds) are on their way while this one computes: planes lie pages
+      // apart, where the hardware does not prefetch.
+      const std::int64_t shift = ((row - a.row_begin) + kAhead<R>) * R * a.y_stride;
+      SPARSEPIPE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        float* y = a.y + shift + r * a.y_stride;
+        SPARSEPIPE_UNROLL
+        for (int t = 0; t < T; ++t) __builtin_prefetch(y + a.target[t], 1, 3);
+        if (a.residual) {
+          const float* residual = a.residual + shift + r * a.y_stride;
+          SPARSEPIPE_UNROLL
+          for (int t = 0; t < T; ++t) __builtin_prefetch(residual + a.target[t], 0, 3);
+        }
+      }
+    }
+    for (std::int64_t i = 0; i < a.next_channels_per_row && next < a.next_channels; ++i, ++next) {
+      const float* line = a.next + next * a.next_stride;
+      SPARSEPIPE_UNROLL
+      for (int t = 0; t < T; ++t) __builtin_prefetch(line + t * kLanes, 0, 2);
+    }
+    const Entry<R>* e = entries + a.row_start[row];
+    const Entry<R>* const end = entries + a.row_start[row + 1];
+    if constexpr (C > 1) {
+      for (; end - e >= C; e += C) {
+        SPARSEPIPE_UNROLL
+        for (int c = 0; c < C; ++c) multiply<R, T>(sum[c], e[c], a.x);
+      }
+    }
+    for (; e != end; ++e) multiply<R, T>(sum[0], *e, a.x);
+    SPARSEPIPE_UNROLL
+    for (int c = 1; c < C; ++c) {
+      SPARSEPIPE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        SPARSEPIPE_UNROLL
+        for (int t = 0; t < T; ++t) sum[0][r][t] += sum[c][r][t];
+      }
+    }
+    if (a.last) {
+      finish<R, T>(sum[0], a, row);
+    } else {
+      SPARSEPIPE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        SPARSEPIPE_UNROLL
+        for (int t = 0; t < T; ++t) store(partial + (r * T + t) * kLanes, sum[0][r][t]);
+      }
+    }
+  }
+}
+
+// Tiles that fit the register file: R * T sums, the R broadcast weights and, unless it is a memory operand, an input.
+template <int R>
+constexpr int max_vectors() {
+  constexpr int fit = R == 1 ? SPARSEPIPE_REGISTERS - 2 : (SPARSEPIPE_REGISTERS - 1 - R) / R;
+  constexpr int cap = R == 1 ? 14 : 24 / R;
+  return fit < cap ? fit : cap;
+}
+
+template <int R, int T>
+void rows_dispatch(const RowsArgs& a, int vectors) {
+  if constexpr (T <= max_vectors<R>()) {
+    if (vectors == T) {
+      rows_of<R, T>(a);
+    } else {
+      rows_dispatch<R, T + 1>(a, vectors);
+    }
+  }
+}
+
+void rows(const RowsArgs& a, int block, int vectors) {
+  switch (block) {
+    case 1:
+      return rows_dispatch<1, 1>(a, vectors);
+    case 2:
+      return rows_dispatch<2, 1>(a, vectors);
+    default:
+      return rows_dispatch<4, 1>(a, vectors);
+  }
+}
+
+void pack_flat(const float* input, std::int64_t input_stride, std::int64_t channels, std::int64_t count,
+               float* output, std::int64_t output_stride) {
+  const std::int64_t whole = count / kLanes * kLanes;
+  const int rest = static_cast<int>(count - whole);
+  for (std::int64_t c = 0; c < channels; ++c) {
+    const float* from = input + c * input_stride;
+    float* to = output + c * output_stride;
+    std::int64_t i = 0;
+    for (; i < whole; i += kLanes) store(to + i, load(from + i));
+    if (rest) {
+      store(to + i, load_some(from + i, rest));
+      i += kLanes;
+    }
+    for (; i < output_stride; i += kLanes) store(to + i, vf{});
+  }
+}
+
+template <int L>
+SPARSEPIPE_INLINE void copy_runs(const PackArgs& a, const float* stage, float* to) {
+  for (std::int32_t i = 0; i < a.copy_count; ++i) {
+    const float* from = stage + a.copies[i].source;
+    float* run = to + a.copies[i].target;
+    for (std::int32_t f = 0; f < a.copy_floats; f += L) store<L>(run + f, load<L>(from + f));
+  }
+}
+
+// 0, 2, 4, ... or 1, 3, 5, ... of two vectors of L floats.
+template <int L>
+SPARSEPIPE_INLINE void split_pairs(const float* from, float* even, float* odd) {
+  const auto a = load<L>(from);
+  const auto b = load<L>(from + L);
+  if constexpr (L == 16) {
+    store<L>(even, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
+    store<L>(odd, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+  } else if constexpr (L == 8) {
+    store<L>(even, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
+    store<L>(odd, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
+  } else {
+    store<L>(even, __builtin_shufflevector(a, b, 0, 2, 4, 6));
+    store<L>(odd, __builtin_shufflevector(a, b, 1, 3, 5, 7));
+  }
+}
+
+// Splits `count` floats into pairs; whole vectors, the last of them overlapping the one before.
+template <int L>
+SPARSEPIPE_INLINE void split_row(const float* from, std::int32_t count, float* even, float* odd) {
+  if (count >= 2 * L) {
+    std::int32_t i = 0;
+    for (; i + 2 * L <= count; i += 2 * L) split_pairs<L>(from + i, even + i / 2, odd + i / 2);
+    const std::int32_t end = count & ~1;
+    if (i < end) split_pairs<L>(from + end - 2 * L, even + end / 2 - L, odd + end / 2 - L);
+    if (count & 1) even[end / 2] = from[end];
+    return;
+  }
+  if constexpr (L > 4) {
+    split_row<L / 2>(from, count, even, odd);
+  } else {
+    for (std::int32_t i = 0; i < count; ++i) {
+      float* to = i & 1 ? odd : even;  // not in one expression: GCC 12 miscompiles that under its sanitizers
+      to[i / 2] = from[i];
+    }
+  }
+}
+
+template <int L>
+SPARSEPIPE_INLINE void copy_row(const float* from, std::int32_t count, float* to) {
+  if (count >= L) {
+    std::int32_t i = 0;
+    for (; i + L <= count; i += L) store<L>(to + i, load<L>(from + i));
+    if (i < count) store<L>(to + count - L, load<L>(from + count - L));
+    return;
+  }
+  if constexpr (L > 4) {
+    copy_row<L / 2>(from, count, to);
+  } else {
+    for (std::int32_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+}
+
+SPARSEPIPE_INLINE void fill_stage(const PackArgs& a, const float* plane, float* stage) {
+  for (std::int32_t i = 0; i < a.row_count; ++i) {
+    const StageRow& row = a.rows[i];
+    const float* from = plane + row.source;
+    float* to = stage + row.target;
+    if (a.step == 1) {
+      copy_row<kLanes>(from, row.count, to + a.lead);
+    } else if (a.step == 2) {
+      float* even = to + a.lead / 2;
+      float* odd = even + a.phase_stride;
+      if (a.lead & 1) {
+        if (row.count > 0) odd[0] = from[0];
+        split_row<kLanes>(from + 1, row.count - 1, even + 1, odd + 1);
+      } else {
+        split_row<kLanes>(from, row.count, even, odd);
+      }
+    } else {
+      std::int32_t phase = a.lead % a.step, index = a.lead / a.step;
+      for (std::int32_t j = 0; j < row.count; ++j) {
+        to[phase * a.phase_stride + index] = from[j];
+        if (++phase == a.step) {
+          phase = 0;
+          ++index;
+        }
+      }
+    }
+  }
+}
+
+void pack_stage(const PackArgs& a) {
+  for (std::int64_t c = 0; c < a.channels; ++c) {
+    float* stage = a.stage + c % a.stage_count * a.stage_stride;
+    fill_stage(a, a.input + c * a.input_stride, stage);
+    float* to = a.output + c * a.output_stride;
+    if (a.copy_floats <= 4) {
+      copy_runs<4>(a, stage, to);
+    } else if (a.copy_floats <= 8 && kLanes > 4) {
+      copy_runs<(kLanes > 4 ? 8 : 4)>(a, stage, to);
+    } else {
+      copy_runs<kLanes>(a, stage, to);
+    }
+  }
+}
+
+// R output rows of a 3 x 3 depthwise convolution with row step S: an input row is loaded once for all that use it.
+template <int R, int S>
+SPARSEPIPE_INLINE void depthwise3x3(const DepthwiseArgs& a, const vf (&w)[9], std::int64_t row) {
+  const Epilogue epilogue = a.epilogue;  // copies: the compiler cannot know that stores leave them alone
+  const std::int64_t pitch = a.pitch, columns = a.columns;
+  const float* from[3] = {a.stage + row * S * pitch + a.column[0], a.stage + row * S * pitch + a.column[1],
+                          a.stage + row * S * pitch + a.column[2]};
+  float* y = a.y + row * columns;
+  const vf bias = broadcast(a.bias);
+  for (std::int64_t column = 0; column < columns; column += kLanes) {
+    vf sum[R];
+    SPARSEPIPE_UNROLL
+    for (int r = 0; r < R; ++r) sum[r] = bias;
+    SPARSEPIPE_UNROLL
+    for (int i = 0; i < (R - 1) * S + 3; ++i) {
+      SPARSEPIPE_UNROLL
+      for (int j = 0; j < 3; ++j) {
+        const vf x = load(from[j] + i * pitch + column);
+        SPARSEPIPE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          if (i - r * S >= 0 && i - r * S < 3) sum[r] += w[(i - r * S) * 3 + j] * x;
+        }
+      }
+    }
+    const std::int64_t left = columns - column;
+    SPARSEPIPE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const vf v = activate(sum[r], epilogue);
+      if (left >= kLanes) {
+        store(y + r * columns + column, v);
+      } else {
+        store_some(y + r * columns + column, v, static_cast<int>(left));
+      }
+    }
+  }
+}
+
+template <int S>
+void depthwise3x3_rows(const DepthwiseArgs& a) {
+  vf w[9];
+  for (int i = 0; i < 9; ++i) w[i] = broadcast(a.weights[i]);
+  std::int64_t row = 0;
+  if constexpr (SPARSEPIPE_REGISTERS >= 32) {
+    for (; row + 4 <= a.rows; row += 4) depthwise3x3<4, S>(a, w, row);
+  }
+  for (; row + 2 <= a.rows; row += 2) depthwise3x3<2, S>(a, w, row);
+  if (row < a.rows) depthwise3x3<1, S>(a, w, row);
+}
+
+void depthwise(const DepthwiseArgs& a) {
+  if (a.kernel_h == 3 && a.kernel_w == 3 && a.row_dilation == 1 && a.row_step <= 2) {
+    return a.row_step == 1 ? depthwise3x3_rows<1>(a) : depthwise3x3_rows<2>(a);
+  }
+  for (std::int64_t row = 0; row < a.rows; ++row) {
+    for (std::int64_t c = 0; c < a.columns; c += kLanes) {
+      vf sum = broadcast(a.bias);
+      for (std::int32_t i = 0; i < a.kernel_h; ++i) {
+        const float* from = a.stage + (row * a.row_step + i * a.row_dilation) * a.pitch + c;
+        for (std::int32_t j = 0; j < a.kernel_w; ++j) {
+          sum += broadcast(a.weights[i * a.kernel_w + j]) * load(from + a.column[j]);
+        }
+      }
+      float* y = a.y + row * a.columns + c;
+      const vf v = activate(sum, a.epilogue);
+      if (a.columns - c >= kLanes) {
+        store(y, v);
+      } else {
+        store_some(y, v, static_cast<int>(a.columns - c));
+      }
+    }
+  }
+}
+
+// The square of kLanes x kLanes floats, by swapping ever larger off-diagonal blocks.
+template <int D, int... I>
+SPARSEPIPE_INLINE void swap_blocks(vf& a, vf& b) {
+  const vf first = __builtin_shufflevector(a, b, ((I & D) ? kLanes + I - D : I)...);
+  const vf second = __builtin_shufflevector(a, b, ((I & D) ? kLanes + I : I + D)...);
+  a = first;
+  b = second;
+}
+template <int D>
+SPARSEPIPE_INLINE void swap_stage(vf (&m)[kLanes]) {
+  SPARSEPIPE_UNROLL
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(i & D)) {
+#if SPARSEPIPE_LANES == 16
+      swap_blocks<D, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(m[i], m[i + D]);
+#elif SPARSEPIPE_LANES == 8
+      swap_blocks<D, 0, 1, 2, 3, 4, 5, 6, 7>(m[i], m[i + D]);
+#else
+      swap_blocks<D, 0, 1, 2, 3>(m[i], m[i + D]);
+#endif
+    }
+  }
+}
+
+void transpose(const float* input, std::int64_t input_stride, std::int64_t rows, std::int64_t columns,
+               float* output, std::int64_t output_stride) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= rows; i += kLanes) {
+    std::int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) {
+      vf m[kLanes];
+      SPARSEPIPE_UNROLL
+      for (int l = 0; l < kLanes; ++l) m[l] = load(input + (i + l) * input_stride + j);
+      swap_stage<1>(m);
+      swap_stage<2>(m);
+      if constexpr (kLanes >= 8) swap_stage<4>(m);
+      if constexpr (kLanes >= 16) swap_stage<8>(m);
+      SPARSEPIPE_UNROLL
+      for (int l = 0; l < kLanes; ++l) store(output + (j + l) * output_stride + i, m[l]);
+    }
+    for (; j < columns; ++j) {
+      for (int l = 0; l < kLanes; ++l) output[j * output_stride + i + l] = input[(i + l) * input_stride + j];
+    }
+  }
+  for (std::int64_t j = 0; j < columns && i < rows; ++j) {
+    for (std::int64_t l = i; l < rows; ++l) output[j * output_stride + l] = input[l * input_stride + j];
+  }
+}
+
+template <int R, typename Index>
+SPARSEPIPE_INLINE void vector_of(const float* x, const Index* index, const float* values,
+                                 const std::uint32_t* row_start, std::int64_t row_begin, std::int64_t row_end,
+                                 const Epilogue& epilogue, float* y) {
+  alignas(64) float out[kLanes];
+  int filled = 0;
+  std::int64_t channel = row_begin * R;
+  for (std::int64_t row = row_begin; row < row_end; ++row) {
+    std::uint32_t e = row_start[row];
+    const std::uint32_t end = row_start[row + 1];
+    if constexpr (R == 1) {
+      float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+      for (; e + 4 <= end; e += 4) {
+        s0 += values[e] * x[index[e]];
+        s1 += values[e + 1] * x[index[e + 1]];
+        s2 += values[e + 2] * x[index[e + 2]];
+        s3 += values[e + 3] * x[index[e + 3]];
+      }
+      for (; e < end; ++e) s0 += values[e] * x[index[e]];
+      out[filled++] = (s0 + s1) + (s2 + s3);
+    } else {
+      typename Vector<R>::type s[4] = {};
+      for (; e + 4 <= end; e += 4) {
+        SPARSEPIPE_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          s[c] += x[index[e + c]] * load<R>(values + static_cast<std::size_t>(e + c) * R);
+        }
+      }
+      for (; e < end; ++e) s[0] += x[index[e]] * load<R>(values + static_cast<std::size_t>(e) * R);
+      const typename Vector<R>::type total = (s[0] + s[1]) + (s[2] + s[3]);
+      for (int r = 0; r < R; ++r) out[filled++] = total[r];
+    }
+    if (filled == kLanes || row + 1 == row_end) {
+      vf v = load(out);
+      if (filled == kLanes) {
+        if (epilogue.bias) v += load(epilogue.bias + channel);
+        store(y + channel, activate(v, epilogue));
+      } else {
+        if (epilogue.bias) v += load_some(epilogue.bias + channel, filled);
+        store_some(y + channel, activate(v, epilogue), filled);
+      }
+      channel += filled;
+      filled = 0;
+    }
+  }
+}
+
+template <int R>
+SPARSEPIPE_INLINE void vector_dispatch(const float* x, const std::uint16_t* index16, const std::uint32_t* index32,
+                                       const float* values, const std::uint32_t* row_start, std::int64_t row_begin,
+                                       std::int64_t row_end, const Epilogue& epilogue, float* y) {
+  if (index16) {
+    vector_of<R>(x, index16, values, row_start, row_begin, row_end, epilogue, y);
+  } else {
+    vector_of<R>(x, index32, values, row_start, row_begin, row_end, epilogue, y);
+  }
+}
+
+void vector(const float* x, const std::uint16_t* index16, const std::uint32_t* index32, const float* values,
+            const std::uint32_t* row_start, std::int64_t row_begin, std::int64_t row_end, int block,
+            const Epilogue& epilogue, float* y) {
+  switch (block) {
+    case 1:
+      return vector_dispatch<1>(x, index16, index32, values, row_start, row_begin, row_end, epilogue, y);
+    case 2:
+      return vector_dispatch<2>(x, index16, index32, values, row_start, row_begin, row_end, epilogue, y);
+    default:
+      return vector_dispatch<4>(x, index16, index32, values, row_start, row_begin, row_end, epilogue, y);
+  }
+}
+
+}  // namespace SPARSEPIPE_NAMESPACE
+}  // namespace
+}  // namespace sparsepipe::kernels
+
+#define SPARSEPIPE_DEFINE_ISA(variable, text, check)                                                        \
+  namespace sparsepipe::kernels {                                                                           \
+  extern const Isa variable;                                                                                \
+  const Isa variable = {text,                                                                               \
+                        SPARSEPIPE_LANES,                                                                   \
+                        {0, SPARSEPIPE_NAMESPACE::max_vectors<1>(), SPARSEPIPE_NAMESPACE::max_vectors<2>(), \
+                         0, SPARSEPIPE_NAMESPACE::max_vectors<4>()},                                        \
+                        check,                                                                              \
+                        SPARSEPIPE_NAMESPACE::rows,                                                         \
+                        SPARSEPIPE_NAMESPACE::pack_flat,                                                    \
+                        SPARSEPIPE_NAMESPACE::pack_stage,                                                   \
+                        SPARSEPIPE_NAMESPACE::depthwise,                                                    \
+                        SPARSEPIPE_NAMESPACE::transpose,                                                    \
+                        SPARSEPIPE_NAMESPACE::vector};                                                      \
+  }

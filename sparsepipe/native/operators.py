@@ -1,0 +1,293 @@
+"""The operators of domain ``sparsepipe``, version 1, as an ONNX file writes them: encoding, nodes, fallback bodies.
+
+``SparseConv(X, values, deltas, B?, residual?) -> Y`` and ``SparseLinear(X, values, deltas, B?) -> Y``. A weight of
+[O, I, *kernel] (or [N, K]) is cut into blocks of ``r`` consecutive output channels of one column; the nonzero blocks
+are numbered ``b = (o // r) * K + k`` with K = I * prod(kernel). ``values`` holds their numbers, float32 [blocks, r],
+and ``deltas`` the differences of consecutive b (the first: b itself), uint8 or uint16. A gap that does not fit is
+bridged by blocks of zeros.
+
+``DepthwiseConv(X, W, B?) -> Y`` is a dense depthwise convolution with W [C, 1, *kernel]: it keeps the NCHW layout
+between sparse layers, where onnxruntime's own one pays for two changes of layout.
+
+The fallback is a model-local function per operator: it rebuilds the dense weight from standard operators, which
+onnxruntime folds into a constant where it inlines the function. Numbers reach the body as the node's attributes. What
+cannot differ within one body is part of the operator's name: ``SparseConvAddRelu`` is ``SparseConv`` with a residual
+and ReLU (``operator_name``). A file therefore gives all its nodes a bias, or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import AttributeProto, TensorProto, helper
+
+DOMAIN = "sparsepipe"
+VERSION = 1
+INPUTS = {
+    "SparseConv": ("X", "values", "deltas", "B", "residual"),
+    "SparseLinear": ("X", "values", "deltas", "B"),
+    "DepthwiseConv": ("X", "W", "B"),
+}
+
+
+ACTIVATIONS = {"none": "", "relu": "Relu", "clip": "Clip", "hardswish": "HardSwish", "silu": "Silu", "gelu": "Gelu"}
+
+
+def operator_name(base: str, activation: str, *, residual: bool = False) -> str:
+    """The name under which the library knows ``base`` with these fused steps."""
+    return base + ("Add" if residual else "") + ACTIVATIONS[activation]
+
+
+def encode(
+    weight: NDArray[np.float32], block: int = 1, dtype: type[np.unsignedinteger[Any]] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.unsignedinteger[Any]]]:
+    """``values`` [blocks, block] and ``deltas`` [blocks] of a weight whose first dimension is the output.
+
+    Args:
+        weight: [O, ...]; O must be a multiple of ``block``.
+        block: output channels of a block: 1, 2 or 4.
+        dtype: ``np.uint8`` or ``np.uint16``; by default the one that makes the smaller file.
+    """
+    out = weight.shape[0]
+    if block not in (1, 2, 4) or out % block:
+        raise ValueError(f"a block of {block} does not divide {out} outputs into blocks of 1, 2 or 4")
+    blocks = weight.reshape(out // block, block, -1).transpose(0, 2, 1).reshape(-1, block)
+    index = np.flatnonzero(blocks.any(axis=1))
+    if dtype is None:
+        sizes = {kind: _count(index, kind) * (4 * block + np.dtype(kind).itemsize) for kind in (np.uint8, np.uint16)}
+        dtype = min(sizes, key=lambda kind: sizes[kind])
+    most = int(np.iinfo(dtype).max)
+    gaps = np.diff(index, prepend=0)
+    fillers = np.maximum((gaps - 1) // most, 0)
+    position = np.arange(len(index)) + np.cumsum(fillers)
+    total = len(index) + int(fillers.sum())
+    deltas = np.full(total, most, dtype)
+    deltas[position] = gaps - fillers * most
+    values = np.zeros((total, block), np.float32)
+    values[position] = blocks[index]
+    return values, deltas
+
+
+def _count(index: NDArray[np.intp], dtype: type[np.unsignedinteger[Any]]) -> int:
+    gaps = np.diff(index, prepend=0)
+    return int(len(index) + np.maximum((gaps - 1) // int(np.iinfo(dtype).max), 0).sum())
+
+
+def sparse_conv(
+    inputs: Sequence[str],
+    output: str,
+    *,
+    weight_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    block: int = 1,
+    activation: str = "none",
+    limits: tuple[float, float] | None = None,
+    mode: int = 0,
+    name: str = "",
+) -> onnx.NodeProto:
+    """A SparseConv node under its ``operator_name``.
+
+    Args:
+        inputs: names of X, values, deltas and perhaps of B and the residual; a missing B before a residual is "".
+        output: name of Y.
+        weight_shape: [O, I, *kernel].
+        strides: as of Conv.
+        pads: as of Conv.
+        dilations: as of Conv.
+        block: output channels of a block.
+        activation: a key of ``ACTIVATIONS``.
+        limits: the bounds of activation "clip".
+        mode: way of packing the input; 0 leaves it to the kernel.
+        name: of the node.
+    """
+    rank = len(weight_shape) - 2
+    attributes: dict[str, Any] = {
+        "kernel_shape": list(weight_shape[2:]),
+        "strides": list(strides or [1] * rank),
+        "pads": list(pads or [0] * 2 * rank),
+        "dilations": list(dilations or [1] * rank),
+        "group": 1,
+        "in_channels": weight_shape[1],
+        "out_channels": weight_shape[0],
+        "block": block,
+        "activation": activation,
+        "mode": mode,
+    }
+    if limits:
+        attributes |= {"min": float(limits[0]), "max": float(limits[1])}
+    op_type = operator_name("SparseConv", activation, residual=len(inputs) > 4)
+    return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
+
+
+def depthwise_conv(
+    inputs: Sequence[str],
+    output: str,
+    *,
+    weight_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    activation: str = "none",
+    limits: tuple[float, float] | None = None,
+    name: str = "",
+) -> onnx.NodeProto:
+    """A DepthwiseConv node; ``weight_shape`` is [C, 1, *kernel]."""
+    rank = len(weight_shape) - 2
+    attributes: dict[str, Any] = {
+        "kernel_shape": list(weight_shape[2:]),
+        "strides": list(strides or [1] * rank),
+        "pads": list(pads or [0] * 2 * rank),
+        "dilations": list(dilations or [1] * rank),
+        "channels": weight_shape[0],
+        "activation": activation,
+    }
+    if limits:
+        attributes |= {"min": float(limits[0]), "max": float(limits[1])}
+    return helper.make_node("DepthwiseConv", list(inputs), [output], name=name, domain=DOMAIN, **attributes)
+
+
+def sparse_linear(
+    inputs: Sequence[str],
+    output: str,
+    *,
+    weight_shape: Sequence[int],
+    block: int = 1,
+    activation: str = "none",
+    limits: tuple[float, float] | None = None,
+    name: str = "",
+) -> onnx.NodeProto:
+    """A SparseLinear node; ``weight_shape`` is [N, K]."""
+    attributes: dict[str, Any] = {
+        "in_features": weight_shape[1],
+        "out_features": weight_shape[0],
+        "block": block,
+        "activation": activation,
+        "mode": 0,
+    }
+    if limits:
+        attributes |= {"min": float(limits[0]), "max": float(limits[1])}
+    op_type = operator_name("SparseLinear", activation)
+    return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
+
+
+def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
+    """The fallback body of all nodes of an operator that have the inputs and the activation of ``node``.
+
+    Args:
+        node: one of them.
+        opset: version of the standard operators in the body, 13 or newer.
+    """
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    base = next(name for name in INPUTS if node.op_type.startswith(name))
+    names = INPUTS[base]
+    present = {name for name, value in zip(names, node.input, strict=False) if value}
+    window = {name: name for name in ("kernel_shape", "strides", "pads", "dilations") if name in attributes}
+    bias = ["B"] if "B" in present else []
+    if base == "SparseConv":
+        nodes = _dense_weight(("out_channels", "in_channels"), "kernel_shape")
+        nodes.append(_with(helper.make_node("Conv", ["X", "W", *bias], ["y0"], group=1), window, AttributeProto.INTS))
+        if "residual" in present:
+            nodes.append(helper.make_node("Add", ["y0", "residual"], ["y1"]))
+    elif base == "DepthwiseConv":
+        conv = _with(helper.make_node("Conv", ["X", "W", *bias], ["y0"]), window, AttributeProto.INTS)
+        nodes = [_with(conv, {"group": "channels"}, AttributeProto.INT)]
+    else:
+        nodes = _dense_weight(("out_features", "in_features"))
+        nodes.append(helper.make_node("Transpose", ["W"], ["Wt"], perm=[1, 0]))
+        nodes.append(helper.make_node("MatMul", ["X", "Wt"], ["y0"]))
+        if bias:
+            nodes.append(helper.make_node("Add", ["y0", "B"], ["y1"]))
+    nodes += _activation(attributes["activation"], nodes[-1].output[0])
+    function = helper.make_function(
+        DOMAIN, node.op_type, list(names[: len(node.input)]), ["Y"], nodes, [helper.make_opsetid("", opset)]
+    )
+    function.attribute.extend(sorted(attributes))
+    return function
+
+
+def _with(node: onnx.NodeProto, sources: Mapping[str, str], kind: AttributeProto.AttributeType) -> onnx.NodeProto:
+    """``node`` with attributes (its name -> the function's name) that the caller of the function sets."""
+    for name, source in sources.items():
+        node.attribute.add(name=name, ref_attr_name=source, type=kind)
+    return node
+
+
+def _attribute(output: str, field: str, source: str, kind: AttributeProto.AttributeType) -> onnx.NodeProto:
+    """A tensor of an attribute of the function."""
+    return _with(helper.make_node("Constant", [], [output]), {field: source}, kind)
+
+
+def _constant(name: str, value: NDArray[Any]) -> onnx.NodeProto:
+    return helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(value))
+
+
+def _dense_weight(sizes: tuple[str, str], kernel: str | None = None) -> list[onnx.NodeProto]:
+    """``values``, ``deltas`` -> W. The blocks lie as [O/r, K, r]; a transpose brings the channels together.
+
+    Args:
+        sizes: the attributes with the outputs and inputs of the weight.
+        kernel: the attribute with its further dimensions.
+    """
+    zero = helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0])
+    dims = {"outputs": sizes[0], "inputs": sizes[1], "r": "block"}
+    nodes = [_constant("rest", np.array([-1], np.int64)), _constant("axis0", np.array(0, np.int64))]
+    for name, source in dims.items():
+        nodes.append(_attribute(f"{name}_", "value_int", source, AttributeProto.INT))
+        nodes.append(helper.make_node("Reshape", [f"{name}_", "rest"], [name]))
+    if kernel:
+        nodes.append(_attribute("taps", "value_ints", kernel, AttributeProto.INTS))
+    return [
+        *nodes,
+        helper.make_node("Concat", ["outputs", "inputs", *(["taps"] if kernel else [])], ["weight_shape"], axis=0),
+        helper.make_node("Concat", ["rest", "r"], ["blocks_shape"], axis=0),
+        helper.make_node("Div", ["outputs", "r"], ["rows_of_blocks"]),
+        helper.make_node("Concat", ["rows_of_blocks", "rest", "r"], ["rows_shape"], axis=0),
+        helper.make_node("ConstantOfShape", ["weight_shape"], ["zeros_flat"], value=zero),
+        helper.make_node("Reshape", ["zeros_flat", "blocks_shape"], ["zeros"]),
+        helper.make_node("Cast", ["deltas"], ["deltas64"], to=TensorProto.INT64),
+        helper.make_node("CumSum", ["deltas64", "axis0"], ["index"]),
+        helper.make_node("Unsqueeze", ["index", "rest"], ["index1"]),
+        helper.make_node("Shape", ["values"], ["values_shape"]),
+        helper.make_node("Expand", ["index1", "values_shape"], ["indices"]),
+        helper.make_node("ScatterElements", ["zeros", "indices", "values"], ["blocks"], axis=0),
+        helper.make_node("Reshape", ["blocks", "rows_shape"], ["rows"]),
+        helper.make_node("Transpose", ["rows"], ["channels"], perm=[0, 2, 1]),
+        helper.make_node("Reshape", ["channels", "weight_shape"], ["W"]),
+    ]
+
+
+def _activation(activation: bytes, value: str) -> list[onnx.NodeProto]:
+    match activation:
+        case b"none":
+            return [helper.make_node("Identity", [value], ["Y"])]
+        case b"relu":
+            return [helper.make_node("Relu", [value], ["Y"])]
+        case b"hardswish":
+            return [helper.make_node("HardSwish", [value], ["Y"])]
+        case b"clip":
+            bounds = [_attribute(name, "value_float", name, AttributeProto.FLOAT) for name in ("min", "max")]
+            return [*bounds, helper.make_node("Clip", [value, "min", "max"], ["Y"])]
+        case b"silu":
+            return [
+                helper.make_node("Sigmoid", [value], ["gate"]),
+                helper.make_node("Mul", [value, "gate"], ["Y"]),
+            ]
+        case b"gelu":
+            return [
+                _constant("root_half", np.array(0.5**0.5, np.float32)),
+                _constant("one", np.array(1.0, np.float32)),
+                _constant("half", np.array(0.5, np.float32)),
+                helper.make_node("Mul", [value, "root_half"], ["scaled"]),
+                helper.make_node("Erf", ["scaled"], ["erf"]),
+                helper.make_node("Add", ["erf", "one"], ["gate"]),
+                helper.make_node("Mul", [value, "half"], ["halved"]),
+                helper.make_node("Mul", ["halved", "gate"], ["Y"]),
+            ]
+        case other:
+            raise ValueError(f"unknown activation {other!r}")

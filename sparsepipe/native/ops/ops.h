@@ -1,0 +1,27 @@
+// The operators that the library registers.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "ops/support.h"
+
+namespace sparsepipe {
+
+// A node's kernel. Immutable but for caches with locks of their own: onnxruntime calls it from many threads.
+class Kernel {
+ public:
+  virtual ~Kernel() = default;
+  virtual void compute(const Call& call) = 0;
+
+  abi::Functions ort;
+  std::string where;  // operator and node name, in front of every error
+
+  explicit Kernel(const abi::Functions& functions) : ort(functions) {}
+};
+
+std::unique_ptr<Kernel> make_sparse_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
+std::unique_ptr<Kernel> make_depthwise_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
+std::unique_ptr<Kernel> make_sparse_linear(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
+
+}  // namespace sparsepipe

@@ -1,0 +1,137 @@
+#include "ops/plan.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace sparsepipe {
+
+const Caches& caches() {
+  static const Caches sizes = [] {
+    long l1 = 0, l2 = 0;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+    l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return Caches{l1 > 0 ? static_cast<double>(l1) : 32768.0, l2 > 0 ? static_cast<double>(l2) : 524288.0};
+  }();
+  return sizes;
+}
+
+Blocking best_blocking(const SparseWeight& weight, const TileLayout& layout, const Cost& cost, int lanes) {
+  const double entries = weight.entries();
+  const double rows = static_cast<double>(weight.rows);
+  const double vectors = layout.vectors;
+  const double fma = weight.block * vectors;
+  Blocking best;
+  for (std::int64_t blocks = 1;; blocks *= 2) {
+    const std::int64_t channels = (layout.channels + blocks - 1) / blocks;
+    // Only what is read of a tile counts: gaps between the channels of a plane do not fill the cache.
+    const double floats = layout.tap.size() == 1 ? vectors * lanes : static_cast<double>(layout.channel_stride);
+    const double bytes = 4.0 * static_cast<double>(channels) * floats;
+    // A load from the L2 cache costs 1.6 in a loop of nothing else and about 2.2 in a layer; an entry costs at least 4.
+    const double far = bytes <= 0.9 * caches().l1 ? 1.0 : (bytes <= 0.7 * caches().l2 ? 2.2 : 3.5);
+    const double row = 16.0 + (blocks > 1 ? 2.0 * fma : 0.0);
+    const double entry = std::max({4.0, fma + 1.5, vectors * cost.load * far + 1.5});
+    const double cycles = entries * entry +
+                          rows * (static_cast<double>(blocks) * row + cost.finish * fma) +
+                          static_cast<double>(layout.channels) * cost.pack_channel;
+    if (best.cycles == 0 || cycles < best.cycles) best = {channels, cycles};
+    if (channels <= 8 || far == 1.0) return best;
+  }
+}
+
+PackedWeight::PackedWeight(const SparseWeight& weight, const TileLayout& layout, std::int64_t block_channels)
+    : rows_(weight.rows),
+      channels_(layout.channels),
+      block_channels_(block_channels),
+      blocks_((layout.channels + block_channels - 1) / block_channels) {
+  const auto taps = static_cast<std::int64_t>(layout.tap.size());
+  const std::size_t size = sizeof(std::int32_t) + static_cast<std::size_t>(weight.block) * sizeof(float);
+  entries_.resize(weight.entries() * size);
+  row_start_.resize(static_cast<std::size_t>(blocks_ * (rows_ + 1)));
+  std::vector<std::uint32_t> cursor(weight.row_start.begin(), weight.row_start.end() - 1);
+  std::uint32_t written = 0;
+  for (std::int64_t block = 0; block < blocks_; ++block) {
+    std::uint32_t* start = row_start_.data() + block * (rows_ + 1);
+    const std::int64_t first = first_channel(block);
+    const std::int64_t end = last_channel(block) * taps;
+    for (std::int64_t row = 0; row < rows_; ++row) {
+      start[row] = written;
+      std::uint32_t& e = cursor[static_cast<std::size_t>(row)];
+      for (; e < weight.row_start[static_cast<std::size_t>(row) + 1] && weight.column(e) < end; ++e) {
+        const std::int64_t column = weight.column(e);
+        const auto offset = static_cast<std::int32_t>((column / taps - first) * layout.channel_stride +
+                                                      layout.tap[static_cast<std::size_t>(column % taps)]);
+        char* to = entries_.data() + written * size;
+        std::memcpy(to, &offset, sizeof offset);
+        std::memcpy(to + sizeof offset, weight.values.data() + static_cast<std::size_t>(e) * weight.block,
+                    size - sizeof offset);
+        ++written;
+      }
+    }
+    start[rows_] = written;
+  }
+}
+
+std::int64_t PackedWeight::last_channel(std::int64_t block) const {
+  return std::min(channels_, (block + 1) * block_channels_);
+}
+
+std::vector<std::int64_t> split_rows(const SparseWeight& weight, std::int64_t chunks) {
+  // A row costs its entries and about four more.
+  const auto work = [&](std::int64_t row) {
+    return static_cast<double>(weight.row_start[static_cast<std::size_t>(row)]) + 4.0 * static_cast<double>(row);
+  };
+  std::vector<std::int64_t> bounds{0};
+  std::int64_t row = 0;
+  for (std::int64_t c = 1; c < chunks; ++c) {
+    const double goal = work(weight.rows) * static_cast<double>(c) / static_cast<double>(chunks);
+    while (row < weight.rows && work(row) < goal) ++row;
+    bounds.push_back(row);
+  }
+  bounds.push_back(weight.rows);
+  return bounds;
+}
+
+std::int64_t row_chunks(const SparseWeight& weight, std::int64_t tiles, double tile_cycles) {
+  constexpr std::int64_t kTasks = 16;
+  constexpr double kLeastCycles = 40000;  // about 10 us: what a task must weigh to be worth handing over
+  if (tiles >= kTasks) return 1;
+  const auto affordable = static_cast<std::int64_t>(tile_cycles / kLeastCycles);
+  const std::int64_t wanted = (kTasks + tiles - 1) / tiles;
+  return std::max<std::int64_t>(1, std::min({wanted, affordable, weight.rows / 8}));
+}
+
+namespace {
+constexpr int kConvinced = 4;   // calls without a helper after which none is expected
+constexpr int kAskAgain = 256;  // calls after which to try again
+}  // namespace
+
+bool Helpers::expected() {
+  const int alone = alone_.load(std::memory_order_relaxed);
+  if (alone < kConvinced) return true;
+  if (alone >= kAskAgain) {
+    alone_.store(kConvinced - 1, std::memory_order_relaxed);
+    return true;
+  }
+  alone_.store(alone + 1, std::memory_order_relaxed);
+  return false;
+}
+
+void Helpers::saw(bool other_thread) {
+  if (other_thread) {
+    alone_.store(0, std::memory_order_relaxed);
+  } else if (alone_.load(std::memory_order_relaxed) < kConvinced) {
+    alone_.fetch_add(1, std::memory_order_relaxed);
+  }
+}
+
+Scratch& scratch() {
+  thread_local Scratch mine;
+  return mine;
+}
+
+}  // namespace sparsepipe

@@ -1,0 +1,500 @@
+// SparseConv: Y = activation(conv(X, W) + B + residual) with a sparse W, on NCHW tensors.
+//
+// Every output tile is a few vectors of positions of all output channels. Per nonzero of the weight the kernel
+// multiplies one tile of the input, shifted by the kernel position, so the input is packed so that each shift starts
+// at a cache line:
+//   direct   1x1, stride 1, planes of whole vectors: the tensor itself is read
+//   flat     1x1, stride 1: runs of the plane are copied, the last one zero-padded
+//   rows     output rows padded to whole vectors; one copy per kernel column, rows shared by the kernel rows
+//   columns  one copy per kernel position of the tile's positions, without padding between rows
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "ops/ops.h"
+#include "ops/plan.h"
+#include "ops/window.h"
+
+namespace sparsepipe {
+namespace {
+
+using kernels::Copy;
+using kernels::Isa;
+using kernels::StageRow;
+
+enum class Mode : int { kChoose = 0, kDirect = 1, kFlat = 2, kRows = 3, kColumns = 4 };
+
+struct Attributes : Window {
+  std::int64_t in, out;
+  Mode mode;
+};
+
+// One way to cut the output into tiles and to pack the input for them.
+struct Geometry {
+  Mode mode;
+  std::int64_t height, width, out_height, out_width;
+  int lanes;
+  int vectors;                          // of a tile
+  std::int64_t tiles = 0;               // of an image
+  std::int64_t tile_rows = 0;           // kRows: output rows of a tile
+  std::int64_t row_vectors = 0;         // kRows: vectors of one row of a tile
+  std::int64_t column_tiles = 1;        // kRows: tiles side by side
+  std::vector<std::int64_t> slot_row;   // input row of each stage row, relative to that of output row 0, position 0
+  std::int64_t phase_stride = 0;        // floats of one column phase of a stage row
+  std::int64_t stage_pitch = 0;         // floats of a stage row
+  TileLayout layout;
+  Cost cost;
+
+  std::int64_t tile_floats() const { return static_cast<std::int64_t>(vectors) * lanes; }
+  // Vectors of one tile: fewer in the last one.
+  int vectors_of(std::int64_t tile) const {
+    if (mode == Mode::kRows) {
+      return static_cast<int>(std::min(tile_rows, out_height - tile / column_tiles * tile_rows) * row_vectors);
+    }
+    const std::int64_t all = ceil_div(out_height * out_width, lanes);
+    return static_cast<int>(std::min<std::int64_t>(vectors, all - tile * vectors));
+  }
+};
+
+// The input rows (relative to the first output row of a tile) that `rows` output rows read, in an order in which the
+// rows of one kernel position are consecutive: by phase of the stride, then ascending.
+std::vector<std::int64_t> needed_rows(const Attributes& a, std::int64_t rows) {
+  std::vector<std::pair<std::int64_t, std::int64_t>> needed;
+  for (std::int64_t k = 0; k < a.kernel_h; ++k) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t row = r * a.stride_h + k * a.dilation_h;
+      needed.emplace_back(row % a.stride_h, row / a.stride_h);
+    }
+  }
+  std::sort(needed.begin(), needed.end());
+  needed.erase(std::unique(needed.begin(), needed.end()), needed.end());
+  std::vector<std::int64_t> list;
+  list.reserve(needed.size());
+  for (const auto& [phase, index] : needed) list.push_back(index * a.stride_h + phase);
+  return list;
+}
+
+std::int64_t slot_of(const Geometry& g, std::int64_t row) {
+  return std::find(g.slot_row.begin(), g.slot_row.end(), row) - g.slot_row.begin();
+}
+
+// Place of kernel column k at output column 0 within a stage row.
+std::int64_t stage_column(const Attributes& a, const Geometry& g, std::int64_t k) {
+  const std::int64_t shift = k * a.dilation_w;
+  return shift % a.stride_w * g.phase_stride + shift / a.stride_w;
+}
+
+void size_stage(const Attributes& a, Geometry& g, std::int64_t rows, std::int64_t columns) {
+  g.slot_row = needed_rows(a, rows);
+  // A copy of `columns` floats from any phase stays inside, and so does one that is rounded up to a vector.
+  g.phase_stride = ceil_div(columns + (a.kernel_w - 1) * a.dilation_w / a.stride_w + 2 * g.lanes, g.lanes) * g.lanes;
+  g.stage_pitch = g.phase_stride * a.stride_w;
+  if (g.stage_pitch * static_cast<std::int64_t>(g.slot_row.size()) > kMostFloats) {
+    throw Error("stride, dilation and input are too large together");
+  }
+}
+
+Geometry flat_geometry(const Attributes& a, Geometry g, int vectors) {
+  const std::int64_t plane = g.out_height * g.out_width;
+  const std::int64_t all = ceil_div(plane, g.lanes);
+  g.vectors = vectors;
+  g.tiles = ceil_div(all, vectors);
+  g.layout.channels = a.in;
+  g.layout.vectors = vectors;
+  g.layout.tap = {0};
+  if (g.mode == Mode::kDirect) {
+    g.layout.channel_stride = plane;
+  } else {
+    g.layout.channel_stride = g.tile_floats();
+    g.cost.pack_channel = 4 + 3.5 * vectors;
+  }
+  return g;
+}
+
+Geometry columns_geometry(const Attributes& a, Geometry g, int vectors) {
+  const std::int64_t plane = g.out_height * g.out_width;
+  g.vectors = vectors;
+  g.tiles = ceil_div(ceil_div(plane, g.lanes), vectors);
+  const std::int64_t taps = a.kernel_h * a.kernel_w;
+  // A copy always moves a whole output row, rounded up; the last one of a tile may reach beyond the tile.
+  const std::int64_t run = std::min(g.out_width, g.tile_floats());
+  const std::int64_t step = run <= 4 ? 4 : (run <= 8 ? 8 : g.lanes);
+  const std::int64_t moved = ceil_div(run, step) * step;
+  const bool inside = g.tiles == 1 && plane - g.out_width + moved <= g.tile_floats();
+  const std::int64_t slot = g.tile_floats() + (inside ? 0 : ceil_div(moved, g.lanes) * g.lanes);
+  const std::int64_t rows = std::min(g.out_height, (g.tile_floats() - 1) / g.out_width + 2);
+  size_stage(a, g, rows, g.out_width + g.lanes);
+  g.layout.channels = a.in;
+  g.layout.vectors = vectors;
+  g.layout.channel_stride = taps * slot;
+  for (std::int64_t t = 0; t < taps; ++t) g.layout.tap.push_back(static_cast<std::int32_t>(t * slot));
+  const double pieces = static_cast<double>(std::min(g.out_height, rows));
+  const double row_cost = 2.5 * static_cast<double>(ceil_div(g.out_width, g.lanes)) + 1;
+  g.cost.pack_channel = 10 + static_cast<double>(g.slot_row.size()) * (4 + row_cost) +
+                        static_cast<double>(taps) * pieces * row_cost;
+  return g;
+}
+
+Geometry rows_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, std::int64_t row_vectors) {
+  g.tile_rows = tile_rows;
+  g.row_vectors = row_vectors;
+  g.vectors = static_cast<int>(tile_rows * row_vectors);
+  g.column_tiles = ceil_div(ceil_div(g.out_width, g.lanes), row_vectors);
+  g.tiles = ceil_div(g.out_height, tile_rows) * g.column_tiles;
+  const std::int64_t columns = row_vectors * g.lanes;
+  size_stage(a, g, tile_rows, columns);
+  const auto slots = static_cast<std::int64_t>(g.slot_row.size());
+  g.layout.channels = a.in;
+  g.layout.vectors = g.vectors;
+  g.layout.channel_stride = a.kernel_w * slots * columns;
+  for (std::int64_t i = 0; i < a.kernel_h; ++i) {
+    for (std::int64_t j = 0; j < a.kernel_w; ++j) {
+      g.layout.tap.push_back(static_cast<std::int32_t>((j * slots + slot_of(g, i * a.dilation_h)) * columns));
+    }
+  }
+  const auto wide = static_cast<double>(row_vectors);
+  g.cost.pack_channel = 10 + static_cast<double>(slots) * (4 + 2.5 * wide * static_cast<double>(a.stride_w)) +
+                        static_cast<double>(a.kernel_w * slots) * (1 + 2.5 * wide);
+  g.cost.finish = 3;
+  return g;
+}
+
+struct Plan {
+  Geometry geometry;
+  PackedWeight weight;
+  std::vector<std::int64_t> row_bounds;  // of the chunks of rows, where work is split further than tiles
+};
+
+class SparseConv final : public Kernel {
+ public:
+  SparseConv(const abi::Functions& functions, const Node& node, const Isa& isa) : Kernel(functions), isa_(isa) {
+    static_cast<Window&>(a_) = read_window(node);
+    if (node.integer("group", 1, 1, 1 << 30) != 1) throw Error("attribute 'group' must be 1");
+    a_.in = node.integer("in_channels", std::nullopt, 1, kMaxChannels);
+    a_.out = node.integer("out_channels", std::nullopt, 1, kMaxChannels);
+    a_.mode = static_cast<Mode>(node.integer("mode", 0, 0, 1 << 30));
+    const std::int64_t columns = product({a_.in, a_.kernel_h, a_.kernel_w});
+    if (columns >= kMostFloats) throw Error("the weight has too many columns");
+    epilogue_ = read_epilogue(node, {"none", "relu", "clip", "hardswish", "silu"});
+    weight_ = read_weight(node, a_.out, columns);
+    bias_ = read_bias(node, 3, a_.out);
+    epilogue_.bias = bias_.empty() ? nullptr : bias_.data();
+  }
+
+  void compute(const Call& call) override {
+    const std::optional<Tensor> x = call.input(0);
+    if (!x) throw Error("input 'X' is missing");
+    const Planes p = read_planes(a_, *x, a_.in, a_.out);
+    const std::vector<std::int64_t>& dims = p.out_dims;
+    const std::optional<Tensor> residual = call.input(4);
+    if (residual && (residual->type != abi::kFloat || residual->dims != dims)) {
+      throw Error("input 'residual' must be float32 of the output's shape " + shape_text(dims) + ", not " +
+                  shape_text(residual->dims));
+    }
+    float* y = call.output(dims);
+    if (p.batch == 0) return;
+    const std::shared_ptr<const Plan> plan = plans_.get({p.height, p.width, p.batch == 1}, [&] {
+      Geometry shape{};
+      shape.height = p.height;
+      shape.width = p.width;
+      shape.out_height = p.out_height;
+      shape.out_width = p.out_width;
+      shape.lanes = isa_.lanes;
+      return make_plan(shape, p.batch);
+    });
+    run(call, *plan, static_cast<const float*>(x->data), p.batch,
+        residual ? static_cast<const float*>(residual->data) : nullptr, y);
+  }
+
+ private:
+  // Every candidate geometry, or those of the mode that the attribute asks for where it fits.
+  void candidates(const Geometry& shape, const std::function<void(const Geometry&)>& consider) const {
+    const int most = isa_.max_vectors[weight_.block];
+    const bool point = a_.kernel_h == 1 && a_.kernel_w == 1 && a_.stride_h == 1 && a_.stride_w == 1 &&
+                       a_.top + a_.left + a_.bottom + a_.right == 0;
+    const std::int64_t all = ceil_div(shape.out_height * shape.out_width, shape.lanes);
+    const auto each_size = [&](Mode mode, const auto& make) {
+      Geometry g = shape;
+      g.mode = mode;
+      std::int64_t before = 0;
+      for (int most_vectors = most; most_vectors >= 1; --most_vectors) {
+        const std::int64_t tiles = ceil_div(all, most_vectors);
+        const auto vectors = static_cast<int>(ceil_div(all, tiles));
+        if (vectors != before) consider(make(a_, g, vectors));
+        before = vectors;
+      }
+    };
+    if (point) {
+      const bool whole = shape.height * shape.width % shape.lanes == 0 && a_.in * shape.height * shape.width < kMostFloats;
+      const bool direct = whole && (a_.mode != Mode::kFlat);
+      const bool flat = !whole || a_.mode != Mode::kDirect;
+      if (direct) each_size(Mode::kDirect, flat_geometry);
+      if (flat) each_size(Mode::kFlat, flat_geometry);
+      return;
+    }
+    if (a_.mode != Mode::kColumns) {
+      Geometry g = shape;
+      g.mode = Mode::kRows;
+      const std::int64_t wide = ceil_div(shape.out_width, shape.lanes);
+      const std::int64_t row_vectors = ceil_div(wide, ceil_div(wide, most));
+      std::int64_t before = 0;
+      for (std::int64_t rows = std::min(shape.out_height, most / row_vectors); rows >= 1; --rows) {
+        const std::int64_t even = ceil_div(shape.out_height, ceil_div(shape.out_height, rows));
+        if (even != before) consider(rows_geometry(a_, g, even, row_vectors));
+        before = even;
+      }
+    }
+    if (a_.mode != Mode::kRows) each_size(Mode::kColumns, columns_geometry);
+  }
+
+  std::shared_ptr<const Plan> make_plan(const Geometry& shape, std::int64_t batch) const {
+    double best = 0;
+    Geometry chosen{};
+    std::int64_t block_channels = 0;
+    candidates(shape, [&](const Geometry& g) {
+      if (g.mode != Mode::kDirect && g.layout.channel_stride * 8 > kMostFloats) return;
+      const Blocking blocking = best_blocking(weight_, g.layout, g.cost, g.lanes);
+      const double cycles = blocking.cycles * static_cast<double>(g.tiles);
+      if (best == 0 || cycles < best) {
+        best = cycles;
+        chosen = g;
+        block_channels = blocking.block_channels;
+      }
+    });
+    if (best == 0) throw Error("stride, dilation and input are too large together");
+    if (chosen.mode != Mode::kDirect) {  // offsets are 32-bit
+      block_channels = std::min(block_channels, std::max<std::int64_t>(1, kMostFloats / chosen.layout.channel_stride));
+    }
+    const double tile_cycles = best / static_cast<double>(chosen.tiles);
+    const std::int64_t chunks = row_chunks(weight_, batch * chosen.tiles, tile_cycles);
+    return std::make_shared<const Plan>(
+        Plan{chosen, PackedWeight(weight_, chosen.layout, block_channels), split_rows(weight_, chunks)});
+  }
+
+  // What packing one tile needs, the same for all channels.
+  struct TilePacking {
+    std::vector<StageRow> rows;
+    std::vector<Copy> copies;
+    kernels::PackArgs args;
+  };
+
+  void prepare(const Geometry& g, std::int64_t tile, TilePacking& packing) const {
+    const bool by_rows = g.mode == Mode::kRows;
+    const std::int64_t first_position = tile * g.tile_floats();
+    const std::int64_t first_row = by_rows ? tile / g.column_tiles * g.tile_rows : first_position / g.out_width;
+    const std::int64_t first_column = by_rows ? tile % g.column_tiles * g.row_vectors * g.lanes : 0;
+    const std::int64_t from = first_column * a_.stride_w - a_.left;  // input column of stage column 0
+    const std::int64_t source = std::max<std::int64_t>(from, 0);
+    const std::int64_t lead = source - from;
+    const auto slots = static_cast<std::int64_t>(g.slot_row.size());
+    // Input columns that some kernel position reads.
+    const std::int64_t columns = by_rows ? g.row_vectors * g.lanes : g.out_width;
+    const std::int64_t span = (columns - 1) * a_.stride_w + (a_.kernel_w - 1) * a_.dilation_w + 1;
+    const std::int64_t count = std::max<std::int64_t>(0, std::min(g.width - source, span - lead));
+    packing.rows.clear();
+    packing.copies.clear();
+    for (std::int64_t s = 0; s < slots; ++s) {
+      const std::int64_t row = first_row * a_.stride_h - a_.top + g.slot_row[static_cast<std::size_t>(s)];
+      if (row < 0 || row >= g.height || count == 0) continue;  // stays zero
+      packing.rows.push_back({static_cast<std::int32_t>(row * g.width + source),
+                              static_cast<std::int32_t>(s * g.stage_pitch), static_cast<std::int32_t>(count)});
+    }
+    std::int64_t copy_floats = 0;
+    if (by_rows) {
+      copy_floats = g.row_vectors * g.lanes;
+      for (std::int64_t j = 0; j < a_.kernel_w; ++j) {
+        for (std::int64_t s = 0; s < slots; ++s) {
+          packing.copies.push_back({static_cast<std::int32_t>(s * g.stage_pitch + stage_column(a_, g, j)),
+                                    static_cast<std::int32_t>((j * slots + s) * copy_floats)});
+        }
+      }
+    } else {
+      copy_floats = std::min(g.out_width, g.tile_floats());
+      const std::int64_t end = std::min(first_position + g.tile_floats(), g.out_height * g.out_width);
+      std::size_t tap = 0;
+      for (std::int64_t i = 0; i < a_.kernel_h; ++i) {
+        const std::int64_t slot = slot_of(g, i * a_.dilation_h);
+        for (std::int64_t j = 0; j < a_.kernel_w; ++j, ++tap) {
+          const std::int64_t column = stage_column(a_, g, j);
+          for (std::int64_t p = first_position; p < end;) {
+            const std::int64_t row = p / g.out_width;
+            // A tile may start inside a row; runs longer than a tile do not occur, a tile of a wide row is one run.
+            packing.copies.push_back(
+                {static_cast<std::int32_t>((slot + row - first_row) * g.stage_pitch + column + p % g.out_width),
+                 static_cast<std::int32_t>(g.layout.tap[tap] + (p - first_position))});
+            p = std::min(end, (row + 1) * g.out_width);
+          }
+        }
+      }
+    }
+    // With room for a copy that is rounded up to vectors.
+    const auto stage_floats = static_cast<std::size_t>(slots * g.stage_pitch + copy_floats + 4 * g.lanes);
+    float* stage = scratch().stage.at_least(stage_floats);
+    std::memset(stage, 0, stage_floats * sizeof(float));
+    kernels::PackArgs& args = packing.args;
+    args.stage = stage;
+    args.stage_stride = 0;
+    args.stage_count = 1;
+    args.rows = packing.rows.data();
+    args.row_count = static_cast<std::int32_t>(packing.rows.size());
+    args.step = static_cast<std::int32_t>(a_.stride_w);
+    args.lead = static_cast<std::int32_t>(lead);
+    args.phase_stride = static_cast<std::int32_t>(g.phase_stride);
+    args.copies = packing.copies.data();
+    args.copy_count = static_cast<std::int32_t>(packing.copies.size());
+    args.copy_floats = static_cast<std::int32_t>(copy_floats);
+    args.output_stride = g.layout.channel_stride;
+    args.input_stride = g.height * g.width;
+  }
+
+  // Packs channels [first, last) of a tile of one image.
+  void pack(const Geometry& g, TilePacking& packing, const float* image, std::int64_t tile, std::int64_t first,
+            std::int64_t last, float* to) const {
+    const std::int64_t plane = g.height * g.width;
+    if (g.mode == Mode::kFlat) {
+      const std::int64_t position = tile * g.tile_floats();
+      isa_.pack_flat(image + first * plane + position, plane, last - first,
+                     std::min(g.tile_floats(), plane - position), to, g.layout.channel_stride);
+      return;
+    }
+    packing.args.input = image + first * plane;
+    packing.args.channels = last - first;
+    packing.args.output = to;
+    isa_.pack_stage(packing.args);
+  }
+
+  // Where the tile's vectors go in an output plane.
+  struct Targets {
+    std::int32_t target[kernels::kMaxVectors];
+    std::int32_t count[kernels::kMaxVectors];
+    bool whole;
+  };
+  static Targets targets(const Geometry& g, std::int64_t tile) {
+    Targets t{};
+    t.whole = true;
+    for (int v = 0; v < g.vectors_of(tile); ++v) {
+      std::int64_t position, count;
+      if (g.mode == Mode::kRows) {
+        const std::int64_t row = tile / g.column_tiles * g.tile_rows + v / g.row_vectors;
+        const std::int64_t column = (tile % g.column_tiles * g.row_vectors + v % g.row_vectors) * g.lanes;
+        position = row * g.out_width + column;
+        count = row < g.out_height ? g.out_width - column : 0;
+      } else {
+        position = tile * g.tile_floats() + static_cast<std::int64_t>(v) * g.lanes;
+        count = g.out_height * g.out_width - position;
+      }
+      count = std::clamp<std::int64_t>(count, 0, g.lanes);
+      t.target[v] = static_cast<std::int32_t>(count > 0 ? position : 0);
+      t.count[v] = static_cast<std::int32_t>(count);
+      t.whole = t.whole && count == g.lanes && t.target[v] == t.target[0] + v * g.lanes;
+    }
+    return t;
+  }
+
+  void run(const Call& call, const Plan& plan, const float* x, std::int64_t batch, const float* residual,
+           float* y) const {
+    const Geometry& g = plan.geometry;
+    const std::int64_t in_plane = g.height * g.width;
+    const std::int64_t out_plane = g.out_height * g.out_width;
+    const std::int64_t tile_size = g.layout.channel_stride * g.layout.channels;
+    const auto all_chunks = static_cast<std::int64_t>(plan.row_bounds.size()) - 1;
+    const std::int64_t chunks = all_chunks > 1 && helpers_.expected() ? all_chunks : 1;
+    const std::int64_t tiles = batch * g.tiles;
+    const float* const caller = reinterpret_cast<const float*>(&scratch());
+    std::atomic<bool> helped{false};
+    const double most_cached = 0.75 * caches().l2 / sizeof(float);
+    const bool prefetch_input = static_cast<double>(a_.in * in_plane) > most_cached;
+    const bool prefetch_output = static_cast<double>(a_.out * out_plane) * (residual ? 2 : 1) > most_cached;
+
+    // Split rows need the packed input at once; it is packed first, by all threads together.
+    float* shared = nullptr;
+    const bool packs = g.mode != Mode::kDirect;
+    constexpr std::int64_t kSlack = 64;
+    if (chunks > 1 && packs) {
+      shared = scratch().shared.at_least(static_cast<std::size_t>(tiles * tile_size + kSlack));
+      const std::int64_t parts = std::min<std::int64_t>(g.layout.channels, 8);
+      call.parallel(static_cast<std::size_t>(tiles * parts), [&](std::size_t task) {
+        const std::int64_t index = static_cast<std::int64_t>(task) / parts;
+        const std::int64_t part = static_cast<std::int64_t>(task) % parts;
+        const std::int64_t first = g.layout.channels * part / parts;
+        const std::int64_t last = g.layout.channels * (part + 1) / parts;
+        thread_local TilePacking packing;
+        if (g.mode != Mode::kFlat) prepare(g, index % g.tiles, packing);
+        pack(g, packing, x + index / g.tiles * a_.in * in_plane, index % g.tiles, first, last,
+             shared + index * tile_size + first * g.layout.channel_stride);
+      });
+    }
+
+    call.parallel(static_cast<std::size_t>(tiles * chunks), [&](std::size_t task) {
+      Scratch& mine = scratch();
+      if (reinterpret_cast<const float*>(&mine) != caller) helped.store(true, std::memory_order_relaxed);
+      const std::int64_t index = static_cast<std::int64_t>(task) / chunks;
+      const std::int64_t chunk = static_cast<std::int64_t>(task) % chunks;
+      const std::int64_t image = index / g.tiles;
+      const std::int64_t tile = index % g.tiles;
+      const Targets where = targets(g, tile);
+      kernels::RowsArgs args{};
+      args.row_begin = chunks > 1 ? plan.row_bounds[static_cast<std::size_t>(chunk)] : 0;
+      args.row_end = chunks > 1 ? plan.row_bounds[static_cast<std::size_t>(chunk) + 1] : weight_.rows;
+      args.entries = plan.weight.entries();
+      args.y_stride = out_plane;
+      const std::int64_t shift = (image * a_.out + args.row_begin * weight_.block) * out_plane;
+      args.y = y + shift;
+      args.residual = residual ? residual + shift : nullptr;
+      args.target = where.target;
+      args.count = where.count;
+      args.whole = where.whole;
+      args.epilogue = epilogue_;
+      args.prefetch_output = prefetch_output;
+      const std::int64_t blocks = plan.weight.blocks();
+      if (blocks > 1) {
+        args.partial = mine.partial.at_least(
+            static_cast<std::size_t>((args.row_end - args.row_begin) * weight_.block * g.tile_floats()));
+      }
+      const float* source = x + image * a_.in * in_plane;
+      thread_local TilePacking packing;
+      if (packs && !shared && g.mode != Mode::kFlat) prepare(g, tile, packing);
+      for (std::int64_t b = 0; b < blocks; ++b) {
+        const std::int64_t first = plan.weight.first_channel(b);
+        const std::int64_t last = plan.weight.last_channel(b);
+        if (!packs) {
+          args.x = source + first * in_plane + tile * g.tile_floats();
+          if (prefetch_input && tile + 1 < g.tiles) {
+            args.next = args.x + g.tile_floats();
+            args.next_stride = in_plane;
+            args.next_channels = last - first;
+            args.next_channels_per_row = ceil_div(last - first, args.row_end - args.row_begin);
+          }
+        } else if (shared) {
+          args.x = shared + index * tile_size + first * g.layout.channel_stride;
+        } else {
+          float* packed =
+              mine.tile.at_least(static_cast<std::size_t>((last - first) * g.layout.channel_stride + kSlack));
+          pack(g, packing, source, tile, first, last, packed);
+          args.x = packed;
+        }
+        args.row_start = plan.weight.row_start(b);
+        args.first = b == 0;
+        args.last = b + 1 == blocks;
+        isa_.rows(args, weight_.block, g.vectors_of(tile));
+      }
+    });
+    if (chunks > 1) helpers_.saw(helped);
+  }
+
+  const Isa& isa_;
+  Attributes a_{};
+  SparseWeight weight_;
+  std::vector<float> bias_;
+  kernels::Epilogue epilogue_{};
+  PlanCache<Plan> plans_;
+  mutable Helpers helpers_;
+};
+
+}  // namespace
+
+std::unique_ptr<Kernel> make_sparse_conv(const abi::Functions& ort, const Node& node, const Isa& isa) {
+  return std::make_unique<SparseConv>(ort, node, isa);
+}
+
+}  // namespace sparsepipe

@@ -1,0 +1,199 @@
+// SparseLinear: Y = activation(X W^T + B) with a sparse W of [N, K], for X of [..., K].
+//
+// One to three rows of X: matrix times vector, entry by entry. More: the rows are transposed to tiles of vectors over
+// rows of X, so that an entry of W multiplies a whole tile, as a convolution does with positions.
+#include <algorithm>
+
+#include "ops/ops.h"
+#include "ops/plan.h"
+#include "ops/window.h"
+
+namespace sparsepipe {
+namespace {
+
+using kernels::Isa;
+
+constexpr std::int64_t kFewRows = 3;       // up to here row by row
+constexpr std::int64_t kOutputGroup = 64;  // outputs that are transposed back at once
+
+struct Plan {
+  TileLayout layout;
+  std::int64_t tiles;
+  PackedWeight weight;
+  std::vector<std::int64_t> row_bounds;
+};
+
+class SparseLinear final : public Kernel {
+ public:
+  SparseLinear(const abi::Functions& functions, const Node& node, const Isa& isa) : Kernel(functions), isa_(isa) {
+    in_ = node.integer("in_features", std::nullopt, 1, kMaxChannels);
+    out_ = node.integer("out_features", std::nullopt, 1, kMaxChannels);
+    node.integer("mode", 0, 0, 1 << 30);
+    epilogue_ = read_epilogue(node, {"none", "relu", "clip", "gelu"});
+    weight_ = read_weight(node, out_, in_);
+    bias_ = read_bias(node, 3, out_);
+    epilogue_.bias = bias_.empty() ? nullptr : bias_.data();
+    vector_bounds_ = split_rows(weight_, row_chunks(weight_, 1, 2.0 * weight_.entries()));
+  }
+
+  void compute(const Call& call) override {
+    const std::optional<Tensor> x = call.input(0);
+    if (!x || x->type != abi::kFloat) throw Error("input 'X' must be a float32 tensor");
+    if (x->dims.empty() || x->dims.back() != in_) {
+      throw Error("the last dimension of input 'X' must be " + std::to_string(in_) + "; its shape is " +
+                  shape_text(x->dims));
+    }
+    const std::int64_t rows = x->size() / in_;
+    std::vector<std::int64_t> dims = x->dims;
+    dims.back() = out_;
+    product(dims);
+    float* y = call.output(dims);
+    if (rows == 0) return;
+    const auto* data = static_cast<const float*>(x->data);
+    if (rows <= kFewRows) return by_row(call, data, rows, y);
+    // All tile widths that many rows choose from are the same, so many row counts share one plan.
+    const std::int64_t vectors = ceil_div(rows, isa_.lanes);
+    const std::int64_t wide = isa_.max_vectors[weight_.block];
+    const std::int64_t key = vectors <= wide ? vectors : wide + 1;
+    const std::shared_ptr<const Plan> plan = plans_.get({key}, [&] { return make_plan(vectors); });
+    by_tile(call, *plan, data, rows, y);
+  }
+
+ private:
+  void by_row(const Call& call, const float* x, std::int64_t rows, float* y) const {
+    const auto chunks = static_cast<std::int64_t>(vector_bounds_.size()) - 1;
+    call.parallel(static_cast<std::size_t>(chunks * rows), [&](std::size_t task) {
+      const std::int64_t row = static_cast<std::int64_t>(task) / chunks;
+      const std::size_t chunk = task % static_cast<std::size_t>(chunks);
+      isa_.vector(x + row * in_, weight_.column16.empty() ? nullptr : weight_.column16.data(),
+                  weight_.column16.empty() ? weight_.column32.data() : nullptr, weight_.values.data(),
+                  weight_.row_start.data(), vector_bounds_[chunk], vector_bounds_[chunk + 1], weight_.block, epilogue_,
+                  y + row * out_);
+    });
+  }
+
+  std::shared_ptr<const Plan> make_plan(std::int64_t all) const {
+    TileLayout chosen;
+    Blocking chosen_blocking;
+    double best = 0;
+    std::int64_t before = 0;
+    for (int most = isa_.max_vectors[weight_.block]; most >= 1; --most) {
+      const std::int64_t tiles = ceil_div(all, most);
+      TileLayout layout;
+      layout.vectors = static_cast<int>(ceil_div(all, tiles));
+      if (layout.vectors == before) continue;
+      before = layout.vectors;
+      layout.channels = in_;
+      layout.channel_stride = static_cast<std::int64_t>(layout.vectors) * isa_.lanes;
+      layout.tap = {0};
+      Cost cost;
+      cost.pack_channel = 8.0 * layout.vectors;
+      cost.finish = 8;
+      const Blocking blocking = best_blocking(weight_, layout, cost, isa_.lanes);
+      const double cycles = blocking.cycles * static_cast<double>(tiles);
+      if (best == 0 || cycles < best) {
+        best = cycles;
+        chosen = layout;
+        chosen_blocking = blocking;
+      }
+    }
+    const std::int64_t tiles = ceil_div(all, chosen.vectors);
+    const std::int64_t chunks = row_chunks(weight_, tiles, best / static_cast<double>(tiles));
+    return std::make_shared<const Plan>(
+        Plan{chosen, tiles, PackedWeight(weight_, chosen, chosen_blocking.block_channels), split_rows(weight_, chunks)});
+  }
+
+  void by_tile(const Call& call, const Plan& plan, const float* x, std::int64_t rows, float* y) const {
+    const std::int64_t width = plan.layout.channel_stride;  // rows of x in a tile
+    const std::int64_t tiles = ceil_div(rows, width);
+    const auto all_chunks = static_cast<std::int64_t>(plan.row_bounds.size()) - 1;
+    const std::int64_t chunks = all_chunks > 1 && helpers_.expected() ? all_chunks : 1;
+    const auto rows_of = [&](std::int64_t tile) { return std::min(width, rows - tile * width); };
+    const auto pack = [&](std::int64_t tile, std::int64_t first, std::int64_t last, float* to) {
+      isa_.transpose(x + tile * width * in_ + first, in_, rows_of(tile), last - first, to, width);
+    };
+
+    float* shared = nullptr;
+    if (chunks > 1) {
+      shared = scratch().shared.at_least(static_cast<std::size_t>(tiles * in_ * width));
+      const std::int64_t parts = std::min<std::int64_t>(8, ceil_div(in_, isa_.lanes));
+      const std::int64_t step = ceil_div(ceil_div(in_, parts), isa_.lanes) * isa_.lanes;
+      call.parallel(static_cast<std::size_t>(tiles * parts), [&](std::size_t task) {
+        const std::int64_t tile = static_cast<std::int64_t>(task) / parts;
+        const std::int64_t first = std::min(in_, static_cast<std::int64_t>(task) % parts * step);
+        const std::int64_t last = std::min(in_, first + step);
+        pack(tile, first, last, shared + (tile * in_ + first) * width);
+      });
+    }
+
+    std::atomic<bool> helped{false};
+    const void* const caller = &scratch();
+    call.parallel(static_cast<std::size_t>(tiles * chunks), [&](std::size_t task) {
+      Scratch& mine = scratch();
+      if (&mine != caller) helped.store(true, std::memory_order_relaxed);
+      const std::int64_t tile = static_cast<std::int64_t>(task) / chunks;
+      const auto chunk = static_cast<std::size_t>(static_cast<std::int64_t>(task) % chunks);
+      const std::int64_t begin = chunks > 1 ? plan.row_bounds[chunk] : 0;
+      const std::int64_t end = chunks > 1 ? plan.row_bounds[chunk + 1] : weight_.rows;
+      const std::int64_t block = weight_.block;
+      const std::int64_t blocks = plan.weight.blocks();
+      kernels::RowsArgs args{};
+      args.entries = plan.weight.entries();
+      args.y_stride = width;
+      args.whole = true;
+      std::int32_t target[kernels::kMaxVectors];
+      for (int v = 0; v < kernels::kMaxVectors; ++v) target[v] = v * isa_.lanes;
+      args.target = target;
+      args.epilogue = epilogue_;
+      float* partial = nullptr;
+      if (blocks > 1) partial = mine.partial.at_least(static_cast<std::size_t>((end - begin) * block * width));
+      float* out = mine.out.at_least(static_cast<std::size_t>(kOutputGroup * width));
+      const auto vectors = static_cast<int>(ceil_div(rows_of(tile), isa_.lanes));
+      args.y_stride = static_cast<std::int64_t>(vectors) * isa_.lanes;
+      for (std::int64_t b = 0; b < blocks; ++b) {
+        const std::int64_t first = plan.weight.first_channel(b);
+        const std::int64_t last = plan.weight.last_channel(b);
+        if (shared) {
+          args.x = shared + (tile * in_ + first) * width;
+        } else {
+          float* packed = mine.tile.at_least(static_cast<std::size_t>((last - first) * width));
+          pack(tile, first, last, packed);
+          args.x = packed;
+        }
+        args.row_start = plan.weight.row_start(b);
+        args.first = b == 0;
+        args.last = b + 1 == blocks;
+        const std::int64_t step = args.last ? kOutputGroup / block : end - begin;
+        for (std::int64_t row = begin; row < end; row += step) {
+          args.row_begin = row;
+          args.row_end = std::min(end, row + step);
+          args.partial = partial ? partial + (row - begin) * block * args.y_stride : nullptr;
+          args.y = out;
+          isa_.rows(args, weight_.block, vectors);
+          if (args.last) {
+            isa_.transpose(out, args.y_stride, (args.row_end - row) * block, rows_of(tile),
+                           y + tile * width * out_ + row * block, out_);
+          }
+        }
+      }
+    });
+    if (chunks > 1) helpers_.saw(helped);
+  }
+
+  const Isa& isa_;
+  std::int64_t in_, out_;
+  SparseWeight weight_;
+  std::vector<float> bias_;
+  kernels::Epilogue epilogue_{};
+  std::vector<std::int64_t> vector_bounds_;
+  PlanCache<Plan> plans_;
+  mutable Helpers helpers_;
+};
+
+}  // namespace
+
+std::unique_ptr<Kernel> make_sparse_linear(const abi::Functions& ort, const Node& node, const Isa& isa) {
+  return std::make_unique<SparseLinear>(ort, node, isa);
+}
+
+}  // namespace sparsepipe

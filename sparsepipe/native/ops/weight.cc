@@ -1,0 +1,86 @@
+#include "ops/weight.h"
+
+#include <cmath>
+
+namespace sparsepipe {
+
+SparseWeight read_weight(const Node& node, std::int64_t out, std::int64_t columns) {
+  const std::int64_t block = node.integer("block", 1, 1, 4);
+  if (block == 3) throw Error("attribute 'block' must be 1, 2 or 4, not 3");
+  if (out % block != 0) {
+    throw Error("the number of outputs, " + std::to_string(out) + ", is not a multiple of the block, " +
+                std::to_string(block));
+  }
+  const auto values = node.constant(1, "values");
+  const auto deltas = node.constant(2, "deltas");
+  if (!values || !deltas) throw Error("inputs 'values' and 'deltas' are needed");
+  if (values->type != abi::kFloat) throw Error("input 'values' must be float32");
+  if (deltas->type != abi::kUint8 && deltas->type != abi::kUint16) {
+    throw Error("input 'deltas' must be uint8 or uint16");
+  }
+  if (deltas->dims.size() != 1) throw Error("input 'deltas' must have one dimension, not " + shape_text(deltas->dims));
+  const std::int64_t count = deltas->dims[0];
+  if (values->dims != std::vector<std::int64_t>{count, block}) {
+    throw Error("input 'values' must have shape " + shape_text({count, block}) + " for " + std::to_string(count) +
+                " deltas, not " + shape_text(values->dims));
+  }
+
+  SparseWeight weight;
+  weight.rows = out / block;
+  weight.columns = columns;
+  weight.block = static_cast<int>(block);
+  const std::int64_t total = product({weight.rows, columns});
+  if (count > total || count >= (std::int64_t{1} << 31)) {
+    throw Error(std::to_string(count) + " blocks are more than the weight of " + shape_text({out, columns}) + " has");
+  }
+  const bool narrow = columns <= 65536;
+  const auto* floats = static_cast<const float*>(values->data);
+  const auto* bytes = static_cast<const std::uint8_t*>(deltas->data);
+  const auto* words = static_cast<const std::uint16_t*>(deltas->data);
+  weight.row_start.assign(static_cast<std::size_t>(weight.rows) + 1, 0);
+  std::int64_t column = 0, row = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t delta = deltas->type == abi::kUint8 ? bytes[i] : words[i];
+    if (delta == 0 && i > 0) throw Error("delta " + std::to_string(i) + " is 0: the blocks must ascend");
+    column += delta;
+    if (column >= columns) {
+      row += column / columns;
+      column %= columns;
+    }
+    if (row >= weight.rows) {
+      throw Error("block " + std::to_string(i) + " lies outside the weight of " + shape_text({out, columns}));
+    }
+    bool zero = true;
+    for (std::int64_t r = 0; r < block; ++r) {
+      const float value = floats[i * block + r];
+      if (!std::isfinite(value)) throw Error("value " + std::to_string(i * block + r) + " is not finite");
+      zero = zero && value == 0.0f;
+    }
+    if (zero) continue;
+    ++weight.row_start[static_cast<std::size_t>(row) + 1];
+    if (narrow) {
+      weight.column16.push_back(static_cast<std::uint16_t>(column));
+    } else {
+      weight.column32.push_back(static_cast<std::uint32_t>(column));
+    }
+    weight.values.insert(weight.values.end(), floats + i * block, floats + (i + 1) * block);
+  }
+  for (std::size_t i = 1; i < weight.row_start.size(); ++i) weight.row_start[i] += weight.row_start[i - 1];
+  weight.column16.shrink_to_fit();
+  weight.column32.shrink_to_fit();
+  weight.values.shrink_to_fit();
+  return weight;
+}
+
+std::vector<float> read_bias(const Node& node, std::size_t index, std::int64_t out) {
+  const auto bias = node.constant(index, "B");
+  if (!bias) return {};
+  if (bias->type != abi::kFloat) throw Error("input 'B' must be float32");
+  if (bias->dims != std::vector<std::int64_t>{out}) {
+    throw Error("input 'B' must have shape " + shape_text({out}) + ", not " + shape_text(bias->dims));
+  }
+  const auto* data = static_cast<const float*>(bias->data);
+  return {data, data + out};
+}
+
+}  // namespace sparsepipe

@@ -1,0 +1,34 @@
+// A sparse weight as the file holds it, checked and decoded.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ops/support.h"
+
+namespace sparsepipe {
+
+// Rows of blocks: block row i is the output channels [i * block, (i + 1) * block); an entry is the column of the
+// flattened weight and `block` values, one per channel. Blocks that hold only zeros (fillers) are left out.
+struct SparseWeight {
+  std::int64_t rows = 0;     // out / block
+  std::int64_t columns = 0;  // in * kernel positions
+  int block = 1;
+  std::vector<std::uint32_t> row_start;  // [rows + 1]
+  // Column of each entry: 16 bits where they suffice.
+  std::vector<std::uint16_t> column16;
+  std::vector<std::uint32_t> column32;
+  std::vector<float> values;  // [entries][block]
+
+  std::uint32_t column(std::uint32_t entry) const { return column16.empty() ? column32[entry] : column16[entry]; }
+  std::uint32_t entries() const { return row_start.back(); }
+};
+
+constexpr std::int64_t kMaxChannels = 1 << 24;
+
+// Decodes inputs `values` (1) and `deltas` (2) of a node for a weight of [out, columns].
+SparseWeight read_weight(const Node& node, std::int64_t out, std::int64_t columns);
+// The bias, input `index`: empty where absent.
+std::vector<float> read_bias(const Node& node, std::size_t index, std::int64_t out);
+
+}  // namespace sparsepipe

@@ -1,0 +1,298 @@
+"""Every operator against dense onnxruntime, which runs the fallback body of the same file."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from sparsepipe.native import operators
+
+ISAS = ["avx512", "avx2", "sse4", "neon", "portable"]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="session", params=ISAS)
+def isa(request: pytest.FixtureRequest, session: Any, model: Any) -> str:
+    """Every instruction set that this machine runs."""
+    name: str = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEPIPE_ISA", name)
+        node, constants, _ = linear_case(1, 4, 4, 1, 1.0, "none", False, 0)
+        try:
+            session(model(node, constants))
+        except Exception as error:
+            if "unknown" in str(error) or "does not run" in str(error):
+                pytest.skip(str(error))
+            raise
+    return name
+
+
+def masked(random: np.random.Generator, shape: tuple[int, ...], block: int, density: float) -> np.ndarray[Any, Any]:
+    """A weight with about that density in blocks, scaled so that outputs are about 1 (clipping then hides no scale).
+
+    Its second block row is empty where it has one.
+    """
+    mask = random.random((shape[0] // block, 1, int(np.prod(shape[1:])))) < density
+    if density < 1 and len(mask) > 1:
+        mask[1] = False
+    scale = max(1.0, density * float(np.prod(shape[1:]))) ** -0.5
+    weight = scale * random.standard_normal(shape) * np.repeat(mask, block, axis=1).reshape(shape)
+    return weight.astype(np.float32)
+
+
+def linear_case(
+    rows: int, features: int, outputs: int, block: int, density: float, activation: str, bias: bool, seed: int
+) -> Any:
+    random = np.random.default_rng(seed)
+    weight = masked(random, (outputs, features), block, density)
+    values, deltas = operators.encode(weight, block)
+    constants = {"values": values, "deltas": deltas}
+    if bias:
+        constants["B"] = random.standard_normal(outputs).astype(np.float32)
+    node = operators.sparse_linear(
+        ["X", "values", "deltas", *(["B"] if bias else [])], "Y", weight_shape=weight.shape, block=block,
+        activation=activation, limits=(-0.5, 0.75) if activation == "clip" else None, name="the_node",
+    )  # fmt: skip
+    return node, constants, {"X": random.standard_normal((rows, features)).astype(np.float32)}
+
+
+def agree(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> None:
+    assert actual.shape == expected.shape
+    scale = np.abs(expected).max(initial=1e-6)
+    assert np.abs(expected - actual).max(initial=0) / scale < TOLERANCE
+
+
+def compare(session: Any, model: Any, node: Any, constants: Any, feeds: Any, isa: str, threads: int) -> None:
+    file = model(node, constants, [operators.function_for(node)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEPIPE_ISA", isa)
+        native = session(file, threads=threads)
+    expected = session(file, native=False).run(None, feeds)[0]
+    agree(expected, native.run(None, feeds)[0])
+    # A second call takes the cached plan.
+    agree(expected, native.run(None, feeds)[0])
+
+
+def output_size(size: int, pads: int, kernel: int, stride: int, dilation: int) -> int:
+    return (size + pads - dilation * (kernel - 1) - 1) // stride + 1
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> dict[str, Any]:
+    block = draw(st.sampled_from([1, 2, 4]))
+    rank = draw(st.sampled_from([2, 2, 2, 1]))
+    point = draw(st.booleans())
+    kernel = [1] * rank if point else draw(st.lists(st.integers(1, 5), min_size=rank, max_size=rank))
+    plain = point and draw(st.booleans())
+    strides = [1] * rank if plain else draw(st.lists(st.integers(1, 3), min_size=rank, max_size=rank))
+    dilations = [1] * rank if plain else draw(st.lists(st.integers(1, 3), min_size=rank, max_size=rank))
+    pads = [0] * 2 * rank if plain else draw(st.lists(st.integers(0, 4), min_size=2 * rank, max_size=2 * rank))
+    extents = [dilations[i] * (kernel[i] - 1) + 1 - pads[i] - pads[rank + i] for i in range(rank)]
+    sizes = [max(1, extents[i]) + draw(st.integers(0, 40)) for i in range(rank)]
+    return {
+        "shape": (block * draw(st.integers(1, 6)), draw(st.integers(1, 24)), *kernel),
+        "sizes": sizes,
+        "strides": strides,
+        "dilations": dilations,
+        "pads": pads,
+        "block": block,
+        "density": draw(st.sampled_from([0.0, 0.05, 0.3, 1.0])),
+        "activation": draw(st.sampled_from(["none", "relu", "clip", "hardswish", "silu"])),
+        "bias": draw(st.booleans()),
+        "residual": draw(st.booleans()),
+        "batch": draw(st.integers(1, 3)),
+        "mode": draw(st.integers(0, 4)),
+        "threads": draw(st.integers(1, 2)),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+def check_convolution(session: Any, model: Any, isa: str, case: dict[str, Any]) -> None:
+    random = np.random.default_rng(case["seed"])
+    shape, sizes = case["shape"], case["sizes"]
+    weight = masked(random, shape, case["block"], case["density"])
+    values, deltas = operators.encode(weight, case["block"])
+    constants = {"values": values, "deltas": deltas}
+    feeds = {"X": random.standard_normal((case["batch"], shape[1], *sizes)).astype(np.float32)}
+    inputs = ["X", "values", "deltas"]
+    if case["bias"]:
+        constants["B"] = random.standard_normal(shape[0]).astype(np.float32)
+    if case["bias"] or case["residual"]:
+        inputs.append("B" if case["bias"] else "")
+    if case["residual"]:
+        rank = len(sizes)
+        outputs = [
+            output_size(
+                sizes[i], case["pads"][i] + case["pads"][rank + i], shape[2 + i], case["strides"][i],
+                case["dilations"][i],
+            )
+            for i in range(rank)
+        ]  # fmt: skip
+        feeds["R"] = random.standard_normal((case["batch"], shape[0], *outputs)).astype(np.float32)
+        inputs.append("R")
+    node = operators.sparse_conv(
+        inputs, "Y", weight_shape=shape, strides=case["strides"], pads=case["pads"], dilations=case["dilations"],
+        block=case["block"], activation=case["activation"], mode=case["mode"], name="the_node",
+        limits=(-0.5, 0.75) if case["activation"] == "clip" else None,
+    )  # fmt: skip
+    compare(session, model, node, constants, feeds, isa, case["threads"])
+
+
+BIG = {
+    "strides": [1, 1], "dilations": [1, 1], "pads": [1, 1, 1, 1], "block": 1, "density": 0.1, "activation": "relu",
+    "bias": True, "residual": True, "batch": 1, "mode": 0, "threads": 2, "seed": 0,
+}  # fmt: skip
+
+
+# Beyond the random small shapes: enough channels for several blocks of them, and for rows split over threads.
+@example(BIG | {"shape": (64, 256, 3, 3), "sizes": [7, 7]})
+@example(BIG | {"shape": (64, 512, 1, 1), "sizes": [14, 14], "pads": [0, 0, 0, 0]})
+@example(BIG | {"shape": (64, 256, 1, 1), "sizes": [16, 16], "pads": [0, 0, 0, 0], "density": 0.3})
+@example(BIG | {"shape": (64, 128, 3, 3), "sizes": [29, 31], "strides": [2, 2], "block": 4})
+@example(BIG | {"shape": (8, 4, 3, 3), "sizes": [40, 300], "block": 2})
+@settings(max_examples=40)
+@given(case=convolutions())
+def test_convolution(session: Any, model: Any, isa: str, case: dict[str, Any]) -> None:
+    check_convolution(session, model, isa, case)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500)
+@given(case=convolutions())
+def test_convolution_at_length(session: Any, model: Any, isa: str, case: dict[str, Any]) -> None:
+    check_convolution(session, model, isa, case)
+
+
+def check_depthwise(session: Any, model: Any, isa: str, case: dict[str, Any]) -> None:
+    random = np.random.default_rng(case["seed"])
+    channels, kernel = case["shape"][0], case["shape"][2:]
+    shape = (channels, 1, *kernel)
+    constants = {"W": (random.standard_normal(shape) / np.prod(kernel) ** 0.5).astype(np.float32)}
+    if case["bias"]:
+        constants["B"] = random.standard_normal(channels).astype(np.float32)
+    node = operators.depthwise_conv(
+        ["X", *constants], "Y", weight_shape=shape, strides=case["strides"], pads=case["pads"],
+        dilations=case["dilations"], activation=case["activation"], name="the_node",
+        limits=(-0.5, 0.75) if case["activation"] == "clip" else None,
+    )  # fmt: skip
+    x = random.standard_normal((case["batch"], channels, *case["sizes"])).astype(np.float32)
+    compare(session, model, node, constants, {"X": x}, isa, case["threads"])
+
+
+@example(BIG | {"shape": (24, 1, 3, 3), "sizes": [56, 57]})
+@example(BIG | {"shape": (24, 1, 3, 3), "sizes": [57, 112], "strides": [2, 2]})
+@example(BIG | {"shape": (3, 1, 5, 5), "sizes": [9, 600], "pads": [2, 2, 2, 2]})
+@settings(max_examples=25)
+@given(case=convolutions())
+def test_depthwise(session: Any, model: Any, isa: str, case: dict[str, Any]) -> None:
+    check_depthwise(session, model, isa, case)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(case=convolutions())
+def test_depthwise_at_length(session: Any, model: Any, isa: str, case: dict[str, Any]) -> None:
+    check_depthwise(session, model, isa, case)
+
+
+LINEAR = {
+    "rows": st.sampled_from([1, 2, 3, 4, 15, 16, 17, 33, 128, 250]),
+    "features": st.integers(1, 300),
+    "blocks": st.integers(1, 40),
+    "block": st.sampled_from([1, 2, 4]),
+    "density": st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    "activation": st.sampled_from(["none", "relu", "gelu", "clip"]),
+    "bias": st.booleans(),
+    "threads": st.integers(1, 2),
+    "seed": st.integers(0, 2**16),
+}
+
+
+def check_linear(session: Any, model: Any, isa: str, blocks: int, block: int, threads: int, **case: Any) -> None:
+    node, constants, feeds = linear_case(outputs=blocks * block, block=block, **case)
+    compare(session, model, node, constants, feeds, isa, threads)
+
+
+@example(rows=16, features=2048, blocks=300, block=1, density=0.3, activation="gelu", bias=True, threads=2, seed=0)
+@example(rows=1, features=2048, blocks=300, block=1, density=0.3, activation="none", bias=True, threads=2, seed=0)
+@example(rows=1, features=70000, blocks=9, block=2, density=0.1, activation="relu", bias=True, threads=1, seed=0)
+@settings(max_examples=30)
+@given(**LINEAR)
+def test_linear(session: Any, model: Any, isa: str, **case: Any) -> None:
+    check_linear(session, model, isa, **case)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(**LINEAR)
+def test_linear_at_length(session: Any, model: Any, isa: str, **case: Any) -> None:
+    check_linear(session, model, isa, **case)
+
+
+@pytest.mark.parametrize("leading", [(), (2, 3), (1, 2, 2, 2), (0,), (0, 4)])
+def test_leading_dimensions(session: Any, model: Any, leading: tuple[int, ...]) -> None:
+    node, constants, _ = linear_case(1, 5, 8, 4, 0.5, "none", True, 0)
+    x = np.random.default_rng(0).standard_normal((*leading, 5)).astype(np.float32)
+    file = model(node, constants, [operators.function_for(node)])
+    agree(session(file, native=False).run(None, {"X": x})[0], session(file).run(None, {"X": x})[0])
+
+
+def test_shapes_may_change_between_calls(session: Any, model: Any) -> None:
+    random = np.random.default_rng(0)
+    weight = masked(random, (8, 6, 3, 3), 2, 0.3)
+    values, deltas = operators.encode(weight, 2)
+    node = operators.sparse_conv(["X", "values", "deltas"], "Y", weight_shape=weight.shape, pads=[1] * 4, block=2)
+    file = model(node, {"values": values, "deltas": deltas}, [operators.function_for(node)])
+    native, dense = session(file), session(file, native=False)
+    for size in [5, 9, 30, 5, 17, 64, 3, 9, 5]:
+        x = random.standard_normal((1 + size % 2, 6, size, size + 1)).astype(np.float32)
+        agree(dense.run(None, {"X": x})[0], native.run(None, {"X": x})[0])
+
+
+def test_not_a_number_passes_through(session: Any, model: Any) -> None:
+    node, constants, _ = linear_case(1, 3, 4, 1, 1.0, "relu", False, 0)
+    x = np.full((5, 3), np.nan, np.float32)
+    assert np.isnan(session(model(node, constants)).run(None, {"X": x})[0]).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_concurrent_calls_of_one_session(session: Any, model: Any, threads: int) -> None:
+    random = np.random.default_rng(0)
+    weight = masked(random, (32, 64, 3, 3), 1, 0.2)
+    values, deltas = operators.encode(weight)
+    node = operators.sparse_conv(["X", "values", "deltas"], "Y", weight_shape=weight.shape, pads=[1] * 4)
+    native = session(model(node, {"values": values, "deltas": deltas}), threads=threads)
+    inputs = [random.standard_normal((1, 64, size, size)).astype(np.float32) for size in (7, 8, 14, 20)]
+    expected = [session(model(node, {"values": values, "deltas": deltas})).run(None, {"X": x})[0] for x in inputs]
+    failures: list[str] = []
+
+    def work(shift: int) -> None:
+        for i in range(40):
+            which = (i + shift) % len(inputs)
+            if not np.array_equal(native.run(None, {"X": inputs[which]})[0], expected[which]):
+                failures.append(f"thread {shift}, call {i}")
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+@given(
+    index=st.sets(st.integers(0, 200_000), max_size=30),
+    dtype=st.sampled_from([np.uint8, np.uint16, None]),
+)
+def test_encoding_bridges_gaps(index: set[int], dtype: Any) -> None:
+    weight = np.zeros((2, 100_001), np.float32)
+    weight.reshape(-1)[sorted(index)] = 1
+    values, deltas = operators.encode(weight, 1, dtype)
+    rebuilt = np.zeros(weight.size, np.float32)
+    rebuilt[np.cumsum(deltas.astype(np.int64))] = values[:, 0]
+    assert np.array_equal(rebuilt, weight.reshape(-1))
