@@ -65,13 +65,15 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _fail("Interrupted. `sparsepipe train --resume` and `sparsepipe run` go on from the last checkpoint.", 130)
+        _fail("Interrupted. `sparsepipe train --resume` and `sparsepipe run` go on with a training.", 130)
     except BrokenPipeError:
         # The reader of our output has gone (`sparsepipe models | head`); that is no error of ours.
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
         _fail(f"{error.filename or 'Input or output'}: {error.strerror or error}.", 2)
+    except (MemoryError, RecursionError) as error:
+        _fail(f"The input is too large or too deeply nested ({type(error).__name__}: {error}).", 2)
 
 
 def _fail(message: str, code: int) -> None:

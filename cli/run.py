@@ -31,9 +31,10 @@ def command(recipe: Path, out: Path | None, force: bool, overrides: tuple[str, .
     from sparsepipe.reporting import summary
 
     loaded, folder = common.load_recipe(recipe, overrides, out)
-    recipes.write(loaded, folder / common.RECIPE_FILE)
 
     def announce(stage: Stage, skipped: bool) -> None:
+        if stage.needs:  # training has accepted the recipe, so it may take the place of the one that stands there
+            recipes.write(loaded, folder / common.RECIPE_FILE)
         log.info("%s: unchanged, skipped" if skipped else "%s", stage.name)
 
     outcomes = pipeline.run(loaded, folder, force=force, announce=announce)

@@ -188,6 +188,9 @@ def draft(
 
 def _finish(building: Draft, folder: Path, stage: str, config: BaseModel, inputs: Mapping[str, str]) -> None:
     partial = building.folder
+    for leftover in partial.rglob(".*"):  # a temporary file of a run that was killed while it wrote
+        if leftover.is_file():
+            leftover.unlink()
     outputs = {
         path.relative_to(partial).as_posix(): digest_file(path)
         for path in sorted(partial.rglob("*"))
@@ -226,8 +229,10 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say which file did not fit
         raise
 
 

@@ -17,6 +17,7 @@ from sparsepipe.artefact import MANIFEST, Artefact
 from sparsepipe.environment import package_versions
 from sparsepipe.errors import ArtefactError
 from sparsepipe.recipe import Choice, Recipe
+from sparsepipe.stages.train import network_source
 
 log = logging.getLogger("sparsepipe")
 
@@ -112,7 +113,8 @@ def run(
 def unchanged(stage: Stage, inputs: Mapping[str, Artefact], folder: Path) -> Artefact | None:
     """The artefact in `folder`, if running `stage` again would make the same one; None otherwise.
 
-    Compared are the configuration, the digests of the inputs (of the data, too), the sparsepipe version, and the
+    Compared are the configuration, the digests of the inputs (the data and the user's network code, too), the version of
+    sparsepipe, and the
     files themselves against their digests.
     """
     if not (folder / MANIFEST).is_file():
@@ -127,6 +129,8 @@ def unchanged(stage: Stage, inputs: Mapping[str, Artefact], folder: Path) -> Art
     expected = {name: inputs[name].digest for name in stage.needs}
     if "data" in manifest.inputs:
         expected["data"] = _data_fingerprint(stage.config)
+    if isinstance(network := getattr(stage.config, "model", None), Choice):
+        expected |= network_source(network.name)
     same = (
         manifest.config == stage.config.model_dump(mode="json")
         and manifest.inputs == expected

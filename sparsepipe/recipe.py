@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from sparsepipe.artefact import digest_bytes, write_text
 from sparsepipe.errors import RecipeError
@@ -29,7 +29,7 @@ WeightFormat = Literal["csr", "bsr", "nm", "bitmask", "dense"]
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values cannot be changed after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _from_short_form(value: Any) -> Any:
@@ -110,12 +110,12 @@ class Training(Section):
 
 
 class Conversion(Section):
-    formats: tuple[WeightFormat, ...] = ("csr", "bsr", "nm", "bitmask")
+    formats: Annotated[tuple[WeightFormat, ...], Field(min_length=1)] = ("csr", "bsr", "nm", "bitmask")
     """Formats to choose from, layer by layer, by size; a layer that none makes smaller stays dense."""
 
 
 class Export(Section):
-    targets: tuple[Target, ...] = ("dense", "portable", "universal")
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("dense", "portable", "universal")
     opset: Annotated[int, Field(ge=13, le=22)] = 18
 
 
@@ -128,8 +128,8 @@ class Validation(Section):
 
 
 class Bench(Section):
-    threads: tuple[PositiveInt, ...] = (1,)
-    batch: tuple[PositiveInt, ...] = (1,)
+    threads: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
+    batch: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
     seconds: Annotated[float, Field(gt=0)] = 6.0
     """Measuring time for each file at each setting."""
     pin: bool = True
@@ -153,13 +153,14 @@ class Recipe(Section):
     validation: Validation = Field(default=Validation(), alias="validate")
     bench: Bench = Bench()
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
 
-    @model_validator(mode="after")
-    def _name_is_a_file_name(self) -> Recipe:
-        if not self.name or self.name.startswith(".") or "/" in self.name or "\\" in self.name:
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, name: str) -> str:
+        if not name or name.startswith(".") or "/" in name or "\\" in name:
             raise ValueError("name must be usable as the name of a folder")
-        return self
+        return name
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -7,18 +7,22 @@ is read once, at the very end, with the selected weights. An interrupted trainin
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field
 
 from sparsepipe import data
-from sparsepipe.artefact import Artefact, draft
-from sparsepipe.errors import ArtefactError, MissingExtraError
+from sparsepipe.artefact import MANIFEST, Artefact, digest_file, draft
+from sparsepipe.errors import ArtefactError, MissingExtraError, ModelError
+from sparsepipe.plugins import is_plugin, load_plugin
 from sparsepipe.recipe import Augment, NamedChoice, Optimizer, Recipe, Schedule, Section, Training
 
 if TYPE_CHECKING:
@@ -68,22 +72,74 @@ def run(config: BaseModel, inputs: Mapping[str, Artefact], out: Path, *, resume:
     """
     assert isinstance(config, TrainConfig)
     trainer = _trainer()
-    fingerprint = data.fingerprint(config.data.name, config.data.options)
-    identity = {**_flat(config.model_dump(mode="json")), "the data": fingerprint}
+    sources = {"data": data.fingerprint(config.data.name, config.data.options), **network_source(config.model.name)}
     partial = out.absolute().with_name(out.name + ".partial")
+    if resume and not partial.exists() and (done := _finished(out, config, sources)) is not None:
+        log.info("This training is finished already.")
+        return done
+    with _only_one(partial):
+        return _train(trainer, config, sources, out, partial, resume)
+
+
+def _train(
+    trainer: ModuleType, config: TrainConfig, sources: Mapping[str, str], out: Path, partial: Path, resume: bool
+) -> Artefact:
+    identity = {**_flat(config.model_dump(mode="json")), **{f"the {name}": digest for name, digest in sources.items()}}
     state = _interrupted(trainer, partial, identity) if resume else None
     if state is None and partial.exists():
         if not resume:
             log.info("The interrupted training in %s is discarded (--resume would go on with it).", partial)
         shutil.rmtree(partial)
     try:
-        with draft(out, "train", config, {"data": fingerprint}, resumable=True) as building:
+        with draft(out, "train", config, sources, resumable=True) as building:
             trainer.train(config, building, identity, state)
     except BaseException:
         if not trainer.checkpoint.exists(partial):  # nothing that could be resumed
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return Artefact.read(out, "train")
+
+
+def network_source(name: str) -> dict[str, str]:
+    """The digest of the module that makes the user's own network, which is imported; nothing for the zoo's networks."""
+    if not is_plugin(name):
+        return {}
+    load_plugin(name, ModelError)
+    source = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return {"network": digest_file(Path(source))} if source else {}
+
+
+def _finished(out: Path, config: TrainConfig, sources: Mapping[str, str]) -> Artefact | None:
+    """The complete result of the same training, if it stands in `out`."""
+    if not (out / MANIFEST).is_file():
+        return None
+    done = Artefact.read(out, "train")
+    same = done.manifest.config == config.model_dump(mode="json") and done.manifest.inputs == sources
+    return done if same else None
+
+
+@contextmanager
+def _only_one(partial: Path) -> Iterator[None]:
+    """Keep a second training out of the folder while one is at work in it.
+
+    Raises:
+        ArtefactError: another process trains there.
+    """
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    path = partial.with_name(f".{partial.name}.lock")
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtefactError(
+                "Another process is training into this folder.",
+                where=str(partial),
+                advice="Wait for it, or name another folder with --out.",
+            ) from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _trainer() -> ModuleType:

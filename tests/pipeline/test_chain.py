@@ -20,9 +20,10 @@ from sparsepipe.spec import ModelSpec
 
 pytest.importorskip("torch")
 
+SPARSEPIPE = (sys.executable, "-c", "from sparsepipe.cli.main import main; main()")
+
 RECIPE = """
 name = "tiny"
-model = "resnet8"
 data = "mnist5k"
 [model]
 name = "resnet8"
@@ -44,7 +45,7 @@ seconds = 0.3
 def command(*arguments: object, code: int = 0) -> Any:
     """Runs `sparsepipe ... --json` as a user would; returns the parsed stdout."""
     done = subprocess.run(
-        [sys.executable, "-c", "from sparsepipe.cli.main import main; main()", *map(str, arguments), "--json"],
+        [*SPARSEPIPE, *map(str, arguments), "--json"],
         capture_output=True,
         text=True,
         check=False,
@@ -56,7 +57,7 @@ def command(*arguments: object, code: int = 0) -> Any:
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
-    path.write_text(RECIPE.replace('model = "resnet8"\n', "", 1))
+    path.write_text(RECIPE)
     return path
 
 
@@ -153,3 +154,57 @@ def test_weights_train_to_the_same_bits_again(finished: tuple[Path, Any], recipe
     first, second = (Artefact.read(folder / "train").manifest.outputs for folder in (out, tmp_path / "again"))
     assert first["model.safetensors"] == second["model.safetensors"]
     assert first["masks.safetensors"] == second["masks.safetensors"]
+
+
+NETWORK = """
+from torch import nn
+
+def network(input_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, {width}), nn.ReLU(), nn.Linear({width}, classes))
+"""
+
+
+def test_a_changed_network_is_trained_again_and_a_finished_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_file, code = tmp_path / "own.toml", tmp_path / "own_net.py"
+    recipe_file.write_text('model = "own_net:network"\ndata = "digits"\n[train]\nepochs = 1\nthreads = 1\n')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code.write_text(NETWORK.format(width=20))
+    first = command("train", recipe_file, "--out", tmp_path / "run")
+    again = command("train", recipe_file, "--out", tmp_path / "run", "--resume")
+    assert again["digest"] == first["digest"]
+    code.write_text(NETWORK.format(width=30))
+    loaded = recipe.load(recipe_file)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert pipeline.unchanged(pipeline.stages(loaded)[0], {}, tmp_path / "run" / "train") is None
+
+
+def test_a_folder_in_which_another_training_is_at_work_is_refused(tmp_path: Path, recipe_file: Path) -> None:
+    import fcntl
+
+    with (tmp_path / ".train.partial.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(
+            [*SPARSEPIPE, "train", str(recipe_file), "--out", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert "Another process is training into this folder" in done.stderr
+
+
+def test_a_recipe_that_does_not_train_leaves_the_one_of_the_finished_run(
+    finished: tuple[Path, Any], recipe_file: Path
+) -> None:
+    out, _ = finished
+    before = (out / "recipe.toml").read_bytes()
+    done = subprocess.run(
+        [*SPARSEPIPE, "run", str(recipe_file), "--out", str(out), "--set", "method=nope"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert (out / "recipe.toml").read_bytes() == before
