@@ -37,7 +37,7 @@ def command(
     from sparsepipe.stages import bench
 
     flags = {"threads": threads, "batch": batch, "seconds": seconds, "pin": pin}
-    config = common.section(None, "bench", overrides, flags)
+    config = common.section(onnx[0], "bench", overrides, flags)
     result = bench.measure(onnx, config) if out is None else bench.record(onnx, config, out).metrics
     if as_json:
         common.print_json(result)
@@ -60,8 +60,11 @@ def command(
         ],
     )
     for row in result["results"]:
+        place = f"{row['file']}, {row['threads']} threads, batch {row['batch']}"
         if row["note"]:
-            click.echo(f"{row['file']}, {row['threads']} threads, batch {row['batch']}: {row['note']}")
+            click.echo(f"{place}: {row['note']}")
+        if row["noisy"]:
+            click.echo(f"{place}: the machine was noisy, so a small difference means nothing.")
 
 
 def _interval(estimate: dict[str, Any] | None) -> str | None:

@@ -158,8 +158,19 @@ def find_input(source: Path, stages: Sequence[str]) -> Artefact:
 
 
 def output_folder(out: Path | None, artefact: Artefact, stage: str) -> Path:
-    """Where a verb writes: `--out` if given, else beside the artefact that it reads, named after the stage."""
-    return out if out is not None else artefact.folder.absolute().parent / stage
+    """Where a verb writes: `--out` if given, else beside the artefact that it reads, named after the stage.
+
+    Raises:
+        UsageError: `--out` is needed, because the artefact does not stand in a run folder under its usual name.
+    """
+    if out is not None:
+        return out
+    folder = artefact.folder.absolute()
+    if folder.name != artefact.manifest.stage:
+        raise click.UsageError(
+            f"--out DIR is needed: '{artefact.folder}' is not the folder '{artefact.manifest.stage}' of a run."
+        )
+    return folder.parent / stage
 
 
 def required_out(out: Path | None, source: Path) -> Path:
@@ -169,20 +180,39 @@ def required_out(out: Path | None, source: Path) -> Path:
     return out
 
 
-def section(artefact: Artefact | None, name: str, overrides: Sequence[str], flags: Mapping[str, Any]) -> Any:
+def section(source: Path | None, name: str, overrides: Sequence[str], flags: Mapping[str, Any]) -> Any:
     """The recipe section `name` for a verb used on its own.
 
-    The run folder's own recipe is the start, where there is one; then `--set`, then the verb's flags that were given.
+    The recipe of the run folder that `source` lies in is the start, where there is one; then `--set`, then the verb's
+    own flags.
+
+    Args:
+        source: what the verb reads: a run folder, a stage's folder, or a file in one; None for a file from elsewhere.
+        name: the section as recipes write it.
+        overrides: what `--set` gave.
+        flags: the verb's flags; those that were not given (None or empty) change nothing.
     """
     from sparsepipe import recipe
 
-    path = artefact.folder.parent / RECIPE_FILE if artefact else None
-    table: dict[str, Any] = {"model": "unknown", "data": "unknown"}
-    if path is not None and path.is_file():
-        table = recipe.read_table(path)
+    path = run_recipe(source) if source else None
+    table = recipe.read_table(path) if path else {"model": "unknown", "data": "unknown"}
+    attribute = "validation" if name == "validate" else name
+    loaded = getattr(recipe.parse(table, overrides, where=str(path or "recipe")), attribute)
     given = {key: value for key, value in flags.items() if value not in (None, ())}
-    table.setdefault(name, {}).update(given)
-    return getattr(recipe.parse(table, overrides), "validation" if name == "validate" else name)
+    return recipe.check(type(loaded), {**loaded.model_dump(), **given}, where=name)
+
+
+def run_recipe(source: Path) -> Path | None:
+    """The recipe of the run folder that `source` is, or lies in."""
+    from sparsepipe.artefact import MANIFEST
+
+    source = source.absolute()
+    if (source / RECIPE_FILE).is_file():
+        return source / RECIPE_FILE
+    for stage_folder in (source, source.parent):
+        if (stage_folder / MANIFEST).is_file() and (stage_folder.parent / RECIPE_FILE).is_file():
+            return stage_folder.parent / RECIPE_FILE
+    return None
 
 
 def load_recipe(path: Path, overrides: Sequence[str], out: Path | None) -> tuple[Recipe, Path]:

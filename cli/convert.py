@@ -32,7 +32,7 @@ def command(
         artefact = convert.from_onnx(source, config, common.required_out(out, source))
     else:
         frozen = common.find_input(source, ["freeze"])
-        config = common.section(frozen, "convert", overrides, {"formats": formats})
+        config = common.section(frozen.folder, "convert", overrides, {"formats": formats})
         artefact = convert.run(config, {"freeze": frozen}, common.output_folder(out, frozen, "convert"))
     if as_json:
         common.print_json(common.artefact_json(artefact))

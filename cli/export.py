@@ -47,7 +47,7 @@ def command(
         artefact = export.from_onnx(source, config, common.required_out(out, source))
     else:
         saved = common.find_input(source, ["convert", "freeze"])
-        config = common.section(saved, "export", overrides, flags)
+        config = common.section(saved.folder, "export", overrides, flags)
         artefact = export.run(
             config,
             {saved.manifest.stage: saved},

@@ -16,11 +16,15 @@ from sparsepipe.cli import common
 @common.output_options
 def command(source: Path, out: Path | None, title: str | None, as_json: bool) -> None:
     """Write one self-contained HTML page about everything that a run folder holds."""
-    from sparsepipe.artefact import MANIFEST, Artefact
+    from sparsepipe.artefact import find
     from sparsepipe.errors import ArtefactError
     from sparsepipe.stages import report
 
-    found = {name: Artefact.read(source / name) for name in report.STAGES if (source / name / MANIFEST).is_file()}
+    found = {
+        name: artefact
+        for name in report.STAGES
+        if (artefact := find(source / name, name.removesuffix("-dense"))) is not None
+    }
     if not found:
         raise ArtefactError("No stage has finished in this folder.", where=str(source))
     config = report.ReportConfig(title=title or source.resolve().name)

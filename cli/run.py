@@ -50,6 +50,8 @@ def command(recipe: Path, out: Path | None, force: bool, overrides: tuple[str, .
     else:
         headers, rows = summary.rows(result)
         common.print_table(headers, rows, title=f"{loaded.name}: {folder}")
+        for note in result["notes"]:
+            click.echo(f"Note: {note}")
         click.echo(f"Report: {report}")
     if not passed:
         click.echo("The exported files differ from the trained network; see the report.", err=True)

@@ -48,7 +48,7 @@ def command(
     from sparsepipe.stages import validate
 
     flags = {"max_relative": max_relative, "min_agreement": min_agreement}
-    tolerances = common.section(None, "validate", overrides, flags)
+    tolerances = common.section(against, "validate", overrides, flags)
     table = {**tolerances.model_dump(), "samples": samples}
     config = recipe.check(validate.ValidateConfig, table, where="validate")
     results = [
@@ -93,5 +93,7 @@ def _show(results: list[dict[str, Any]]) -> None:
         ["file", "", "samples", "max abs", "max relative", "same class", "accuracy", "of the reference", "diverges at"],
         rows,
     )
-    for note in dict.fromkeys(result["note"] for result in results if result.get("note")):
+    notes = [result["note"] for result in results]
+    notes += [row["note"] and f"{row['file']}: {row['note']}" for result in results for row in result["candidates"]]
+    for note in dict.fromkeys(note for note in notes if note):
         click.echo(note)

@@ -115,11 +115,10 @@ def create(
     return network  # type: ignore[no-any-return]
 
 
-def _builder(name: str) -> Callable[..., Any]:
-    if name in MODELS:
-        return load_plugin(f"sparsepipe.models.{MODELS[name].home}", ModelError)
-    if is_plugin(name):
-        return load_plugin(name, ModelError)
+def check_name(name: str) -> None:
+    """Raise ModelError unless `name` is one of `MODELS` or has the form `module:function`. Imports nothing."""
+    if name in MODELS or is_plugin(name):
+        return
     close = difflib.get_close_matches(name.lower(), MODELS, n=3)
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
     raise ModelError(
@@ -127,6 +126,11 @@ def _builder(name: str) -> Callable[..., Any]:
         where="model",
         advice=f"{hint}Known: {', '.join(MODELS)}; or name your own as module:function.",
     )
+
+
+def _builder(name: str) -> Callable[..., Any]:
+    check_name(name)
+    return load_plugin(f"sparsepipe.models.{MODELS[name].home}" if name in MODELS else name, ModelError)
 
 
 def _check_options(name: str, build: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -64,7 +64,7 @@ class Artefact:
             manifest = Manifest.model_validate_json(path.read_bytes())
         except (ValidationError, ValueError) as error:
             raise ArtefactError(
-                f"The manifest is not valid: {_first_line(error)}.", where=str(path), advice="Make the folder again."
+                f"The manifest is not valid: {_first_problem(error)}.", where=str(path), advice="Make the folder again."
             ) from error
         if manifest.schema_version != SCHEMA_VERSION:
             raise ArtefactError(
@@ -89,6 +89,20 @@ class Artefact:
     @property
     def metrics(self) -> dict[str, Any]:
         return self.manifest.metrics
+
+    def metric(self, name: str) -> Any:
+        """The metric `name`.
+
+        Raises:
+            ArtefactError: the manifest does not hold it.
+        """
+        if name not in self.metrics:
+            raise ArtefactError(
+                f"The manifest does not hold the metric '{name}'.",
+                where=str(self.folder),
+                advice=f"Run the stage '{self.manifest.stage}' again.",
+            )
+        return self.metrics[name]
 
     def file(self, name: str) -> Path:
         """Path of the output file `name`.
@@ -143,9 +157,15 @@ def draft(
         resumable: keep what an interrupted run left in `folder`.partial, and keep it again if this run fails.
 
     Raises:
-        ArtefactError: `folder` holds files that no stage wrote; they are not touched.
+        ArtefactError: `folder` holds files that no stage wrote, or that another stage wrote; they are not touched.
     """
     folder = folder.absolute()
+    if (folder / MANIFEST).is_file() and (present := Artefact.read(folder).manifest.stage) != stage:
+        raise ArtefactError(
+            f"The output folder holds the output of the stage '{present}'.",
+            where=str(folder),
+            advice="Name another folder with --out.",
+        )
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtefactError(
             "The output folder exists and holds other files.", where=str(folder), advice="Name a new folder with --out."
@@ -246,13 +266,30 @@ def digest_file(path: Path) -> str:
 
 
 def find(source: Path, stage: str) -> Artefact | None:
-    """The artefact of `stage` that `source` means: `source` itself, or its folder named after the stage."""
+    """The artefact of `stage` that `source` means: `source` itself, or its folder named after the stage.
+
+    Raises:
+        ArtefactError: the artefact was changed after it was made, or what it was made from was made anew since.
+    """
     for folder in (source, source / stage):
         if (folder / MANIFEST).is_file():
             artefact = Artefact.read(folder)
             if artefact.manifest.stage == stage:
+                artefact.verify()
+                _check_fresh(artefact)
                 return artefact
     return None
+
+
+def _check_fresh(artefact: Artefact) -> None:
+    for name, digest in artefact.manifest.inputs.items():
+        source = artefact.folder.absolute().parent / name
+        if (source / MANIFEST).is_file() and Artefact.read(source).digest != digest:
+            raise ArtefactError(
+                f"This was made from another '{name}' than the one that stands beside it now.",
+                where=str(artefact.folder),
+                advice=f"Run `sparsepipe {artefact.manifest.stage}` again, or `sparsepipe run`.",
+            )
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -271,6 +308,13 @@ def _advice(folder: Path) -> str:
     if not folder.exists():
         return "The folder does not exist."
     return "Name a run folder, or the output folder of one stage."
+
+
+def _first_problem(error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        problem = error.errors()[0]
+        return f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -30,7 +30,7 @@ def inspect(path: Path) -> dict[str, Any]:
     `layers` with their totals `weights` (elements), `nnz` and `sparsity` (None where there are no layers). A layer is a
     floating-point or int8 tensor of two or more dimensions: `name`, `shape`, `dtype`, `nnz`, `size`, `sparsity`,
     `bytes` as stored, `format`, and `patterns`, the names of the block, n:m and channel patterns that its zeros
-    happen to follow (for ONNX also `op`, the operator that uses it).
+    happen to follow. For ONNX those that an operator takes as its weight are listed, as in `export`, with this `op`.
 
     Raises:
         ArtefactError: there is nothing of these kinds at `path`, or it is damaged.

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from onnx import ModelProto
 
-from sparsepipe.graph.load import LIMIT_BYTES, check, too_large
+from sparsepipe.graph.load import LIMIT_BYTES, SMALLER, check, too_large
+
+WRITING = f"Write the portable target alone if that is small enough. {SMALLER}"
 
 
 def stamp(model: ModelProto, properties: Mapping[str, str]) -> None:
@@ -34,8 +36,8 @@ def serialise(model: ModelProto, *, where: str, limit: int = LIMIT_BYTES) -> byt
     try:
         data: bytes = model.SerializeToString()
     except Exception as error:  # protobuf refuses a message of more than 2 GB by ValueError or its own EncodeError
-        raise too_large(where) from error
+        raise too_large(where, WRITING) from error
     if len(data) > limit:
-        raise too_large(where)
+        raise too_large(where, WRITING)
     check(data, where=where, full=not model.graph.sparse_initializer)
     return data

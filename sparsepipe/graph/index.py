@@ -88,6 +88,22 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
         yield from found.graphs
 
 
+def graphs(model: ModelProto) -> Iterator[GraphProto]:
+    """Every graph of `model`: the main one, and those inside of nodes at any depth, of functions, too."""
+    pending = [model.graph]
+    pending += [inner for function in model.functions for node in function.node for inner in subgraphs(node)]
+    while pending:
+        graph = pending.pop()
+        yield graph
+        pending += [inner for node in graph.node for inner in subgraphs(node)]
+
+
+def all_nodes(model: ModelProto) -> Iterator[NodeProto]:
+    """Every node of `model`, those of subgraphs and functions among them."""
+    for owner in (*graphs(model), *model.functions):
+        yield from owner.node
+
+
 def label(node: NodeProto) -> str:
     """What to call a node in a message."""
     return node.name or next((name for name in node.output if name), node.op_type)

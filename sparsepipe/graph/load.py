@@ -8,16 +8,17 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, numpy_helper
+from onnx import AttributeProto, ModelProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from sparsepipe.errors import GraphError
-from sparsepipe.graph.index import constant_value, opset, subgraphs
+from sparsepipe.graph.index import all_nodes, attribute, constant_value, graphs, is_standard, opset
 
 OLDEST_OPSET = 7
 """onnxruntime promises to run operators from this version on."""
 NEWEST_OPSET = onnx.defs.onnx_opset_version()
 LIMIT_BYTES = 2**31 - 1
 """Largest protobuf message, so the largest single ONNX file."""
+SMALLER = "Store weights as float16 or int8, or split the network into several files."
 
 
 def load(path: Path) -> ModelProto:
@@ -33,8 +34,7 @@ def load(path: Path) -> ModelProto:
     model = _parse(path)
     _check_opset(model, path)
     _read_external(model, path)
-    for graph in _graphs(model):
-        _densify(graph, path)
+    _densify(model, path)
     _complete_outputs(model)
     check(model, where=str(path))
     return model
@@ -63,14 +63,9 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
-def too_large(where: str) -> GraphError:
+def too_large(where: str, advice: str = SMALLER) -> GraphError:
     """The error for a model over the limit of one ONNX file."""
-    return GraphError(
-        "The model has more than 2 GB; one ONNX file cannot hold that.",
-        where=where,
-        advice="Write the portable target alone if that is small enough, store weights as float16 or int8, or split "
-        "the network into several files.",
-    )
+    return GraphError("The model has more than 2 GB; one ONNX file cannot hold that.", where=where, advice=advice)
 
 
 def _parse(path: Path) -> ModelProto:
@@ -105,31 +100,18 @@ def _check_opset(model: ModelProto, path: Path) -> None:
         )
 
 
-def _graphs(model: ModelProto) -> Iterator[GraphProto]:
-    """Every graph of the model: the main one, and those inside of nodes at any depth."""
-    pending = [model.graph]
-    nodes: list[NodeProto] = [node for function in model.functions for node in function.node]
-    pending += [inner for node in nodes for inner in subgraphs(node)]
-    while pending:
-        graph = pending.pop()
-        yield graph
-        pending += [inner for node in graph.node for inner in subgraphs(node)]
-
-
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:
     """Every tensor of the model, wherever it is stored."""
-    nodes = [node for function in model.functions for node in function.node]
-    for graph in _graphs(model):
-        nodes += graph.node
+    for graph in graphs(model):
         yield from graph.initializer
         for sparse in graph.sparse_initializer:
             yield from (sparse.values, sparse.indices)
-    for attribute in (attribute for node in nodes for attribute in node.attribute):
-        if attribute.type == AttributeProto.TENSOR:
-            yield attribute.t
-        elif attribute.type == AttributeProto.SPARSE_TENSOR:
-            yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
-        yield from attribute.tensors
+    for found in (found for node in all_nodes(model) for found in node.attribute):
+        if found.type == AttributeProto.TENSOR:
+            yield found.t
+        elif found.type == AttributeProto.SPARSE_TENSOR:
+            yield from (found.sparse_tensor.values, found.sparse_tensor.indices)
+        yield from found.tensors
 
 
 def _complete_outputs(model: ModelProto) -> None:
@@ -191,17 +173,32 @@ def _external_piece(tensor: TensorProto, path: Path) -> tuple[Path, int, int]:
     return file, offset, length
 
 
-def _densify(graph: GraphProto, path: Path) -> None:
-    for sparse in graph.sparse_initializer:
-        graph.initializer.append(_dense(sparse, path))
-    del graph.sparse_initializer[:]
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "sparse_value" and node.op_type == "Constant" and constant_value(node) is None:
-                dense = _dense(attribute.sparse_tensor, path)
-                attribute.Clear()
-                attribute.name, attribute.type = "value", AttributeProto.TENSOR
-                attribute.t.CopyFrom(dense)
+def _densify(model: ModelProto, path: Path) -> None:
+    constants = [node for node in all_nodes(model) if is_standard(node, "Constant") and constant_value(node) is None]
+    held = [found for node in constants if (found := attribute(node, "sparse_value")) is not None]
+    initializers = [sparse for graph in graphs(model) for sparse in graph.sparse_initializer]
+    # A few bytes can stand for a tensor of any size, so the sum is known before the first one is made.
+    if sum(_dense_bytes(sparse) for sparse in [*initializers, *(found.sparse_tensor for found in held)]) > LIMIT_BYTES:
+        raise GraphError(
+            "Its sparse tensors have more than 2 GB when they are dense; one ONNX file cannot hold that.",
+            where=str(path),
+        )
+    for graph in graphs(model):
+        graph.initializer.extend(_dense(sparse, path) for sparse in graph.sparse_initializer)
+        del graph.sparse_initializer[:]
+    for found in held:
+        dense = _dense(found.sparse_tensor, path)
+        found.Clear()
+        found.name, found.type = "value", AttributeProto.TENSOR
+        found.t.CopyFrom(dense)
+
+
+def _dense_bytes(sparse: SparseTensorProto) -> int:
+    # Negative sizes and unknown types are found to be malformed later; here they must not make the sum smaller.
+    known = sparse.values.data_type in helper.get_all_tensor_dtypes()
+    width = helper.tensor_dtype_to_np_dtype(sparse.values.data_type).itemsize if known else 1
+    size: int = math.prod(sparse.dims)
+    return abs(size) * width
 
 
 def _dense(sparse: SparseTensorProto, path: Path) -> TensorProto:
@@ -210,8 +207,6 @@ def _dense(sparse: SparseTensorProto, path: Path) -> TensorProto:
         values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
         shape = tuple(sparse.dims)
         size = math.prod(shape)
-        if size * values.dtype.itemsize > LIMIT_BYTES:
-            raise ValueError("it has more than 2 GB when it is dense")
         if indices.ndim == 2:
             indices = np.ravel_multi_index(tuple(indices.T), shape) if indices.size else indices.reshape(-1)
         if indices.size and not 0 <= indices.min() <= indices.max() < size:

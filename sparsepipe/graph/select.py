@@ -16,20 +16,27 @@ from sparsepipe.graph.index import STANDARD_DOMAINS, Index, index, is_standard, 
 
 INDEX_BYTES = 8  # INT64, the only type of index that onnx.checker accepts
 
-WEIGHT_INPUTS: Mapping[str, tuple[int, ...]] = {
-    "Conv": (1,),
-    "ConvTranspose": (1,),
-    "Gemm": (1, 0),
-    "MatMul": (1, 0),
-    "ConvInteger": (1,),
-    "MatMulInteger": (1, 0),
-    "QLinearConv": (3,),
-    "QLinearMatMul": (3, 0),
-    "FusedConv": (1,),
-    "FusedGemm": (1, 0),
-    "FusedMatMul": (1, 0),
+WEIGHT_INPUTS: Mapping[str, tuple[tuple[int, ...], ...]] = {
+    "Conv": ((1,),),
+    "ConvTranspose": ((1,),),
+    "Gemm": ((1, 0),),
+    "MatMul": ((1, 0),),
+    "ConvInteger": ((1,),),
+    "MatMulInteger": ((1, 0),),
+    "QLinearConv": ((3,),),
+    "QLinearMatMul": ((3, 0),),
+    "LSTM": ((1,), (2,)),
+    "GRU": ((1,), (2,)),
+    "RNN": ((1,), (2,)),
+    "Gather": ((0,),),
+    "FusedConv": ((1,),),
+    "FusedGemm": ((1, 0),),
+    "FusedMatMul": ((1, 0),),
 }
-"""Operators with weights, and the inputs that may be the weight, likeliest first. The fused ones are onnxruntime's."""
+"""Operators with weights: for each weight the inputs that may be it, likeliest first. Any input of Einsum may be one.
+The fused operators are onnxruntime's."""
+NO_WEIGHTS = frozenset({TensorProto.STRING, TensorProto.BOOL, TensorProto.INT64})
+"""Types of tables that are no weights: Gather looks up words, flags and positions, too."""
 WEIGHT_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft")
 
 VIEWS = ("DequantizeLinear", "Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze")
@@ -88,35 +95,43 @@ def survey(model: ModelProto) -> list[Layer]:
     inputs = {value.name for value in model.graph.input}
     layers: list[Layer] = []
     counted: dict[str, tuple[Layer, str]] = {}
-    for node in model.graph.node:
-        if (weight := weight_of(node, found)) is None:
-            continue
-        if weight.name in counted:
-            layers.append(_again(node, *counted[weight.name]))
-            continue
-        layers.append(_judge(node, weight, _obstacle(weight, found), was_input=weight.name in inputs))
-        counted[weight.name] = (layers[-1], label(node))
-    for place, nodes, inner in left_alone(model, found):
-        for node in nodes:
-            if (weight := weight_of(node, inner)) is None:
-                continue
-            if weight.name in counted and weight.name in found.captured:
-                layers.append(_again(node, *counted[weight.name]))
-            else:
-                layers.append(_judge(node, weight, f"inside of {place}, which is left alone"))
+    for use in uses(model):
+        name = use.weight.name
+        if name in counted and (not use.place or name in found.captured):
+            layers.append(_again(use.node, *counted[name]))
+        elif use.place:
+            layers.append(_judge(use, f"inside of {use.place}, which is left alone"))
+        else:
+            layers.append(_judge(use, _obstacle(use.weight, found), was_input=name in inputs))
+            counted[name] = (layers[-1], label(use.node))
     return layers
 
 
-def weights(model: ModelProto) -> Iterator[TensorProto]:
-    """The constant weights that nodes use, in the order of the graph, those in subgraphs and functions last.
+@dataclass(frozen=True)
+class Use:
+    """A constant weight of a node.
 
-    A weight that is used again comes again.
+    Attributes:
+        place: the subgraph or function that the node is in, which is left alone; empty in the graph itself.
+        node: the node.
+        position: which of its inputs the weight is.
+        weight: the weight as it is stored, under the name of the tensor that holds it.
+        views: the nodes between the weight and `node`, the one next to `node` first.
     """
+
+    place: str
+    node: NodeProto
+    position: int
+    weight: TensorProto
+    views: tuple[NodeProto, ...]
+
+
+def uses(model: ModelProto) -> Iterator[Use]:
+    """Every use of a constant weight, in the order of the graph, those in subgraphs and functions last."""
     found = index(model.graph)
-    for _, nodes, seen in [("", model.graph.node, found), *left_alone(model, found)]:
+    for place, nodes, seen in [("", model.graph.node, found), *_left_alone(model, found)]:
         for node in nodes:
-            if (weight := weight_of(node, seen)) is not None:
-                yield weight
+            yield from _uses(place, node, seen)
 
 
 def sparsity(layers: Iterable[Layer]) -> float:
@@ -126,20 +141,29 @@ def sparsity(layers: Iterable[Layer]) -> float:
     return 1 - sum(layer.nnz for layer in counted) / size if size else 0.0
 
 
-def weight_of(node: NodeProto, found: Index) -> TensorProto | None:
-    """The constant weight of `node` as it is stored, under the name of the tensor that holds it."""
+def _uses(place: str, node: NodeProto, found: Index) -> Iterator[Use]:
     if node.domain not in WEIGHT_DOMAINS:
+        return
+    groups = WEIGHT_INPUTS.get(node.op_type, ())
+    if node.op_type == "Einsum":
+        groups = tuple((position,) for position in range(len(node.input)))
+    for group in groups:
+        candidates = (_use(place, node, position, found) for position in group if position < len(node.input))
+        if (use := next((use for use in candidates if use is not None), None)) is not None:
+            yield use
+
+
+def _use(place: str, node: NodeProto, position: int, found: Index) -> Use | None:
+    name, views = node.input[position], []
+    while name not in found.constants and name in found.producers and is_standard(found.producers[name], *VIEWS):
+        views.append(found.producers[name])
+        name = views[-1].input[0]
+    stored = found.constants.get(name)
+    if stored is None or len(stored.dims) < 2 or stored.data_type in NO_WEIGHTS:
         return None
-    for position in WEIGHT_INPUTS.get(node.op_type, ()):
-        name = node.input[position] if position < len(node.input) else ""
-        while name not in found.constants and name in found.producers and is_standard(found.producers[name], *VIEWS):
-            name = found.producers[name].input[0]
-        if name in found.constants and len(found.constants[name].dims) > 1:
-            stored = found.constants[name]
-            if stored.name != name:  # the tensor inside of a Constant node has no name, or any
-                stored = _renamed(stored, name)
-            return stored
-    return None
+    if stored.name != name:  # the tensor inside of a Constant node has no name, or any
+        stored = _renamed(stored, name)
+    return Use(place, node, position, stored, tuple(views))
 
 
 def _renamed(tensor: TensorProto, name: str) -> TensorProto:
@@ -157,7 +181,8 @@ def _obstacle(weight: TensorProto, found: Index) -> str | None:
     return None
 
 
-def _judge(node: NodeProto, weight: TensorProto, obstacle: str | None, *, was_input: bool = False) -> Layer:
+def _judge(use: Use, obstacle: str | None, *, was_input: bool = False) -> Layer:
+    weight = use.weight
     values = numpy_helper.to_array(weight)
     nnz, value_bytes = int(np.count_nonzero(values)), values.dtype.itemsize
     dense_bytes, sparse_bytes = values.size * value_bytes, nnz * (value_bytes + INDEX_BYTES)
@@ -173,7 +198,7 @@ def _judge(node: NodeProto, weight: TensorProto, obstacle: str | None, *, was_in
         reason += "; no input of the network any more"
     return Layer(
         name=weight.name,
-        op=node.op_type,
+        op=use.node.op_type,
         shape=tuple(values.shape),
         nnz=nnz,
         size=values.size,
@@ -190,7 +215,7 @@ def _again(node: NodeProto, first: Layer, user: str) -> Layer:
     return replace(first, op=node.op_type, dense_bytes=0, bytes=0, reason=f"same weight as in '{user}'")
 
 
-def left_alone(model: ModelProto, found: Index) -> Iterator[tuple[str, Sequence[NodeProto], Index]]:
+def _left_alone(model: ModelProto, found: Index) -> Iterator[tuple[str, Sequence[NodeProto], Index]]:
     """The subgraphs and functions: what to call each, its nodes, and the tensors that these see."""
     yield from _inner_graphs(model.graph.node, found)
     for function in model.functions:

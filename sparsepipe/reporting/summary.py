@@ -257,17 +257,14 @@ def _latency_rows(latency: Mapping[str, Any] | None, speedup: Estimate | None) -
     found = []
     for name, label in (("p50", "Latency, median (p50)"), ("p99", "Latency, p99")):
         dense, sparse = (_estimate((latency[column] or {}).get(name)) for column in _COLUMNS)
-        change = _speedup(speedup) if name == "p50" and speedup else _quotient(dense, sparse)
+        # Only the speed-up of the median is measured in pairs, so that it has an interval.
+        change = _speedup(speedup) if name == "p50" and speedup else Cell("")
         found.append(Row(label, _milliseconds(dense), _milliseconds(sparse), change, setting))
     return found
 
 
 def _speedup(estimate: Estimate) -> Cell:
     return Cell(f"speed-up {units.ratio(estimate.value)}", units.ratio_interval(estimate))
-
-
-def _quotient(dense: Estimate | None, sparse: Estimate | None) -> Cell:
-    return Cell(f"speed-up {units.ratio(dense.value / sparse.value)}" if dense and sparse and sparse.value else "")
 
 
 def _smaller(factor: float | None) -> str:

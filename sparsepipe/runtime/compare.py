@@ -31,7 +31,7 @@ class Tally:
 
     Differences are taken in float64. The relative one is relative to the largest |value| of the same output of the
     reference over all batches; of several outputs the worst counts. Values that are NaN, or the same infinity, in both
-    are equal.
+    are equal, but they are counted as not finite, and with any of those on either side nothing passes.
     """
 
     samples: int = 0
@@ -39,6 +39,8 @@ class Tally:
     correct: int | None = None
     reference_correct: int | None = None
     problem: str | None = None
+    not_finite: int = 0
+    reference_not_finite: int = 0
     _max_abs: list[float] = field(default_factory=list)
     _scale: list[float] = field(default_factory=list)
     _worst: float = -1.0
@@ -62,6 +64,8 @@ class Tally:
         self._scale = self._scale or [0.0] * len(reference)
         worst = None
         for index, (expected, found) in enumerate(zip(reference, candidate, strict=True)):
+            self.not_finite += _count_not_finite(found)
+            self.reference_not_finite += _count_not_finite(expected)
             difference = absolute_difference(expected, found)
             self._max_abs[index] = max(self._max_abs[index], float(difference.max(initial=0.0)))
             self._scale[index] = max(self._scale[index], largest(expected))
@@ -88,8 +92,21 @@ class Tally:
         return self.agreeing / self.samples if self.agreeing is not None and self.samples else None
 
     def passed(self, max_relative: float, min_agreement: float) -> bool:
+        """Whether all outputs were finite and compared, and the two networks are as close as this."""
         agrees = self.agreement is None or self.agreement >= min_agreement
-        return self.problem is None and self.samples > 0 and self.max_relative <= max_relative and agrees
+        all_finite = not self.not_finite and not self.reference_not_finite
+        compared = self.problem is None and self.samples > 0
+        return compared and all_finite and self.max_relative <= max_relative and agrees
+
+    @property
+    def note(self) -> str | None:
+        """What must be said about the comparison: why there was none, or how many output values are not finite."""
+        if self.problem or not (self.not_finite or self.reference_not_finite):
+            return self.problem
+        return (
+            f"Output values that are not finite (NaN or infinite): {self.not_finite} of the file, "
+            f"{self.reference_not_finite} of the reference."
+        )
 
     def _new_worst(self, difference: Array) -> int | None:
         if not difference.size:
@@ -176,6 +193,11 @@ def first_divergence(
 def finite(value: float) -> float | None:
     """None in place of what JSON cannot hold."""
     return value if math.isfinite(value) else None
+
+
+def _count_not_finite(values: Array) -> int:
+    # bfloat16 and the like have no isfinite of their own
+    return int(values.size - np.count_nonzero(np.isfinite(values.astype(np.float64))))
 
 
 def _classes(scores: Array, none: int) -> Array:

@@ -36,7 +36,7 @@ def session(
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
-    settings.log_severity_level = 3
+    settings.log_severity_level = 4  # errors come as exceptions; onnxruntime would print them as well
     for name, value in options.items():
         setattr(settings, name, value)
     try:

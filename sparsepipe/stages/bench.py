@@ -37,7 +37,7 @@ def run(config: BaseModel, inputs: Mapping[str, Artefact], out: Path) -> Artefac
     """
     assert isinstance(config, Bench)
     export = inputs["export"]
-    paths = [export.file(file["name"]) for file in export.metrics["files"].values()]
+    paths = [export.file(file["name"]) for file in export.metric("files").values()]
     return _write(paths, config, {"export": export.digest}, out)
 
 

@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     import torch
 
 TORCH_SUFFIXES = (".pt", ".pth")
-HOLDERS = ("state_dict", "model")
+HOLDERS = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts keep the state dict, beside the state of the optimizer and such."""
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DataParallel and torch.compile put before every name."""
+MEMBER = "model."
+"""Prefix of every name where a module of Lightning holds the network as its `model`."""
 
 
 def read(path: Path) -> dict[str, Array]:
     """Read the tensors of a .safetensors, .pt or .pth file by name.
 
-    A .pt file holds a state dict, or a dict with one under `state_dict` or `model`. Prefixes of DataParallel and
-    torch.compile are removed. A pair `weight_orig`, `weight_mask` of torch.nn.utils.prune (or `weight`,
-    `weight_mask`) becomes the masked `weight`. bfloat16 becomes float32.
+    A .pt file holds a state dict, or a dict with one under `state_dict`, `model_state_dict` or `model`. Prefixes
+    of DataParallel and torch.compile are removed. A pair `weight_orig`, `weight_mask` of torch.nn.utils.prune (or
+    `weight`, `weight_mask`) becomes the masked `weight`. bfloat16 becomes float32.
 
     Raises:
         ArtefactError: the file is missing, damaged or of another kind; an entry is not a dense tensor of a type that
@@ -48,6 +50,13 @@ def read(path: Path) -> dict[str, Array]:
     if not state:
         raise ArtefactError("The checkpoint holds no tensors.", where=str(path))
     return fold_masks(_unwrap(state), str(path))
+
+
+def without_member(state: Mapping[str, Array]) -> dict[str, Array]:
+    """Remove Lightning's prefix `model.`, if all names have it, and then what torch.compile put behind it."""
+    if all(name.startswith(MEMBER) for name in state):
+        return _unwrap({name.removeprefix(MEMBER): array for name, array in state.items()})
+    return dict(state)
 
 
 def fold_masks(state: Mapping[str, Array], where: str) -> dict[str, Array]:

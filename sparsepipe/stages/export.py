@@ -6,10 +6,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import ModelProto
 
 from sparsepipe import recipe
@@ -27,6 +26,7 @@ from sparsepipe.plugins import is_plugin
 from sparsepipe.progress import bar
 from sparsepipe.runtime.session import session
 from sparsepipe.spec import SPEC_FILE, ModelSpec
+from sparsepipe.stages.fit import check_fit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("sparsepipe")
 
 LAYERS_FILE = "layers.json"
+COMMON_IR_VERSION = 10
+"""Version of the file format that any onnxruntime since 1.18 reads. The onnx package writes its own newest one, which
+onnxruntime reads only months later."""
 STEPS = 4  # of the progress bar: read or build, choose, check, write
 
 
@@ -102,9 +105,10 @@ def run(
 def from_onnx(path: Path, config: recipe.Export, out: Path) -> Artefact:
     """Export an ONNX file from any tool: graph, names and opset stay, only the storage of weights changes.
 
-    For `universal`, batch normalisations are folded and what follows a sparse layer becomes part of it.
+    The opset is converted only if `config` sets one explicitly. A version of the file format that is newer than the
+    opset needs is lowered, so that onnxruntime reads it. torch is not needed.
 
-    The opset is converted only if `config` sets one explicitly. torch is not needed.
+    For `universal`, batch normalisations are folded and what follows a sparse layer becomes part of it.
 
     Raises:
         GraphError: the file cannot be read, cannot be converted to the opset, or cannot be loaded by onnxruntime.
@@ -113,6 +117,7 @@ def from_onnx(path: Path, config: recipe.Export, out: Path) -> Artefact:
         model = load(path)
         if "opset" in config.model_fields_set:
             model = opset.convert(model, config.opset, where=str(path))
+        model.ir_version = min(model.ir_version, max(opset.smallest_ir_version(model), COMMON_IR_VERSION))
         progress.advance(note="choosing layers")
         return _write(model, {}, config, {"onnx": digest_file(path)}, out, progress.advance)
 
@@ -150,35 +155,15 @@ def load_network(source: Artefact, trusted_model: str | None = None) -> nn.Modul
         spec.model.name, input_shape=spec.input_shape, classes=len(spec.classes), options=spec.model.options
     )
     weights = load_weights(source)
-    _check_weights({name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}, weights, source)
+    check_fit(
+        {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()},
+        weights,
+        where=str(source.folder),
+        advice="The network's code or options have changed since it was trained; use the ones it was trained with.",
+    )
     network.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
     network.eval()
     return network
-
-
-def _check_weights(
-    expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, NDArray[Any]], source: Artefact
-) -> None:
-    missing = [name for name in expected if name not in weights]
-    unexpected = [name for name in weights if name not in expected]
-    misshaped = [
-        f"{name} {weights[name].shape} instead of {shape}"
-        for name, shape in expected.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "of the wrong shape": misshaped}
-    if any(problems.values()):
-        found = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
-        raise ModelError(
-            f"The weights do not fit the network: {found}.",
-            where=str(source.folder),
-            advice="The network's code or options have changed since it was trained; use the ones it was trained with.",
-        )
-
-
-def _some(names: Sequence[str], count: int = 5) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
 
 
 def _write(

@@ -18,9 +18,12 @@ from sparsepipe.errors import ArtefactError
 from sparsepipe.formats.layout import Array, positive_zeros
 from sparsepipe.formats.masks import Mask, load_masks, save_masks
 from sparsepipe.formats.tensors import digest_tensors, read_tensors, write_tensors
+from sparsepipe.models.registry import check_name, create
+from sparsepipe.plugins import is_plugin
 from sparsepipe.recipe import Section
 from sparsepipe.spec import MASKS_FILE, SPEC_FILE, WEIGHTS_FILE, ModelSpec
 from sparsepipe.stages import checkpoints
+from sparsepipe.stages.fit import check_fit
 
 
 class FreezeConfig(Section):
@@ -52,22 +55,49 @@ def run(config: FreezeConfig, inputs: Mapping[str, Artefact], out: Path) -> Arte
 def from_checkpoint(path: Path, spec: ModelSpec, out: Path) -> Artefact:
     """Freeze a checkpoint from elsewhere: the zeros in its weights are the masks.
 
-    Every floating-point tensor of two or more dimensions counts as a weight. Needs torch for .pt and .pth only.
+    Every floating-point tensor of two or more dimensions counts as a weight. Needs torch for .pt and .pth only; where
+    it is installed, the network is built to see that the weights fit.
 
     Args:
         path: a .safetensors, .pt or .pth file; see checkpoints.read for what it may hold.
-        spec: the network that the weights belong to, and its inputs and classes.
+        spec: the network that the weights belong to, and its inputs and classes. A network `module:function` is
+            imported, so it must be the user's own word.
         out: folder to write.
 
     Raises:
         ArtefactError: the file is missing or damaged, holds no state dict, or its weights and masks do not fit.
+        ModelError: there is no such network, it cannot be built, or the weights do not fit it.
         MissingExtraError: a .pt file where torch is not installed.
     """
-    state = checkpoints.read(path)
+    check_name(spec.model.name)
+    state = _fitting(checkpoints.read(path), spec, path)
     masks = {name: array != 0 for name, array in state.items() if array.ndim >= 2 and array.dtype.kind == "f"}
     with draft(out, "freeze", FreezeConfig(), {"checkpoint": digest_file(path)}) as building:
         _write(building, spec, state, masks)
     return Artefact.read(out, "freeze")
+
+
+def _fitting(state: dict[str, Array], spec: ModelSpec, path: Path) -> dict[str, Array]:
+    """The weights under the names that the network has for them."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        # Of the networks by name none has a part called `model`; one of the user's own may have.
+        return state if is_plugin(spec.model.name) else checkpoints.without_member(state)
+    network = create(
+        spec.model.name, input_shape=spec.input_shape, classes=len(spec.classes), options=spec.model.options
+    )
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    if not any(name in expected for name in state):
+        state = checkpoints.without_member(state)
+    check_fit(
+        expected,
+        state,
+        where=str(path),
+        advice="Name the network that the checkpoint was saved from, with its options (--set model.NAME=VALUE) and "
+        "the dataset that it was trained on.",
+    )
+    return state
 
 
 def _check(state: Mapping[str, Array], masks: Mapping[str, Mask], trained: Artefact) -> None:

@@ -10,7 +10,7 @@ from onnx import TensorProto, numpy_helper
 from sparsepipe.errors import GraphError
 from sparsepipe.formats.layout import Array
 from sparsepipe.graph.load import load
-from sparsepipe.graph.select import weights
+from sparsepipe.graph.select import uses
 
 FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -24,9 +24,9 @@ def read(path: Path) -> dict[str, Array]:
         GraphError: the file is missing or damaged, or has no such weight.
     """
     found = {
-        weight.name: _to_array(weight, f"{path}: {weight.name}")
-        for weight in weights(load(path))
-        if weight.data_type in FLOATS
+        use.weight.name: _to_array(use.weight, f"{path}: {use.weight.name}")
+        for use in uses(load(path))
+        if use.weight.data_type in FLOATS
     }
     if not found:
         raise GraphError("No node of this file has a constant weight of floating-point type.", where=str(path))

@@ -176,7 +176,7 @@ def dense_file(export: Artefact | None, folder: Path) -> Path:
     Raises:
         ArtefactError: there is no export, or no dense file in it; the message names `folder`.
     """
-    files = export.metrics["files"] if export else {}
+    files = export.metric("files") if export else {}
     if export is None or DENSE_TARGET not in files:
         raise ArtefactError(
             "This folder holds no network to compare with that can be run here.",

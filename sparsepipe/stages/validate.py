@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, PositiveInt
 
 from sparsepipe import data as datasets
@@ -263,7 +262,7 @@ def _check_classes(outputs: Sequence[Any], material: _Material) -> None:
 def _row(trial: _Trial, network: Network, taken: Sequence[Input], config: ValidateConfig) -> dict[str, Any]:
     tally, divergence = trial.tally, None
     passed = tally.passed(config.max_relative, config.min_agreement)
-    notes = [tally.problem or ("" if np.isfinite(tally.max_abs) else "Some values are not finite in one of the two.")]
+    notes = [tally.note]
     if not passed:
         try:
             divergence = _first_divergence(trial, network, taken, config.max_relative)

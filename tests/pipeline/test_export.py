@@ -254,6 +254,23 @@ def test_a_foreign_file_keeps_its_graph_names_and_opset(their_file: Path, tmp_pa
     assert result.metrics["opset"] == 17
 
 
+@pytest.mark.parametrize(("opset", "before", "after"), [(17, 14, 10), (17, 9, 9), (17, 3, 3), (23, 14, 11)])
+def test_a_file_format_that_is_newer_than_needed_is_lowered(
+    opset: int, before: int, after: int, tmp_path: Path
+) -> None:
+    model = foreign(opset)
+    model.ir_version = before
+    if before == 3:  # then, every initializer had to be an input
+        constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        model.graph.input.extend(
+            helper.make_tensor_value_info(name, tensor.data_type, tensor.dims) for name, tensor in constants.items()
+        )
+    (tmp_path / "theirs.onnx").write_bytes(model.SerializeToString())
+    result = export.from_onnx(tmp_path / "theirs.onnx", Export(), tmp_path / "export")
+    for target in ("dense", "portable"):
+        assert onnx.load(result.file(f"model.{target}.onnx")).ir_version == after
+
+
 def test_an_export_can_be_exported_again(their_file: Path, tmp_path: Path) -> None:
     once = export.from_onnx(their_file, Export(), tmp_path / "once")
     twice = export.from_onnx(once.file("model.portable.onnx"), Export(), tmp_path / "twice")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from sparsepipe.artefact import Artefact, draft, read_json
-from sparsepipe.errors import ArtefactError, FormatError, GraphError, SparsepipeError
+from sparsepipe.errors import ArtefactError, FormatError, GraphError, ModelError, SparsepipeError
 from sparsepipe.recipe import Choice, Conversion
 from sparsepipe.spec import ModelSpec, Preprocessing
 from sparsepipe.stages import convert, freeze
@@ -270,12 +271,13 @@ from sparsepipe.artefact import Artefact
 from sparsepipe.recipe import Conversion
 from sparsepipe.stages import convert, freeze
 from sparsepipe.inspection import inspect
+from sparsepipe.spec import ModelSpec
 out = Path({str(tmp_path)!r})
 frozen = freeze.run(freeze.FreezeConfig(), {{"train": Artefact.read(out / "train")}}, out / "freeze")
 convert.load_weights(convert.run(Conversion(), {{"freeze": frozen}}, out / "convert"))
 inspect(out)
 try:
-    freeze.from_checkpoint(out / "x.pt", None, out / "y")
+    freeze.from_checkpoint(out / "x.pt", ModelSpec.read(out / "train" / "model.json"), out / "y")
 except Exception as error:
     assert "pip install" in str(error), error
 """
@@ -285,11 +287,44 @@ except Exception as error:
 
 # Checkpoints from elsewhere
 
+NETWORKS = """
+from torch import nn
 
-def test_zeros_of_a_safetensors_file_become_the_masks(tmp_path: Path) -> None:
+
+def fc(input_shape, classes):
+    return nn.ModuleDict({"fc": nn.Linear(128, 64)})
+
+
+def pruned(input_shape, classes):
+    return nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+
+
+def held(input_shape, classes):
+    return nn.ModuleDict({"model": pruned(input_shape, classes)})
+
+
+def kinds(input_shape, classes):
+    return nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("float16", "brain", "coo")})
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModelSpec]:
+    """SPEC with a network of the user's own."""
+    pytest.importorskip("torch")
+    (tmp_path / "own_networks.py").write_text(NETWORKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_networks", raising=False)
+    return lambda name: SPEC.model_copy(update={"model": Choice(name=f"own_networks:{name}")})
+
+
+Own = Callable[[str], ModelSpec]
+
+
+def test_zeros_of_a_safetensors_file_become_the_masks(tmp_path: Path, own: Own) -> None:
     dense = np.where(masks()["fc.weight"], weights()["fc.weight"], np.float32(-0.0))
-    save_file({"fc.weight": dense, "fc.bias": np.zeros(3, np.float32)}, tmp_path / "net.safetensors")
-    frozen = freeze.from_checkpoint(tmp_path / "net.safetensors", SPEC, tmp_path / "frozen")
+    save_file({"fc.weight": dense, "fc.bias": np.zeros(64, np.float32)}, tmp_path / "net.safetensors")
+    frozen = freeze.from_checkpoint(tmp_path / "net.safetensors", own("fc"), tmp_path / "frozen")
     assert frozen.manifest.stage == "freeze"
     assert frozen.metrics["nnz"] == masks()["fc.weight"].sum()
     assert frozen.metrics["weights"] == dense.size
@@ -297,7 +332,7 @@ def test_zeros_of_a_safetensors_file_become_the_masks(tmp_path: Path) -> None:
     assert (state["fc.weight"].view(np.uint32)[dense == 0] == 0).all()
     packed = load_file(frozen.file("masks.safetensors"))["fc.weight"]
     np.testing.assert_array_equal(np.unpackbits(packed, bitorder="little"), masks()["fc.weight"].reshape(-1))
-    assert ModelSpec.read(frozen.file("model.json")) == SPEC
+    assert ModelSpec.read(frozen.file("model.json")) == own("fc")
     converted = convert.run(Conversion(), {"freeze": frozen}, tmp_path / "converted")
     assert convert.load_weights(converted)["fc.weight"].tobytes() == state["fc.weight"].tobytes()
 
@@ -320,16 +355,19 @@ def pruned_module() -> Any:
         lambda state: {"state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1}},
         lambda state: {"model": state, "args": [1, 2]},
         lambda state: {"model": {"state_dict": state}},
+        lambda state: {"state_dict": {f"model._orig_mod.{name}": tensor for name, tensor in state.items()}},
+        lambda state: {"model_state_dict": state, "model": "resnet"},
+        lambda state: {"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}},
         lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
         lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
     ],
 )
 @pytest.mark.parametrize("suffix", [".pt", ".pth"])
-def test_pruned_torch_checkpoints(tmp_path: Path, wrap: Any, suffix: str) -> None:
+def test_pruned_torch_checkpoints(tmp_path: Path, own: Own, wrap: Any, suffix: str) -> None:
     torch = pytest.importorskip("torch")
     module = pruned_module()
     torch.save(wrap(module.state_dict()), tmp_path / f"net{suffix}")
-    frozen = freeze.from_checkpoint(tmp_path / f"net{suffix}", SPEC, tmp_path / "frozen")
+    frozen = freeze.from_checkpoint(tmp_path / f"net{suffix}", own("pruned"), tmp_path / "frozen")
     state = load_file(frozen.file("model.safetensors"))
     assert set(state) == {
         *("0.weight", "0.bias", "2.weight", "2.bias", "1.weight", "1.bias"),
@@ -340,22 +378,55 @@ def test_pruned_torch_checkpoints(tmp_path: Path, wrap: Any, suffix: str) -> Non
     assert {layer["name"]: layer["nnz"] for layer in frozen.metrics["layers"]} == {"0.weight": 12, "2.weight": 12}
 
 
-def test_half_and_sparse_tensors_of_torch_checkpoints(tmp_path: Path) -> None:
+def test_half_and_sparse_tensors_of_torch_checkpoints(tmp_path: Path, own: Own) -> None:
     torch = pytest.importorskip("torch")
     dense = torch.tensor([[0.0, 1.5], [0.0, -2.0]])
     torch.save(
-        {"half.weight": dense.half(), "brain.weight": dense.bfloat16(), "coo.weight": dense.to_sparse()},
+        {"float16.weight": dense.half(), "brain.weight": dense.bfloat16(), "coo.weight": dense.to_sparse()},
         tmp_path / "net.pt",
     )
-    frozen = freeze.from_checkpoint(tmp_path / "net.pt", SPEC, tmp_path / "frozen")
+    frozen = freeze.from_checkpoint(tmp_path / "net.pt", own("kinds"), tmp_path / "frozen")
     state = load_file(frozen.file("model.safetensors"))
     assert {name: str(array.dtype) for name, array in state.items()} == {
-        "half.weight": "float16",
+        "float16.weight": "float16",
         "brain.weight": "float32",
         "coo.weight": "float32",
     }
     for array in state.values():
         np.testing.assert_array_equal(array, dense.numpy())
+
+
+def test_a_network_that_has_a_part_called_model_keeps_its_names(tmp_path: Path, own: Own) -> None:
+    torch = pytest.importorskip("torch")
+    state = {f"model.{name}": tensor for name, tensor in pruned_module().state_dict().items()}
+    torch.save(state, tmp_path / "net.pt")
+    frozen = freeze.from_checkpoint(tmp_path / "net.pt", own("held"), tmp_path / "frozen")
+    assert "model.0.weight" in load_file(frozen.file("model.safetensors"))
+
+
+def test_weights_that_do_not_fit_the_network_are_named_before_anything_is_written(tmp_path: Path, own: Own) -> None:
+    weight = np.ones((64, 127), np.float32)
+    save_file({"fc.weight": weight, "head.weight": weight}, tmp_path / "net.safetensors")
+    with pytest.raises(ModelError) as caught:
+        freeze.from_checkpoint(tmp_path / "net.safetensors", own("fc"), tmp_path / "frozen")
+    for part in ("missing: fc.bias", "unexpected: head.weight", "fc.weight (64, 127) instead of (64, 128)"):
+        assert part in str(caught.value)
+    unknown = SPEC.model_copy(update={"model": Choice(name="resnet21")})
+    with pytest.raises(ModelError, match=r"no network 'resnet21'.*resnet20"):
+        freeze.from_checkpoint(tmp_path / "net.safetensors", unknown, tmp_path / "frozen")
+    assert not (tmp_path / "frozen").exists()
+
+
+def test_without_torch_the_name_of_the_network_is_checked_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    save_file({"model.fc.weight": np.ones((4, 4), np.float32)}, tmp_path / "net.safetensors")
+    unknown = SPEC.model_copy(update={"model": Choice(name="resnet21")})
+    with pytest.raises(ModelError, match="no network 'resnet21'"):
+        freeze.from_checkpoint(tmp_path / "net.safetensors", unknown, tmp_path / "frozen")
+    frozen = freeze.from_checkpoint(tmp_path / "net.safetensors", SPEC, tmp_path / "frozen")
+    assert list(load_file(frozen.file("model.safetensors"))) == ["fc.weight"]
 
 
 def failing_checkpoint(tmp_path: Path, content: Any) -> str:

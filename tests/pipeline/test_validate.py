@@ -174,6 +174,14 @@ def test_nan_fails_and_is_null_in_the_result(tmp_path: Path, weights: Weights) -
     assert "not finite" in row["note"]
 
 
+def test_nan_in_both_is_noted_and_fails(tmp_path: Path, weights: Weights) -> None:
+    broken = scaled(weights, "head.bias", np.nan)
+    row = only(compare(write(tmp_path / "a.onnx", broken), write(tmp_path / "b.onnx", broken)))
+    assert not row["passed"]
+    count = 64 * CLASSES
+    assert f"not finite (NaN or infinite): {count} of the file, {count} of the reference" in row["note"]
+
+
 def test_other_outputs_fail_and_other_inputs_are_refused(tmp_path: Path, weights: Weights) -> None:
     good = write(tmp_path / "good.onnx", weights)
     wide = {**weights, "head.weight": np.ones((4, WIDTH), np.float32), "head.bias": np.ones(4, np.float32)}

@@ -141,3 +141,31 @@ def test_find_takes_the_folder_itself_or_the_one_named_after_the_stage(tmp_path:
         assert found is not None
         assert found.digest == made.digest
     assert artefact.find(tmp_path, "freeze") is None
+
+
+def test_the_output_of_another_stage_is_not_replaced(tmp_path: Path) -> None:
+    old = make(tmp_path / "demo")
+    with pytest.raises(ArtefactError, match="holds the output of the stage 'demo'"):
+        make(tmp_path / "demo", stage="another")
+    assert Artefact.read(tmp_path / "demo").digest == old.digest
+
+
+def test_find_refuses_what_was_changed(tmp_path: Path) -> None:
+    make(tmp_path / "demo").file("sub/file.txt").write_text("tampered")
+    with pytest.raises(ArtefactError, match="was changed"):
+        artefact.find(tmp_path, "demo")
+
+
+def test_find_refuses_what_was_made_from_something_older(tmp_path: Path) -> None:
+    source = make(tmp_path / "demo")
+    with artefact.draft(tmp_path / "next", "next", Config(), {"demo": source.digest}):
+        pass
+    assert artefact.find(tmp_path, "next") is not None
+    make(tmp_path / "demo", content="made anew")
+    with pytest.raises(ArtefactError, match="made from another 'demo'"):
+        artefact.find(tmp_path, "next")
+
+
+def test_a_missing_metric_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="does not hold the metric 'files'"):
+        make(tmp_path / "demo").metric("files")

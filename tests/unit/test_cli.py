@@ -172,3 +172,31 @@ def test_validate_exits_with_1_when_outputs_differ(invoke: Invoke, tmp_path: Pat
     code, text, _ = invoke("validate", second, "--against", first, "--json")
     assert code == 1
     assert json.loads(text)["passed"] is False
+
+
+def test_a_verb_never_replaces_another_stage_or_guesses_where_to_write(invoke: Invoke, tmp_path: Path) -> None:
+    model = linear_onnx(tmp_path / "m.onnx")
+    assert invoke("convert", model, "--out", tmp_path / "mine")[0] == 0
+    before = (tmp_path / "mine" / "manifest.json").read_bytes()
+    for verb in ("export", "bench"):
+        code, _, err = invoke(verb, model, "--out", tmp_path / "mine")
+        assert code == 2
+        assert "stage 'convert'" in err
+    assert (tmp_path / "mine" / "manifest.json").read_bytes() == before
+
+
+def test_flags_win_over_set_and_set_over_the_recipe(tmp_path: Path) -> None:
+    from sparsepipe.artefact import draft
+    from sparsepipe.cli import common
+    from sparsepipe.recipe import Bench
+
+    with draft(tmp_path / "run" / "export", "export", Bench(), {}) as building:
+        (building.folder / "model.onnx").write_bytes(b"")
+    (tmp_path / "run" / "recipe.toml").write_text(
+        'model = "mlp"\ndata = "digits"\n[bench]\nseconds = 2.0\nthreads = [2]\nbatch = [4]\n'
+    )
+    found = common.section(
+        tmp_path / "run" / "export" / "model.onnx", "bench", ["bench.threads=[3]", "bench.batch=[5]"], {"batch": (6,)}
+    )
+    assert (found.seconds, found.threads, found.batch) == (2.0, (3,), (6,))
+    assert common.section(None, "bench", [], {}) == Bench()

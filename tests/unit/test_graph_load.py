@@ -110,19 +110,51 @@ def test_sparse_initializers_become_dense(tmp_path: Path) -> None:
         np.testing.assert_array_equal(weight_of(model), WEIGHT)
 
 
-def test_a_sparse_constant_becomes_dense(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_sparse_constant_becomes_dense(inside: bool, tmp_path: Path) -> None:
     tensor = SparseTensorProto(dims=WEIGHT.shape)
     tensor.values.CopyFrom(numpy_helper.from_array(WEIGHT[WEIGHT != 0], "v"))
     tensor.indices.CopyFrom(numpy_helper.from_array(np.flatnonzero(WEIGHT).astype(np.int64)))
     made = gemm(initializer=[])
-    made.graph.node.insert(0, helper.make_node("Constant", [], ["w"], sparse_value=tensor))
+    constant = helper.make_node("Constant", [], ["w"], sparse_value=tensor)
+    made.graph.node.insert(0, constant)
+    if inside:
+        made.functions.append(helper.make_function("own", "f", [], ["w"], [constant], [helper.make_opsetid("", 17)]))
+        made.opset_import.append(helper.make_opsetid("own", 1))
+        made.graph.node[0].CopyFrom(helper.make_node("f", [], ["w"], domain="own"))
     model = load(saved(made, tmp_path))
-    np.testing.assert_array_equal(numpy_helper.to_array(model.graph.node[0].attribute[0].t), WEIGHT)
+    holder = model.functions[0] if inside else model.graph
+    np.testing.assert_array_equal(numpy_helper.to_array(holder.node[0].attribute[0].t), WEIGHT)
 
 
-@pytest.mark.parametrize(
-    ("indices", "shape"), [([-1, 3], (4, 3)), ([3, 12], (4, 3)), ([1], (4, 3)), ([0, 1], (2**40, 2**40))]
-)
+def sparse_zeros(shape: tuple[int, ...], name: str) -> SparseTensorProto:
+    tensor = SparseTensorProto(dims=shape)
+    tensor.values.CopyFrom(numpy_helper.from_array(np.zeros(0, np.float32), name))
+    tensor.indices.CopyFrom(numpy_helper.from_array(np.zeros(0, np.int64)))
+    return tensor
+
+
+@pytest.mark.parametrize("shapes", [[(2**40, 2**40)], [(20000, 20000)] * 6, [(20000, 20000)] * 2 + [(-30000, 30000)]])
+@pytest.mark.parametrize("place", ["initializers", "constants", "function"])
+def test_sparse_tensors_that_are_large_in_all_are_refused_before_any_is_made(
+    shapes: list[tuple[int, ...]], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = [sparse_zeros(shape, f"s{position}") for position, shape in enumerate(shapes)]
+    made = gemm(sparse_initializer=tensors if place == "initializers" else [])
+    constants = [helper.make_node("Constant", [], [t.values.name], sparse_value=t) for t in tensors]
+    if place == "constants":
+        made.graph.node.extend(constants)
+    if place == "function":
+        made.functions.append(helper.make_function("own", "f", [], [], constants, [helper.make_opsetid("", 17)]))
+    path = saved(made, tmp_path)
+    assert path.stat().st_size < 2000
+    monkeypatch.setattr(loading.np, "zeros", None)
+    with pytest.raises(GraphError, match="more than 2 GB when they are dense") as caught:
+        load(path)
+    assert "portable" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("indices", "shape"), [([-1, 3], (4, 3)), ([3, 12], (4, 3)), ([1], (4, 3)), ([0], (-4, -3))])
 def test_a_malformed_sparse_initializer_is_refused(indices: list[int], shape: tuple[int, ...], tmp_path: Path) -> None:
     tensor = SparseTensorProto(dims=shape)
     tensor.values.CopyFrom(numpy_helper.from_array(np.float32([1, 2]), "w"))
@@ -180,8 +212,9 @@ def test_external_data_cannot_leave_the_folder(location: str, tmp_path: Path) ->
 
 def test_more_than_the_limit_is_refused_before_it_is_read(external: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "LIMIT_BYTES", external.stat().st_size + WEIGHT.nbytes - 1)
-    with pytest.raises(GraphError, match="more than 2 GB"):
+    with pytest.raises(GraphError, match=r"more than 2 GB.*split the network") as caught:
         load(external)
+    assert "portable" not in str(caught.value)
     monkeypatch.setattr(loading, "LIMIT_BYTES", external.stat().st_size - 1)
     with pytest.raises(GraphError, match="more than 2 GB"):
         load(external)

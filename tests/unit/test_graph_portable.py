@@ -126,7 +126,7 @@ FOREIGN: dict[str, tuple[ModelProto, list[tuple[str, str, bool]]]] = {
     "shared by two kinds": (
         model([node("Gemm", ["x", "w"], ["a"]), node("Gather", ["w", "i"], ["b"]), node("Add", ["a", "b"], ["y"])],
               (5,), {"w": sparse_weight(5, 5), "i": np.array(2)}),
-        [("w", "Gemm", True)],
+        [("w", "Gemm", True), ("w", "Gather", True)],
     ),
     "in a Constant node": (
         model([node("Constant", [], ["w"], value=numpy_helper.from_array(sparse_weight(5, 6), "other name")),
@@ -137,6 +137,29 @@ FOREIGN: dict[str, tuple[ModelProto, list[tuple[str, str, bool]]]] = {
         model([node("DequantizeLinear", ["q", "s"], ["w"]), node("Conv", ["x", "w"], ["y"])], (4, 5, 5),
               {"q": with_density((6, 4, 3, 3), 20, np.int8), "s": np.array(0.1, np.float32)}),
         [("q", "Conv", True)],
+    ),
+    **{
+        kind: (
+            model([node(kind, ["x", "w", "r"], ["y"], hidden_size=5)], (3, 4),
+                  {"w": sparse_weight(1, 5 * gates, 4), "r": sparse_weight(1, 5 * gates, 5)}),
+            [("w", kind, True), ("r", kind, True)],
+        )
+        for kind, gates in {"LSTM": 4, "GRU": 3, "RNN": 1}.items()
+    },
+    "Einsum of several weights": (
+        model([node("Einsum", ["w", "x", "v"], ["y"], equation="oi,nij,jk->nok")], (4, 5),
+              {"w": sparse_weight(6, 4), "v": sparse_weight(5, 7)}),
+        [("w", "Einsum", True), ("v", "Einsum", True)],
+    ),
+    "a table": (
+        model([node("Cast", ["x"], ["i"], to=TensorProto.BOOL), node("Cast", ["i"], ["j"], to=TensorProto.INT64),
+               node("Gather", ["w", "j"], ["y"])], (4,), {"w": sparse_weight(9, 7)}),
+        [("w", "Gather", True)],
+    ),
+    "a table of positions": (
+        model([node("Gather", ["p", "zero"], ["a"]), node("Gather", ["x", "a"], ["y"], axis=1)], (5,),
+              {"p": np.zeros((2, 9), np.int64), "zero": np.array(0)}),
+        [],
     ),
     "too dense": (
         model([node("Gemm", ["x", "w"], ["y"])], (5,), {"w": with_density((5, 6), 15)}), [("w", "Gemm", False)]

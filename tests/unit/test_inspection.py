@@ -18,8 +18,9 @@ from sparsepipe.formats import encode
 from sparsepipe.formats.io import save
 from sparsepipe.formats.masks import save_masks
 from sparsepipe.inspection import inspect
-from sparsepipe.recipe import Choice, Section
+from sparsepipe.recipe import Choice, Export, Section
 from sparsepipe.spec import ModelSpec, Preprocessing
+from sparsepipe.stages.export import from_onnx
 
 Array = np.ndarray[Any, Any]
 SPEC = ModelSpec(
@@ -186,6 +187,50 @@ def test_an_onnx_file(tmp_path: Path) -> None:
     nnz = layers["head"]["nnz"]
     assert 12 * nnz < layers["head"]["bytes"] < 12 * nnz + 60
     assert (layers["kernel"]["nnz"], layers["kernel"]["patterns"]) == (9, ["channel"])
+
+
+def test_the_weights_of_an_onnx_file_are_those_that_export_counts(tmp_path: Path) -> None:
+    """One inside of a function, two of one node, one behind a view, one that is used twice, and no position table."""
+    random = np.random.default_rng(1)
+    constant = helper.make_node("Constant", [], ["k"], value=numpy_helper.from_array(FC[:4, :4], "k"))
+    inner = helper.make_node("MatMul", ["a", "k"], ["b"])
+    imports = [helper.make_opsetid("", 18)]
+    function = helper.make_function("own", "Dense", ["a"], ["b"], [constant, inner], opset_imports=imports)
+    nodes = [
+        helper.make_node("LSTM", ["x", "w", "r"], ["", "h"], hidden_size=4),
+        helper.make_node("Reshape", ["flat", "shape"], ["m"]),
+        helper.make_node("MatMul", ["h", "m"], ["i"]),
+        helper.make_node("MatMul", ["i", "m"], ["j"]),
+        helper.make_node("Add", ["j", "position"], ["p"]),
+        helper.make_node("Dense", ["p"], ["y"], domain="own"),
+    ]
+    constants = {
+        "w": random.random((1, 16, 3)),
+        "r": random.random((1, 16, 4)) > 0.9,
+        "flat": random.random((2, 8)),
+        "position": random.random((1, 4)),
+    }
+    tensors = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, 2, 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2, 4])],
+        [*tensors, numpy_helper.from_array(np.array([4, 4]), "shape")],
+    )
+    imports = [*imports, helper.make_opsetid("own", 1)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=8, functions=[function])
+    onnx.save(model, tmp_path / "net.onnx")
+    found = inspect(tmp_path / "net.onnx")
+    assert {layer["name"]: layer["op"] for layer in found["layers"]} == {
+        "w": "LSTM",
+        "r": "LSTM",
+        "flat": "MatMul",
+        "k": "MatMul",
+    }
+    counted = from_onnx(tmp_path / "net.onnx", Export(), tmp_path / "export").metrics
+    assert found["sparsity"] == pytest.approx(counted["sparsity"])
+    assert found["operators"]["MatMul"] == 3
 
 
 def test_an_export_artefact_shows_its_smallest_file(tmp_path: Path) -> None:

@@ -258,6 +258,22 @@ def test_equal_nan_and_infinities_are_no_difference() -> None:
     assert np.isinf(compare.absolute_difference(values, -values)).tolist() == [[False, True, True, False]]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_outputs_that_are_not_finite_are_counted_and_never_pass(value: float, dtype: Any) -> None:
+    good = np.array([[3.0, 1.0], [1.0, 2.0]], dtype)
+    broken = np.where([[False, False], [True, True]], dtype(value), good)
+    for reference, candidate, counts in ((broken, broken, (2, 2)), (good, broken, (2, 0)), (broken, good, (0, 2))):
+        tally = Tally()
+        tally.add([good], [good])
+        assert tally.passed(0.0, 1.0)
+        assert tally.note is None
+        tally.add([reference], [candidate])
+        assert (tally.not_finite, tally.reference_not_finite) == counts
+        assert not tally.passed(max_relative=math.inf, min_agreement=0.0)
+        assert f"{counts[0]} of the file, {counts[1]} of the reference" in str(tally.note)
+
+
 def test_the_worst_sample_is_found_across_batches() -> None:
     tally, zeros = Tally(), np.zeros((3, 2), np.float32)
     for offsets, worst in (([0.1, 0.3, 0.2], 1), ([0.3, 0.1, 0.2], None), ([0.1, 0.1, 0.4], 2)):
