@@ -17,8 +17,9 @@ import numpy as np
 ENTRY = {1: 2.6, 2: 2.0, 4: 1.5}
 ROW = 2.0
 PACK = 2.0
-PAYS_BELOW = 0.8
-"""A layer goes sparse where it is predicted to take less than this share of the dense time: room for other machines."""
+PAYS_BELOW = 0.7
+"""A layer goes sparse where it is predicted to take less than this share of the dense time. At 0.8 a MobileNetV1 on
+images of 32 x 32 with 70% zeros took 1.16 of the dense time: small planes and other machines need room."""
 FEWEST_VALUES = 256
 """Smaller weights take microseconds either way."""
 FEWEST_CHANNELS = 8

@@ -129,7 +129,7 @@ class Use:
 def uses(model: ModelProto) -> Iterator[Use]:
     """Every use of a constant weight, in the order of the graph, those in subgraphs and functions last."""
     found = index(model.graph)
-    for place, nodes, seen in [("", model.graph.node, found), *left_alone(model, found)]:
+    for place, nodes, seen in [("", model.graph.node, found), *_left_alone(model, found)]:
         for node in nodes:
             yield from _uses(place, node, seen)
 
@@ -139,12 +139,6 @@ def sparsity(layers: Iterable[Layer]) -> float:
     counted = [layer for layer in layers if layer.dense_bytes]
     size = sum(layer.size for layer in counted)
     return 1 - sum(layer.nnz for layer in counted) / size if size else 0.0
-
-
-def weight_of(node: NodeProto, found: Index) -> TensorProto | None:
-    """The first constant weight of `node` as it is stored, under the name of the tensor that holds it."""
-    use = next(_uses("", node, found), None)
-    return use.weight if use else None
 
 
 def _uses(place: str, node: NodeProto, found: Index) -> Iterator[Use]:
@@ -221,7 +215,7 @@ def _again(node: NodeProto, first: Layer, user: str) -> Layer:
     return replace(first, op=node.op_type, dense_bytes=0, bytes=0, reason=f"same weight as in '{user}'")
 
 
-def left_alone(model: ModelProto, found: Index) -> Iterator[tuple[str, Sequence[NodeProto], Index]]:
+def _left_alone(model: ModelProto, found: Index) -> Iterator[tuple[str, Sequence[NodeProto], Index]]:
     """The subgraphs and functions: what to call each, its nodes, and the tensors that these see."""
     yield from _inner_graphs(model.graph.node, found)
     for function in model.functions:

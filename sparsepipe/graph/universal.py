@@ -18,7 +18,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from sparsepipe.graph import cost
 from sparsepipe.graph.index import Index, attribute, copy, fresh, index, integer, is_standard, label, number, opset
-from sparsepipe.graph.select import left_alone, weight_of
+from sparsepipe.graph.select import uses
 from sparsepipe.graph.tidy import tidy
 from sparsepipe.native import operators
 
@@ -88,25 +88,20 @@ class _Layer:
 
 def choose(model: ModelProto) -> list[Choice]:
     """A row for each node with a constant weight, in the order of the graph; subgraphs and functions last."""
-    found, fixed = index(model.graph), _fixed(model.graph)
+    fixed = _fixed(model.graph)
     inputs = {value.name for value in model.graph.input}
     choices = []
-    for node in model.graph.node:
-        if (weight := weight_of(node, found)) is not None:
-            try:
-                if opset(model) < OLDEST_OPSET:
-                    raise _Stays(f"opset {opset(model)} is older than {OLDEST_OPSET}")
-                if weight.name in inputs:
-                    raise _Stays("the weight is an input of the network")
-                choices.append(_judge(node, weight, _layer(node, fixed).weight))
-            except _Stays as reason:
-                choices.append(_dense(node, weight, str(reason)))
-    for place, nodes, inner in left_alone(model, found):
-        choices += [
-            _dense(node, weight, f"inside of {place}, which is left alone")
-            for node in nodes
-            if (weight := weight_of(node, inner)) is not None
-        ]
+    for use in uses(model):
+        try:
+            if use.place:
+                raise _Stays(f"inside of {use.place}, which is left alone")
+            if opset(model) < OLDEST_OPSET:
+                raise _Stays(f"opset {opset(model)} is older than {OLDEST_OPSET}")
+            if use.weight.name in inputs:
+                raise _Stays("the weight is an input of the network")
+            choices.append(_judge(use.node, use.weight, _layer(use.node, fixed).weight))
+        except _Stays as reason:
+            choices.append(_dense(use.node, use.weight, str(reason)))
     return choices
 
 

@@ -105,10 +105,10 @@ def run(
 def from_onnx(path: Path, config: recipe.Export, out: Path) -> Artefact:
     """Export an ONNX file from any tool: graph, names and opset stay, only the storage of weights changes.
 
-    For `universal`, batch normalisations are folded and what follows a sparse layer becomes part of it.
-
     The opset is converted only if `config` sets one explicitly. A version of the file format that is newer than the
     opset needs is lowered, so that onnxruntime reads it. torch is not needed.
+
+    For `universal`, batch normalisations are folded and what follows a sparse layer becomes part of it.
 
     Raises:
         GraphError: the file cannot be read, cannot be converted to the opset, or cannot be loaded by onnxruntime.
