@@ -113,9 +113,8 @@ def run(
 def unchanged(stage: Stage, inputs: Mapping[str, Artefact], folder: Path) -> Artefact | None:
     """The artefact in `folder`, if running `stage` again would make the same one; None otherwise.
 
-    Compared are the configuration, the digests of the inputs (the data and the user's network code, too), the version of
-    sparsepipe, and the
-    files themselves against their digests.
+    Compared are the configuration, the digests of the inputs (the data and the user's network code, too), the version
+    of sparsepipe, and the files themselves against their digests.
     """
     if not (folder / MANIFEST).is_file():
         return None
