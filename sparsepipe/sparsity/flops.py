@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from sparsepipe.errors import ModelError
+
 
 def count_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     """Multiply-accumulates of one sample for each weight that convolutions and matrix products read.
@@ -24,8 +26,13 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
 
     Returns:
         parameter name -> MACs; a weight used twice counts twice.
+
+    Raises:
+        ModelError: no parameter has two or more dimensions.
     """
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim >= 2}
+    if not weights:
+        raise ModelError("The network has no weight of two or more dimensions, so there is nothing to make sparse.")
     device = next(iter(weights.values())).device
     counter = _MacCounter(weights)
     training = {module: module.training for module in model.modules()}
