@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,13 +11,13 @@ from sparsepipe.errors import RecipeError
 
 
 def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, below: bool = False) -> float:
-    """`value` as a float in [low, high], or in [low, high) with `below`.
+    """`value` as a float in [low, high], or in [low, high) with `below`; never infinite.
 
     Raises:
-        RecipeError: not a number, or outside of the range.
+        RecipeError: not a finite number, or outside of the range.
     """
     valid = isinstance(value, int | float) and not isinstance(value, bool)
-    if not valid or not low <= value <= high or (below and value == high):
+    if not valid or not low <= value <= min(high, sys.float_info.max) or (below and value == high):
         closing = ")" if below or high == math.inf else "]"
         raise RecipeError(f"'{name}' must be a number in [{low:g}, {high:g}{closing}, not {value!r}.")
     return float(value)
