@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from sparsepipe.errors import ModelError
-from sparsepipe.plugins import is_plugin, load_plugin
+from sparsepipe.errors import ModelError, SparsepipeError
+from sparsepipe.plugins import failure, is_plugin, load_plugin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,10 +105,13 @@ def create(
     _check_options(name, build, options)
     try:
         network = build(input_shape=tuple(input_shape), classes=classes, **options)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except SparsepipeError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         given = ", ".join(f"{key} = {value!r}" for key, value in options.items()) or "its default options"
         raise ModelError(
-            f"The network cannot be built for inputs {tuple(input_shape)}, {classes} classes and {given}: {error}.",
+            f"The network cannot be built for inputs {tuple(input_shape)}, {classes} classes and {given}: "
+            f"{failure(error)}.",
             where=name,
         ) from error
     _check_network(name, network)
@@ -150,10 +153,18 @@ def _check_options(name: str, build: Callable[..., Any], options: Mapping[str, A
 
 def _check_network(name: str, network: Any) -> None:
     from torch import nn
+    from torch.nn.parameter import is_lazy
 
     if not isinstance(network, nn.Module):
         raise ModelError(
             f"The function returned {type(network).__name__}, not a torch.nn.Module.",
             where=name,
             advice="It is called as function(input_shape=..., classes=..., **options).",
+        )
+    lazy = [key for key, value in [*network.named_parameters(), *network.named_buffers()] if is_lazy(value)]
+    if lazy:
+        raise ModelError(
+            f"The network has parameters without a shape: {', '.join(lazy)}.",
+            where=name,
+            advice="Give layers their sizes instead of using lazy ones, or run the network once before returning it.",
         )

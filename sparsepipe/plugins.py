@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -26,7 +27,7 @@ def load_plugin(name: str, error: type[SparsepipeError]) -> Callable[..., Any]:
         error: the class of error to raise.
 
     Raises:
-        SparsepipeError: of class `error`, if the module or the function cannot be found.
+        SparsepipeError: of class `error`, if the module or the function cannot be found, or the module's code fails.
     """
     module_name, _, function_name = name.partition(":")
     if "" not in sys.path and "." not in sys.path:
@@ -39,7 +40,21 @@ def load_plugin(name: str, error: type[SparsepipeError]) -> Callable[..., Any]:
             where=name,
             advice="Run the command from the folder that holds it, or install it.",
         ) from problem
+    except SparsepipeError:
+        raise
+    except (Exception, SystemExit) as problem:  # the user's code may raise anything
+        raise error(f"The module '{module_name}' failed with {failure(problem)}.", where=name) from problem
     function = getattr(module, function_name, None)
     if not callable(function):
         raise error(f"The module '{module_name}' has no function '{function_name}'.", where=name)
     return function  # type: ignore[no-any-return]
+
+
+def failure(problem: BaseException) -> str:
+    """What the user's own code raised, in one line: type, text, and the line of code that raised it."""
+    text = " ".join(str(problem).split())
+    frames = traceback.extract_tb(problem.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    if isinstance(problem, SyntaxError):  # its text says where; the frames are those of the import
+        place = ""
+    return f"{type(problem).__name__}{f': {text}' if text else ''}{place}"

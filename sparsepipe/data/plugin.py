@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from sparsepipe.data.labels import Labels, as_labels, class_names
 from sparsepipe.data.options import HoldOutOptions
 from sparsepipe.data.split import Split
 from sparsepipe.errors import DataError, SparsepipeError
-from sparsepipe.plugins import load_plugin
+from sparsepipe.plugins import failure, load_plugin
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -62,12 +61,8 @@ def _call(function: Callable[..., Any], name: str, options: Mapping[str, Any]) -
         return function(**options)
     except SparsepipeError:
         raise
-    except Exception as error:  # the user's code may raise anything
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise DataError(
-            f"The function failed with {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno}).",
-            where=name,
-        ) from error
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise DataError(f"The function failed with {failure(error)}.", where=name) from error
 
 
 def _checked(dataset: Dataset, where: str) -> Dataset:

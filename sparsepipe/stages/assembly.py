@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ from torch import nn
 
 from sparsepipe import data
 from sparsepipe.data import Dataset, Split
-from sparsepipe.errors import DataError, ModelError, RecipeError
+from sparsepipe.errors import DataError, ModelError, RecipeError, SparsepipeError
 from sparsepipe.models import registry as models
+from sparsepipe.plugins import failure
 from sparsepipe.sparsity import flops
 from sparsepipe.sparsity import registry as methods
 from sparsepipe.sparsity.sparsifier import Sparsifier
@@ -59,7 +61,7 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     model = models.create(
         config.model.name, input_shape=dataset.input_shape, classes=classes, options=config.model.options
     )
-    _check_fit(config, model, dataset)
+    _check_fit(config, model, dataset, min(2, settings.batch_size, len(rest)))
     # Channels last is the layout that convolutions are fastest in, on CPUs by a quarter and more.
     model.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = optimizers.create(model=model, **config.optimizer.model_dump())
@@ -99,9 +101,12 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     return Assembly(config, dataset, samples, macs, loop, validation, normalise, fabric.device)
 
 
-def _check_fit(config: TrainConfig, model: nn.Module, dataset: Dataset) -> None:
-    """Refuse a network that does not take the dataset's samples, or does not tell its classes apart."""
-    name, shape, classes = config.model.name, dataset.input_shape, len(dataset.classes)
+def _check_fit(config: TrainConfig, model: nn.Module, dataset: Dataset, batch: int) -> None:
+    """Refuse a network that does not take the dataset's samples, or does not tell its classes apart.
+
+    It runs in evaluation mode, and in training mode on `batch` samples: some networks then return something else.
+    """
+    shape, classes = dataset.input_shape, len(dataset.classes)
     if len(shape) != 3 and Augmentation(**config.augment.model_dump()).active:
         raise RecipeError(
             f"Augmentation works on images, but the samples of '{dataset.name}' are {shape[0]} features.",
@@ -110,19 +115,43 @@ def _check_fit(config: TrainConfig, model: nn.Module, dataset: Dataset) -> None:
         )
     if int(dataset.train.labels.max()) >= classes:
         raise DataError(f"There are labels above {classes - 1}, but only {classes} classes.", where=dataset.name)
+    _check_output(model.eval(), 2, config, dataset)
+    try:
+        # A copy, as batch statistics change with every pass in training mode.
+        trained = deepcopy(model).train()
+    except Exception:  # tensors that are computed from others cannot be copied: training itself will tell
+        return
+    with torch.random.fork_rng([]):  # dropout draws, but training must start from the same random state
+        _check_output(trained, batch, config, dataset)
+
+
+def _check_output(model: nn.Module, batch: int, config: TrainConfig, dataset: Dataset) -> None:
+    """Refuse a network that, in the mode that it is in, does not turn `batch` samples into logits.
+
+    Raises:
+        ModelError: its code fails, or what it returns is not a tensor [batch, classes].
+    """
+    name, shape, classes = config.model.name, dataset.input_shape, len(dataset.classes)
+    mode = "training" if model.training else "evaluation"
     try:
         with torch.no_grad():
-            logits = model.eval()(torch.zeros(2, *shape))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split())
+            logits = model(torch.zeros(batch, *shape))
+    except SparsepipeError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ModelError(
-            f"The network does not take samples of the shape {shape} of '{dataset.name}': {reason}.", where=name
+            f"In {mode} mode the network does not take a batch of {batch} samples of the shape {shape} of "
+            f"'{dataset.name}': {failure(error)}.",
+            where=name,
         ) from error
-    found = tuple(getattr(logits, "shape", ()))
-    if found != (2, classes):
+    wanted = f"'{dataset.name}' has {classes} classes, so it must be ({batch}, {classes})"
+    if not isinstance(logits, torch.Tensor):
         raise ModelError(
-            f"For 2 samples the network gives an output of shape {found}; '{dataset.name}' has {classes} classes, "
-            f"so it must be (2, {classes}).",
+            f"In {mode} mode the network returns a {type(logits).__name__}, not one tensor; {wanted}.", where=name
+        )
+    if tuple(logits.shape) != (batch, classes):
+        raise ModelError(
+            f"For {batch} samples in {mode} mode the network gives an output of shape {tuple(logits.shape)}; {wanted}.",
             where=name,
             advice="Build it for as many classes as the argument `classes` says.",
         )
