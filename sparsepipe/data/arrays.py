@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsepipe.data.dataset import Dataset, assemble
-from sparsepipe.data.labels import Labels, as_labels, class_names
+from sparsepipe.data.labels import Labels, as_array, as_labels, class_names
 from sparsepipe.data.options import HoldOutOptions
 from sparsepipe.data.paths import existing_file, listing
 from sparsepipe.data.split import ArraySplit, Raw
@@ -87,9 +87,8 @@ def _part(arrays: Mapping[str, Any], x_key: str, y_key: str, where: str) -> _Par
             where=where,
             advice=_ADVICE,
         )
-    x, y = np.asarray(arrays[x_key]), np.asarray(arrays[y_key])
-    labels = as_labels(y, f"{where}, {y_key}")
-    inputs = as_inputs(x, f"{where}, {x_key}")
+    labels = as_labels(arrays[y_key], f"{where}, {y_key}")
+    inputs = as_inputs(as_array(arrays[x_key], "samples", f"{where}, {x_key}"), f"{where}, {x_key}")
     if len(inputs) != len(labels):
         raise DataError(f"{x_key} holds {len(inputs)} samples, but {y_key} holds {len(labels)} labels.", where=where)
     return _Part(inputs, Labels(labels, lambda index: f"{where}, {y_key}, row {index}"))
@@ -101,6 +100,8 @@ def as_inputs(x: NDArray[Any], where: str) -> Raw:
     Raises:
         DataError: a shape or type that is neither, or a feature that is no finite float32.
     """
+    if 0 in x.shape[1:]:
+        raise DataError(f"The samples have the shape {list(x.shape)}: they hold no values.", where=where)
     if x.ndim == 2:
         return _features(x, where)
     if x.ndim not in (3, 4):

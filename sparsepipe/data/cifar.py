@@ -133,7 +133,7 @@ class Cifar:
         images = table.get("data")
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (np.prod(SHAPE),):
             raise DataError(f"'data' is not a uint8 array [N, {np.prod(SHAPE)}].", where=where)
-        labels = as_labels(np.asarray(_list(table, self.label_key, where)), where)
+        labels = as_labels(_list(table, self.label_key, where), where)
         if len(labels) != len(images):
             raise DataError(f"There are {len(images)} images but {len(labels)} labels.", where=where)
         return np.ascontiguousarray(images.reshape(-1, *SHAPE).transpose(0, 2, 3, 1)), labels

@@ -26,12 +26,25 @@ class Labels:
     name: Callable[[int], str]
 
 
-def as_labels(values: NDArray[Any], where: str) -> IntArray:
-    """`values` as int64 [N].
+def as_array(values: Any, what: str, where: str) -> NDArray[Any]:
+    """`values`, an array or nested lists, as an array; `what` they are, for errors.
+
+    Raises:
+        DataError: lists of different lengths.
+    """
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"The {what} are lists of different lengths, not an array.", where=where) from error
+
+
+def as_labels(values: Any, where: str) -> IntArray:
+    """`values`, an array or lists, as int64 [N].
 
     Raises:
         DataError: they are not integers, or not one-dimensional.
     """
+    values = as_array(values, "labels", where)
     if values.ndim != 1:
         raise DataError(
             f"The labels have the shape {list(values.shape)}; they must be [N], one class number for each sample.",
@@ -44,7 +57,8 @@ def as_labels(values: NDArray[Any], where: str) -> IntArray:
             where=where,
             advice='Convert them to class numbers 0, 1, 2, ... of type "int64".',
         )
-    return values.astype(np.int64)
+    labels: IntArray = values.astype(np.int64)
+    return labels
 
 
 def class_names(names: Sequence[str] | None, train: Labels, test: Labels | None, where: str) -> tuple[str, ...]:

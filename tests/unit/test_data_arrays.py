@@ -216,3 +216,10 @@ def test_fingerprint_of_a_plugin_follows_its_source(plugin: Path) -> None:
     assert fingerprint("my_plugin_data:as_pair") != before
     plugin.write_text(PLUGIN + "\n")
     assert fingerprint("my_plugin_data:as_tuple") != before
+
+
+@pytest.mark.parametrize("shape", [(40, 0), (40, 0, 8), (40, 8, 0, 3)])
+def test_samples_without_values_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    np.savez(tmp_path / "empty.npz", x=np.zeros(shape, np.uint8), y=np.arange(40) % 2)
+    with pytest.raises(DataError, match="they hold no values"):
+        load(f"npz:{tmp_path / 'empty.npz'}")

@@ -202,6 +202,7 @@ def changed(**changes: Any) -> dict[str, bytes]:
         (changed(labels=[0, 1, 2]), "data_batch_2: There are 6 images but 3 labels"),
         (changed(labels=[0, 1, 2, 0, 9, 1]), r"data_batch_2, row 4: The label 9 is outside 0\.\.2"),
         (changed(labels=["cat"] * 6), "data_batch_2: The labels are of type"),
+        (changed(labels=[0, 1, 2, [0], 1, 2]), "data_batch_2: The labels are lists of different lengths"),
         (changed(labels="cat"), "data_batch_2: The key 'labels' is missing or not a list"),
         (changed(data=planes(IMAGES[:6])[:, :100]), r"data_batch_2: 'data' is not a uint8 array \[N, 3072\]"),
         (changed(data=planes(IMAGES[:6]).astype(np.int64)), "data_batch_2: 'data' is not a uint8 array"),
