@@ -10,18 +10,20 @@ import torch
 
 from sparsepipe import data
 from sparsepipe.artefact import Draft
+from sparsepipe.errors import ArtefactError
 from sparsepipe.formats.masks import save_masks
 from sparsepipe.formats.tensors import write_tensors
 from sparsepipe.progress import bar
 from sparsepipe.recipe import digest
 from sparsepipe.sparsity import flops
 from sparsepipe.sparsity.masks import MaskSet
+from sparsepipe.sparsity.method import TargetMethod
 from sparsepipe.spec import MASKS_FILE, WEIGHTS_FILE, ModelSpec
 from sparsepipe.stages.assembly import Assembly, assemble
 from sparsepipe.training import checkpoint, device
 from sparsepipe.training.interrupt import stop_request
 from sparsepipe.training.loop import Epoch
-from sparsepipe.training.metrics import MetricsLog
+from sparsepipe.training.metrics import FILE, MetricsLog
 
 if TYPE_CHECKING:
     from sparsepipe.stages.train import TrainConfig
@@ -43,13 +45,54 @@ def train(config: TrainConfig, building: Draft, identity: Mapping[str, Any], sta
         torch.manual_seed(config.seed)
         training = assemble(config, dataset, fabric)
         if state is not None:
-            training.loop.load_state_dict(state["loop"])
+            _restore(training, state, building)
             log.info("Resuming after step %d of %d.", training.loop.step, training.loop.total_steps)
+        _tell_what_stays_dense(training)
         multiples = _run(training, building, identity)
         masks = training.sparsifier.freeze()
         selected = _select(training, masks)
         _write(training, building, masks, selected, multiples)
     (building.folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
+
+
+def _restore(training: Assembly, state: Mapping[str, Any], building: Draft) -> None:
+    """Go on from `state`.
+
+    Raises:
+        ArtefactError: it is not the state of a step of this training.
+    """
+    loop = training.loop
+    try:
+        loop.load_state_dict(state["loop"])
+        if not isinstance(loop.step, int) or not 0 <= loop.step <= loop.total_steps:
+            raise ValueError(f"step {loop.step} is outside 0..{loop.total_steps}")
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtefactError(
+            f"The checkpoint does not hold the state of this training ({type(error).__name__}: {reason}).",
+            where=str(building.folder),
+            advice="Delete this folder and train from the start.",
+        ) from error
+
+
+def _tell_what_stays_dense(training: Assembly) -> None:
+    """Log why layers stay dense, and warn of weights that no method masks."""
+    if not isinstance(training.sparsifier.method, TargetMethod):
+        return
+    masks = training.sparsifier.mask_set
+    for reason in dict.fromkeys(masks.reasons.values()):
+        names = ", ".join(name for name, given in masks.reasons.items() if given == reason)
+        log.info("These layers stay dense (%s): %s.", reason, names)
+    parameters = dict(training.loop.model.named_parameters())
+    unmasked = [name for name, value in parameters.items() if value.ndim >= 2 and name not in masks]
+    if unmasked:
+        share = sum(parameters[name].numel() for name in unmasked) / sum(map(torch.numel, parameters.values()))
+        log.warning(
+            "Not made sparse, as only weights of convolutions (but for depthwise ones), linear layers and attention "
+            "are: %s; %.1f%% of all parameters.",
+            ", ".join(unmasked),
+            100 * share,
+        )
 
 
 def _run(training: Assembly, building: Draft, identity: Mapping[str, Any]) -> list[float]:
@@ -89,7 +132,14 @@ def _run(training: Assembly, building: Draft, identity: Mapping[str, Any]) -> li
 
 
 def _multiples(metrics: MetricsLog) -> list[float]:
-    return [record["inference_flops_multiple"] for record in metrics.records]
+    try:
+        return [float(record["inference_flops_multiple"]) for record in metrics.records]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(
+            "An epoch has no number 'inference_flops_multiple'.",
+            where=FILE,
+            advice="Train from the start, without --resume.",
+        ) from error
 
 
 def _record(training: Assembly, epoch: Epoch, earlier: list[float]) -> dict[str, Any]:

@@ -96,9 +96,11 @@ def _read(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if _checksum(metadata["state"], tensors) != metadata["checksum"]:
             raise _DamagedError("its content does not match its checksum")
-        state: dict[str, Any] = _unpack(json.loads(metadata["state"]), tensors)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        state = _unpack(json.loads(metadata["state"]), tensors)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise _DamagedError(str(error)) from error
+    if not isinstance(state, dict):
+        raise _DamagedError("it holds no table of values")
     return state
 
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sparsepipe.artefact import write_text
-from sparsepipe.errors import MissingExtraError
+from sparsepipe.errors import ArtefactError, MissingExtraError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -19,13 +19,28 @@ EVENTS = "tensorboard"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a `metrics.jsonl`; none if there is no such file."""
+    """The complete lines of a `metrics.jsonl`; none if there is no such file.
+
+    Raises:
+        ArtefactError: a line is JSON, but no record with a `step`; or the file is no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except UnicodeDecodeError as error:
+        raise ArtefactError("The log of the training is no text.", where=str(path)) from error
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:  # the run was killed while it wrote this line
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ArtefactError(
+                "The line is no record of an epoch: it must be a JSON object with an integer 'step'.",
+                where=f"{path}, line {number}",
+                advice="Delete this line and what follows, or train from the start.",
+            )
+        records.append(record)
     return records
 
 
@@ -37,6 +52,7 @@ class MetricsLog:
         step: the step that training starts from; what an interrupted run logged after it is forgotten.
 
     Raises:
+        ArtefactError: `metrics.jsonl` is malformed.
         MissingExtraError: TensorBoard is not installed.
     """
 

@@ -422,6 +422,49 @@ def interrupted(out: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> 
         run(out, *overrides)
 
 
+def _step(state: dict[str, Any]) -> None:
+    state["loop"]["step"] = 25
+
+
+def _weight(state: dict[str, Any]) -> None:
+    del state["loop"]["model"]["0.weight"]
+
+
+def _loop(state: dict[str, Any]) -> None:
+    del state["loop"]
+
+
+@pytest.mark.parametrize(("spoil", "words"), [(_step, "outside 0..24"), (_weight, "0.weight"), (_loop, "'loop'")])
+def test_a_checkpoint_that_lacks_something_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    interrupted(tmp_path / "train", monkeypatch)
+    partial = tmp_path / "train.partial"
+    state = checkpoint.load(partial)
+    assert state is not None
+    spoil(state)
+    checkpoint.save(partial, state)
+    with pytest.raises(ArtefactError) as caught:
+        run(tmp_path / "train", resume=True)
+    assert words in str(caught.value)
+
+
+def unmasked_network(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    network = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(96, classes))
+    network.register_parameter("table", nn.Parameter(torch.zeros(3, 7)))
+    return network
+
+
+def test_what_stays_dense_is_told_with_its_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "sparsepipe"):
+        run(tmp_path / "train", "model=small:unmasked_network", "method.pattern=4x1", "train.epochs=1")
+    told = [record.getMessage() for record in caplog.records if "stay dense" in record.getMessage()]
+    assert any("0.weight" in line and "4x1" in line for line in told)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "table" in warning
+    assert "4.9%" in warning  # 21 of 108 + 6 + 21 + 288 + 3 parameters
+
+
 def test_a_checkpoint_of_another_configuration_is_refused_with_the_differences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ pytest.importorskip("tensorboard")
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sparsepipe.errors import ArtefactError
 from sparsepipe.training.metrics import EVENTS, FILE, MetricsLog, read
 
 
@@ -47,6 +48,13 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, 10) as metrics:
         metrics.write(record(2))
     assert [entry["epoch"] for entry in read(tmp_path / FILE)] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", '{"epoch": 2}', '{"step": "10"}', "7", "null"])
+def test_a_line_that_is_no_record_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / FILE).write_text(json.dumps(record(1)) + "\n" + line + "\n")
+    with pytest.raises(ArtefactError, match=r"metrics\.jsonl, line 2: .* integer 'step'"):
+        MetricsLog(tmp_path, 10)
 
 
 def test_no_file_is_no_records(tmp_path: Path) -> None:
