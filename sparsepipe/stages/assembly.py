@@ -140,8 +140,8 @@ def _check_output(model: nn.Module, batch: int, config: TrainConfig, dataset: Da
         raise
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ModelError(
-            f"In {mode} mode the network does not take a batch of {batch} samples of the shape {shape} of "
-            f"'{dataset.name}': {failure(error)}.",
+            f"In {mode} mode the network does not take samples of the shape {shape} of "
+            f"'{dataset.name}' in batches of {batch}: {failure(error)}.",
             where=name,
         ) from error
     wanted = f"'{dataset.name}' has {classes} classes, so it must be ({batch}, {classes})"

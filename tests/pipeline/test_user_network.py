@@ -70,7 +70,7 @@ def without_weights(input_shape: tuple[int, ...], classes: int) -> nn.Module:
         ("failing", (), "KeyError: 'missing'"),
         ("leaving", (), "SystemExit: 0"),
         ("lazy", (), "parameters without a shape: 1.weight"),
-        ("normalised", ("train.batch_size=1",), "In training mode .* batch of 1 samples"),
+        ("normalised", ("train.batch_size=1",), "In training mode .* in batches of 1"),
         ("without_weights", (), "no weight of two or more dimensions"),
     ],
 )
