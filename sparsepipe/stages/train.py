@@ -162,7 +162,13 @@ def _interrupted(trainer: ModuleType, partial: Path, identity: Mapping[str, Any]
     if saved is None:
         log.info("There is no interrupted training to resume; starting from the beginning.")
         return None
-    before = saved["identity"]
+    before = saved.get("identity")
+    if not isinstance(before, Mapping):
+        raise ArtefactError(
+            "The checkpoint does not say what it is of.",
+            where=str(partial),
+            advice="Start over: `sparsepipe train` without --resume, or `sparsepipe run --force`.",
+        )
     differing = [
         f"{key} = {before.get(key)!r} (now {identity.get(key)!r})"
         for key in sorted({*before, *identity} - FREE_TO_CHANGE)

@@ -190,7 +190,7 @@ def test_the_artefact_holds_the_files_and_figures_that_later_stages_read(finishe
     outputs = {name.partition("/")[0] for name in finished.manifest.outputs}
     expected = {SPEC_FILE, WEIGHTS_FILE, MASKS_FILE, metrics.FILE, metrics.EVENTS, checkpoint.FILE}
     assert outputs == expected
-    assert finished.manifest.inputs == {"data": data.fingerprint("small:small_images")}
+    assert finished.manifest.inputs["data"] == data.fingerprint("small:small_images")
     assert set(finished.metrics) == {
         "test_accuracy",
         "test_correct",
