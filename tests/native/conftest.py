@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ ort = pytest.importorskip("onnxruntime")
 @pytest.fixture(scope="session")
 def library() -> Path:
     path = os.environ.get("SPARSEPIPE_LIBRARY") or library_path()
-    if path is None or not Path(path).is_file():
-        pytest.skip("the native library was not built")
-    return Path(path)
+    if path is not None and Path(path).is_file():
+        return Path(path)
+    if compiler := next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None):
+        pytest.fail(f"the native library was not built, though there is a compiler, {compiler}")
+    pytest.skip("the native library was not built: there is no C++ compiler")
 
 
 Session = Callable[..., Any]
