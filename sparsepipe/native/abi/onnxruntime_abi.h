@@ -12,6 +12,7 @@ namespace sparsepipe::abi {
 
 constexpr std::uint32_t kApiVersion = 17;
 constexpr const char* kOldestRuntime = "1.17";
+constexpr std::uint32_t kInplaceVersion = 18;  // of an operator whose output may take the memory of an input
 
 // Opaque handles.
 struct Status;
@@ -55,9 +56,14 @@ struct CustomOp {
   Status* (*infer_output_shape)(const CustomOp*, void* context);      // API 17
   int (*start_version)(const CustomOp*);                              // API 17
   int (*end_version)(const CustomOp*);                                // API 17
+  std::size_t (*may_inplace)(int** inputs, int** outputs);            // API 18
+  void (*release_may_inplace)(int* inputs, int* outputs);             // API 18
+  std::size_t (*alias)(int** inputs, int** outputs);                  // API 18
+  void (*release_alias)(int* inputs, int* outputs);                   // API 18
 };
 #if UINTPTR_MAX == 0xffffffffffffffffu
-static_assert(offsetof(CustomOp, create_kernel_v2) == 136 && offsetof(CustomOp, end_version) == 168,
+static_assert(offsetof(CustomOp, create_kernel_v2) == 136 && offsetof(CustomOp, end_version) == 168 &&
+                  offsetof(CustomOp, may_inplace) == 176,
               "OrtCustomOp must match onnxruntime's layout");
 #endif
 

@@ -136,27 +136,53 @@ SPARSEPIPE_INLINE void multiply(vf (&sum)[R][T], const Entry<R>& entry, const fl
   }
 }
 
-template <int R, int T>
-SPARSEPIPE_INLINE void finish(const vf (&sum)[R][T], const RowsArgs& a, std::int64_t row) {
+// Sums within bounds: all that the activations but HardSwish, SiLU and GELU are.
+struct Bounds {
+  vf low, high;
+  SPARSEPIPE_INLINE vf operator()(vf x) const { return at_most(at_least(x, low), high); }
+};
+struct Curve {
+  const Epilogue& epilogue;
+  SPARSEPIPE_INLINE vf operator()(vf x) const { return activate(x, epilogue); }
+};
+
+template <int R, int T, typename F>
+SPARSEPIPE_INLINE void finish(const vf (&sum)[R][T], const RowsArgs& a, std::int64_t row, const F& activation) {
+  const std::int64_t shift = (row - a.row_begin) * R * a.y_stride;
+  if (a.whole) {
+    float* y = a.y + shift + a.target[0];
+    if (a.residual) {
+      const float* residual = a.residual + shift + a.target[0];
+      SPARSEPIPE_UNROLL
+      for (int r = 0; r < R; ++r, y += a.y_stride, residual += a.y_stride) {
+        SPARSEPIPE_UNROLL
+        for (int t = 0; t < T; ++t) store(y + t * kLanes, activation(sum[r][t] + load(residual + t * kLanes)));
+      }
+    } else {
+      SPARSEPIPE_UNROLL
+      for (int r = 0; r < R; ++r, y += a.y_stride) {
+        SPARSEPIPE_UNROLL
+        for (int t = 0; t < T; ++t) store(y + t * kLanes, activation(sum[r][t]));
+      }
+    }
+    return;
+  }
+  float* y = a.y + shift;
+  const float* residual = a.residual ? a.residual + shift : nullptr;
   SPARSEPIPE_UNROLL
-  for (int r = 0; r < R; ++r) {
-    const std::int64_t shift = ((row - a.row_begin) * R + r) * a.y_stride;
-    float* y = a.y + shift;
-    const float* residual = a.residual ? a.residual + shift : nullptr;
+  for (int r = 0; r < R; ++r, y += a.y_stride) {
     SPARSEPIPE_UNROLL
     for (int t = 0; t < T; ++t) {
       vf v = sum[r][t];
-      if (a.whole) {
-        if (residual) v += load(residual + a.target[0] + t * kLanes);
-        store(y + a.target[0] + t * kLanes, activate(v, a.epilogue));
-      } else if (a.count[t] == kLanes) {
+      if (a.count[t] == kLanes) {
         if (residual) v += load(residual + a.target[t]);
-        store(y + a.target[t], activate(v, a.epilogue));
+        store(y + a.target[t], activation(v));
       } else if (a.count[t] > 0) {
         if (residual) v += load_some(residual + a.target[t], a.count[t]);
-        store_some(y + a.target[t], activate(v, a.epilogue), a.count[t]);
+        store_some(y + a.target[t], activation(v), a.count[t]);
       }
     }
+    if (residual) residual += a.y_stride;
   }
 }
 
@@ -168,8 +194,8 @@ constexpr int kChains = R * T >= 8 ? 1 : (R * T >= 4 ? 2 : 4);
 template <int R>
 constexpr int kAhead = R == 1 ? 6 : (R == 2 ? 3 : 2);
 
-template <int R, int T>
-void rows_of(const RowsArgs& a) {
+template <int R, int T, typename F>
+SPARSEPIPE_INLINE void rows_of(const RowsArgs& a, const F& activation) {
   constexpr int C = kChains<R, T>;
   std::int64_t next = 0;
   const auto* entries = reinterpret_cast<const Entry<R>*>(a.entries);
@@ -225,7 +251,7 @@ void rows_of(const RowsArgs& a) {
       }
     }
     if (a.last) {
-      finish<R, T>(sum[0], a, row);
+      finish<R, T>(sum[0], a, row, activation);
     } else {
       SPARSEPIPE_UNROLL
       for (int r = 0; r < R; ++r) {
@@ -234,6 +260,15 @@ void rows_of(const RowsArgs& a) {
       }
     }
   }
+}
+
+template <int R, int T>
+void rows_of(const RowsArgs& a) {
+  const Epilogue& e = a.epilogue;
+  if (e.activation > Activation::kClip) return rows_of<R, T>(a, Curve{e});
+  const bool clip = e.activation == Activation::kClip;
+  const float low = clip ? e.low : (e.activation == Activation::kRelu ? 0.0f : -__builtin_inff());
+  return rows_of<R, T>(a, Bounds{broadcast(low), broadcast(clip ? e.high : __builtin_inff())});
 }
 
 // Tiles that fit the register file: R * T sums, the R broadcast weights and, unless it is a memory operand, an input.

@@ -36,6 +36,24 @@ abi::Status* compute(void* kernel, abi::KernelContext* context) {
   return guarded(k.ort, k.where, [&] { k.compute(Call(k.ort, context)); });
 }
 
+// The output may take the memory of the residual: every number of it is read before it is written, by one thread.
+constexpr int kResidual = 4;
+
+std::size_t residual_inplace(int** inputs, int** outputs) {
+  *inputs = new (std::nothrow) int[1]{kResidual};
+  *outputs = new (std::nothrow) int[1]{0};
+  if (*inputs != nullptr && *outputs != nullptr) return 1;
+  delete[] *inputs;
+  delete[] *outputs;
+  *inputs = *outputs = nullptr;
+  return 0;
+}
+
+void release_inplace(int* inputs, int* outputs) {
+  delete[] inputs;
+  delete[] outputs;
+}
+
 Op describe(const char* text, std::size_t inputs, std::size_t required, Make make) {
   Op op{};
   op.version = abi::kApiVersion;
@@ -59,6 +77,10 @@ Op describe(const char* text, std::size_t inputs, std::size_t required, Make mak
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.start_version = [](const abi::CustomOp*) { return 1; };
   op.end_version = [](const abi::CustomOp*) { return 0x7fffffff; };
+  if (inputs > kResidual) {
+    op.may_inplace = residual_inplace;
+    op.release_may_inplace = release_inplace;
+  }
   op.text = text;
   op.inputs = inputs;
   op.required = required;
@@ -85,7 +107,7 @@ extern "C" __attribute__((visibility("default"))) sparsepipe::abi::Status* Regis
   const abi::Functions ort(table);
   // A file has one fallback body per operator name, so each set of fused steps has a name. The kernel is the same: it
   // goes by the attributes and inputs.
-  static const Op ops[] = {
+  static Op ops[] = {
       describe("SparseConv", 5, 3, make_sparse_conv),
       describe("SparseConvRelu", 5, 3, make_sparse_conv),
       describe("SparseConvClip", 5, 3, make_sparse_conv),
@@ -108,6 +130,9 @@ extern "C" __attribute__((visibility("default"))) sparsepipe::abi::Status* Regis
   return guarded(ort, "sparsepipe", [&] {
     const std::lock_guard<std::mutex> lock(mutex);
     if (domain == nullptr) {
+      // Below this version onnxruntime refuses the newer struct; it does not read the fields at its end either.
+      const bool inplace = base->get_api(abi::kInplaceVersion) != nullptr;
+      for (Op& op : ops) op.version = inplace ? abi::kInplaceVersion : abi::kApiVersion;
       abi::Domain* made = nullptr;
       check(ort, ort.create_domain("sparsepipe", &made));
       for (const Op& op : ops) check(ort, ort.domain_add(made, &op));
