@@ -20,26 +20,51 @@ const Caches& caches() {
   return sizes;
 }
 
+namespace {
+
+// Cycles of one vector operation in the inner loop, measured (NOTES.md).
+struct Core {
+  double fma;             // with the broadcast weight of a block
+  double l1, l2, beyond;  // loading a vector of the tile from there
+};
+
+const Core& core(int lanes) {
+  static constexpr Core kFull = {0.65, 0.85, 1.5, 2.3};
+  static constexpr Core kHalf = {1.0, 1.0, 2.2, 3.5};
+#if defined(SPARSEPIPE_X86)
+  // Zen 4 (of this family the one with AVX-512) takes two cycles for a vector of 512 bits.
+  static const bool half = __builtin_cpu_is("amdfam19h");
+  if (half && lanes == 16) return kHalf;
+#endif
+  return lanes == 4 ? kHalf : kFull;
+}
+
+constexpr double kEntry = 0.8;   // reading the offset and the weight of an entry
+constexpr double kLeast = 1.7;   // an entry costs at least this: sums wait for one another
+constexpr double kRow = 28;      // a row: mostly its mispredicted end
+constexpr double kPartial = 1.3; // loading and storing a vector of sums between blocks of channels
+
+}  // namespace
+
 Blocking best_blocking(const SparseWeight& weight, const TileLayout& layout, const Cost& cost, int lanes) {
+  const Core& c = core(lanes);
   const double entries = weight.entries();
   const double rows = static_cast<double>(weight.rows);
   const double vectors = layout.vectors;
-  const double fma = weight.block * vectors;
+  const double sums = weight.block * vectors;
   Blocking best;
   for (std::int64_t blocks = 1;; blocks *= 2) {
     const std::int64_t channels = (layout.channels + blocks - 1) / blocks;
     // Only what is read of a tile counts: gaps between the channels of a plane do not fill the cache.
     const double floats = layout.tap.size() == 1 ? vectors * lanes : static_cast<double>(layout.channel_stride);
     const double bytes = 4.0 * static_cast<double>(channels) * floats;
-    // A load from the L2 cache costs 1.6 in a loop of nothing else and about 2.2 in a layer; an entry costs at least 4.
-    const double far = bytes <= 0.9 * caches().l1 ? 1.0 : (bytes <= 0.7 * caches().l2 ? 2.2 : 3.5);
-    const double row = 16.0 + (blocks > 1 ? 2.0 * fma : 0.0);
-    const double entry = std::max({4.0, fma + 1.5, vectors * cost.load * far + 1.5});
-    const double cycles = entries * entry +
-                          rows * (static_cast<double>(blocks) * row + cost.finish * fma) +
+    const double load = bytes <= 0.9 * caches().l1 ? c.l1 : (bytes <= 0.7 * caches().l2 ? c.l2 : c.beyond);
+    const double row = kRow + (blocks > 1 ? kPartial * sums : 0.0);
+    const double entry = std::max(kLeast, kEntry + std::max(sums * c.fma, vectors * cost.load * load));
+    const double cycles = entries * entry + rows * (static_cast<double>(blocks) * row + cost.finish * sums) +
                           static_cast<double>(layout.channels) * cost.pack_channel;
     if (best.cycles == 0 || cycles < best.cycles) best = {channels, cycles};
-    if (channels <= 8 || far == 1.0) return best;
+    if (channels <= 8 || load == c.l1) return best;
   }
 }
 

@@ -21,11 +21,11 @@ struct TileLayout {
   int vectors = 0;
 };
 
-// Rough costs in cycles of one FMA on a vector, with the weight of one layer in mind.
+// Rough costs in cycles.
 struct Cost {
   double pack_channel = 0;  // packing one channel of one tile
   double load = 1;          // loading one vector of a tile that is in the L1 cache: 2 where it straddles lines
-  double finish = 2;        // storing one vector of the output
+  double finish = 0.8;      // storing one vector of the output
 };
 
 struct Blocking {

@@ -106,7 +106,7 @@ Geometry flat_geometry(const Attributes& a, Geometry g, int vectors) {
     g.layout.channel_stride = plane;
   } else {
     g.layout.channel_stride = g.tile_floats();
-    g.cost.pack_channel = 4 + 3.5 * vectors;
+    g.cost.pack_channel = 4 + 6.0 * vectors;
   }
   return g;
 }
@@ -155,7 +155,7 @@ Geometry rows_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, 
   const auto wide = static_cast<double>(row_vectors);
   g.cost.pack_channel = 10 + static_cast<double>(slots) * (4 + 2.5 * wide * static_cast<double>(a.stride_w)) +
                         static_cast<double>(a.kernel_w * slots) * (1 + 2.5 * wide);
-  g.cost.finish = 3;
+  g.cost.finish = 1.5;
   return g;
 }
 
