@@ -1,0 +1,154 @@
+"""A node of a graph as the sparse kernels see it: its weight with the outputs first, its bias, its window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, numpy_helper
+
+from sparsepipe.graph.index import Index, attribute, integer, is_standard, number
+
+LARGEST_KERNEL = 255
+LARGEST = {"strides": 4096, "dilations": 4096, "pads": 65535}
+"""What the kernels take of each attribute of a window."""
+Array = NDArray[Any]
+
+
+class Stays(Exception):
+    """Why a node stays as it is."""
+
+
+@dataclass
+class KernelLayer:
+    """A node in the terms of the kernels.
+
+    Attributes:
+        base: its operator, `SparseConv` or `SparseLinear`.
+        weight: [O, I, *kernel], float32.
+        bias: [O], float32.
+        source: name of its input.
+        window: strides, pads and dilations of a convolution.
+        last: the node whose output it makes.
+        fused: further nodes that it stands for.
+        residual: name of a tensor that is added to it.
+        activation: a key of `operators.ACTIVATIONS`.
+        limits: the bounds of the activation `clip`.
+    """
+
+    base: str
+    weight: Array
+    bias: Array
+    source: str
+    window: Mapping[str, Sequence[int]]
+    last: NodeProto
+    fused: list[NodeProto] = field(default_factory=list)
+    residual: str | None = None
+    activation: str = "none"
+    limits: tuple[float, float] | None = None
+
+
+def read(node: NodeProto, found: Index) -> KernelLayer:
+    """`node` as the kernels see it.
+
+    Raises:
+        Stays: there is no kernel for it.
+    """
+    if node.op_type not in _READERS or not is_standard(node, node.op_type):
+        raise Stays("transposed convolution" if node.op_type == "ConvTranspose" else f"no kernel for {node.op_type}")
+    layer = _READERS[node.op_type](node, found)
+    if not np.isfinite(layer.weight).all() or not np.isfinite(layer.bias).all():
+        raise Stays("a value is not finite")
+    return layer
+
+
+def _own(node: NodeProto, name: str, found: Index) -> Array:
+    """The constant weight `name` of `node`, that nothing else uses; a transposition of it is done here."""
+    step = found.producers.get(name)
+    if name not in found.constants and step is not None and is_standard(step, "Transpose"):
+        order = attribute(step, "perm")
+        value = _own(step, step.input[0], found)
+        if len(found.consumers[name]) > 1 or found.pinned(name):
+            raise Stays("the weight is used elsewhere, too")
+        return value.transpose(list(order.ints) if order else None)
+    if name not in found.constants:
+        raise Stays(f"the weight goes through {step.op_type}" if step is not None else "the weight is not constant")
+    if found.constants[name].data_type != TensorProto.FLOAT:
+        raise Stays(f"the weight is {TensorProto.DataType.Name(found.constants[name].data_type)}, not FLOAT")
+    if len(found.consumers[name]) > 1 or found.pinned(name):
+        raise Stays("the weight is used elsewhere, too")
+    return numpy_helper.to_array(found.constants[name])
+
+
+def _bias(node: NodeProto, outputs: int, found: Index) -> Array:
+    """The third input as float32 [outputs]; zeros where there is none."""
+    if len(node.input) < 3 or not node.input[2]:
+        return np.zeros(outputs, np.float32)
+    if node.input[2] not in found.constants:
+        raise Stays("the bias is not constant")
+    bias = numpy_helper.to_array(found.constants[node.input[2]])
+    if bias.size not in (1, outputs) or (bias.ndim and bias.shape[-1] != bias.size):
+        raise Stays("the bias differs from row to row")
+    return np.ascontiguousarray(np.broadcast_to(bias.reshape(-1), outputs), np.float32)
+
+
+def _read_conv(node: NodeProto, found: Index) -> KernelLayer:
+    if (groups := integer(node, "group", 1)) != 1:
+        stored = found.constants.get(node.input[1])
+        depthwise = stored is not None and stored.dims[1] == 1
+        raise Stays("depthwise convolution" if depthwise else f"convolution of {groups} groups")
+    padding = attribute(node, "auto_pad")
+    if padding is not None and padding.s not in (b"", b"NOTSET", b"VALID"):
+        raise Stays(f"auto_pad {padding.s.decode()} depends on the size of the input")
+    weight = _own(node, node.input[1], found)
+    if (rank := weight.ndim - 2) not in (1, 2):
+        raise Stays(f"no kernel for convolutions in {rank} dimensions")
+    valid = padding is not None and padding.s == b"VALID"
+    if max(weight.shape[2:]) > LARGEST_KERNEL:
+        raise Stays(f"no kernel for a window of {list(weight.shape[2:])}")
+    window: dict[str, Sequence[int]] = {}
+    for name, count, default in (("strides", rank, 1), ("pads", 2 * rank, 0), ("dilations", rank, 1)):
+        given = attribute(node, name) if not (valid and name == "pads") else None
+        window[name] = list(given.ints) if given is not None else [default] * count
+    for name, numbers in window.items():
+        if not all(0 <= value <= LARGEST[name] for value in numbers):
+            raise Stays(f"no kernel for {name} {list(numbers)}")
+    return KernelLayer("SparseConv", weight, _bias(node, weight.shape[0], found), node.input[0], window, node)
+
+
+def _read_gemm(node: NodeProto, found: Index) -> KernelLayer:
+    if node.input[1] not in found.constants and node.input[0] in found.constants:
+        raise Stays("the weight is the left factor")
+    if integer(node, "transA", 0) or number(node, "alpha", 1.0) != 1:
+        raise Stays("no kernel for transA, or alpha other than 1")
+    weight = _own(node, node.input[1], found)
+    weight = weight if integer(node, "transB", 0) else weight.T
+    bias = _bias(node, weight.shape[0], found) * np.float32(number(node, "beta", 1.0))
+    return KernelLayer("SparseLinear", weight, bias, node.input[0], {}, node)
+
+
+def _read_matmul(node: NodeProto, found: Index) -> KernelLayer:
+    if node.input[0] in found.constants:
+        raise Stays("the weight is the left factor")
+    weight = _own(node, node.input[1], found)
+    if weight.ndim != 2:
+        raise Stays(f"a weight of {weight.ndim} dimensions is several matrices")
+    return KernelLayer("SparseLinear", weight.T, np.zeros(weight.shape[1], np.float32), node.input[0], {}, node)
+
+
+_READERS: Mapping[str, Callable[[NodeProto, Index], KernelLayer]] = {
+    "Conv": _read_conv,
+    "Gemm": _read_gemm,
+    "MatMul": _read_matmul,
+}
+
+
+def steps(name: str, found: Index) -> list[NodeProto]:
+    """The transpositions through which a weight reaches its node."""
+    step = found.producers.get(name)
+    if step is None or name in found.constants:
+        return []
+    return [step, *steps(step.input[0], found)]
