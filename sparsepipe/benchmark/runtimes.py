@@ -33,14 +33,14 @@ class OnnxRuntime:
     def __init__(self) -> None:
         import onnxruntime
 
-        from sparsepipe.runtime import library
+        from sparsepipe.runtime import library_path
 
         self._version: str = onnxruntime.__version__
-        self._library = library.library_path()
+        self._library = library_path()
         self._feeds: dict[str, Any] = {}
 
     def load(self, model: str, threads: int) -> None:
-        from sparsepipe.runtime.session import session
+        from sparsepipe.runtime import session
 
         self._session = session(Path(model), threads=threads)
 

@@ -12,11 +12,14 @@ FILE_NAMES = {"darwin": "libsparsepipe_ops.dylib", "win32": "sparsepipe_ops.dll"
 DEFAULT_FILE_NAME = "libsparsepipe_ops.so"
 
 
-def library_path() -> Path | None:
-    """The kernel library inside the installed package; None when it was not built."""
+def library_path() -> str | None:
+    """The kernel library inside the installed package; None when it was not built.
+
+    It is a string because `onnxruntime.SessionOptions.register_custom_ops_library` takes nothing else.
+    """
     name = FILE_NAMES.get(sys.platform, DEFAULT_FILE_NAME)
     # An editable installation may spread the package over two folders: the sources and what was built.
-    return next((path for root in sparsepipe.__path__ if (path := Path(root) / "native" / name).is_file()), None)
+    return next((str(path) for root in sparsepipe.__path__ if (path := Path(root) / "native" / name).is_file()), None)
 
 
 def status() -> dict[str, Any]:
@@ -33,20 +36,20 @@ def status() -> dict[str, Any]:
     path = library_path()
     reason = _why_not(path)
     return {
-        "path": str(path) if path else None,
+        "path": path,
         "loadable": reason is None,
         "reason": reason,
         "onnxruntime": onnxruntime.__version__,
     }
 
 
-def _why_not(path: Path | None) -> str | None:
+def _why_not(path: str | None) -> str | None:
     if path is None:
         return "it was not built; exported files run on the standard kernels of onnxruntime"
     import onnxruntime
 
     try:
-        onnxruntime.SessionOptions().register_custom_ops_library(str(path))
+        onnxruntime.SessionOptions().register_custom_ops_library(path)
     except Exception as error:  # onnxruntime's errors have no common base class
         return " ".join(str(error).split())
     return None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sparsepipe.errors import GraphError
 from sparsepipe.runtime.inputs import Input, inputs_of
-from sparsepipe.runtime.session import one_line, run, session
+from sparsepipe.runtime.sessions import one_line, run, session
 
 Array = NDArray[Any]
 

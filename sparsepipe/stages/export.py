@@ -24,7 +24,7 @@ from sparsepipe.graph.select import Layer, sparsity, survey
 from sparsepipe.graph.universal import Choice, choose, rewrite
 from sparsepipe.plugins import is_plugin
 from sparsepipe.progress import bar
-from sparsepipe.runtime.session import session
+from sparsepipe.runtime import session
 from sparsepipe.spec import SPEC_FILE, ModelSpec
 from sparsepipe.stages.fit import check_fit
 

@@ -18,7 +18,7 @@ from sparsepipe.errors import ArtefactError, GraphError, ModelError, RecipeError
 from sparsepipe.recipe import check
 from sparsepipe.runtime.inputs import Input
 from sparsepipe.runtime.network import OnnxNetwork
-from sparsepipe.runtime.session import one_line
+from sparsepipe.runtime.sessions import one_line
 from sparsepipe.spec import SPEC_FILE, ModelSpec
 from sparsepipe.stages.export import load_network
 

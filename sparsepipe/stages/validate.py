@@ -16,9 +16,9 @@ from sparsepipe.data.registry import SOURCES
 from sparsepipe.errors import ArtefactError, DataError, GraphError, SparsepipeError
 from sparsepipe.progress import track
 from sparsepipe.recipe import Choice, NamedChoice, Recipe, Validation
+from sparsepipe.runtime import library_path
 from sparsepipe.runtime.compare import Divergence, Tally, finite, first_divergence, has_classes
 from sparsepipe.runtime.inputs import Input, aligned, merge, rename
-from sparsepipe.runtime.library import library_path
 from sparsepipe.runtime.network import OnnxNetwork
 from sparsepipe.runtime.samples import Batch, Samples, labelled_samples, random_samples
 from sparsepipe.spec import ModelSpec

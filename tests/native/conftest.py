@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from sparsepipe.runtime.library import library_path
+from sparsepipe.runtime import library_path
 
 ort = pytest.importorskip("onnxruntime")
 

@@ -15,7 +15,7 @@ import pytest
 from sparsepipe import pipeline, recipe
 from sparsepipe.artefact import Artefact
 from sparsepipe.data import load, prepare
-from sparsepipe.runtime.library import library_path
+from sparsepipe.runtime import library_path
 from sparsepipe.spec import ModelSpec
 
 pytest.importorskip("torch")

@@ -78,7 +78,7 @@ def test_cli_and_models_are_imported_by_their_installed_names_only() -> None:
 def test_light_modules_load_nothing_heavy() -> None:
     light = (
         "sparsepipe, sparsepipe.recipe, sparsepipe.artefact, sparsepipe.spec, sparsepipe.cli.main, "
-        "sparsepipe.models.registry, sparsepipe.sparsity.registry, sparsepipe.data"
+        "sparsepipe.models.registry, sparsepipe.sparsity.registry, sparsepipe.data, sparsepipe.runtime"
     )
     heavy = ["torch", "scipy", "onnx", "onnxruntime", "matplotlib", "sklearn", "pandas", "pyarrow", "PIL"]
     code = f"import sys, {light}; print([m for m in {heavy} if m in sys.modules])"

@@ -17,7 +17,7 @@ from sparsepipe.graph.finish import serialise
 from sparsepipe.graph.fold import fold
 from sparsepipe.graph.universal import Choice, choose, rewrite
 from sparsepipe.recipe import Export
-from sparsepipe.runtime.session import run, session
+from sparsepipe.runtime import run, session
 from sparsepipe.stages import export
 
 Array = NDArray[Any]

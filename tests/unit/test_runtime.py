@@ -20,12 +20,11 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from sparsepipe.errors import GraphError
-from sparsepipe.runtime import compare, library
+from sparsepipe.runtime import compare, library, predict, session
 from sparsepipe.runtime.compare import Tally, first_divergence
 from sparsepipe.runtime.inputs import Input, inputs_of, merge, random_inputs, rename, resolve
 from sparsepipe.runtime.network import OnnxNetwork
 from sparsepipe.runtime.samples import labelled_samples, random_samples
-from sparsepipe.runtime.session import predict, session
 
 
 def save(path: Path, nodes: list[Any], inputs: list[Any], outputs: list[Any], weights: dict[str, Any]) -> Path:
@@ -76,7 +75,7 @@ def test_a_library_that_does_not_load_is_a_reason_and_not_a_crash(
     path = tmp_path / "native" / name
     path.parent.mkdir()
     path.write_bytes(b"not a library")
-    assert library.library_path() == path
+    assert library.library_path() == str(path)
     status = library.status()
     assert status["loadable"] is False
     assert status["reason"]
@@ -122,10 +121,25 @@ def test_a_session_takes_threads_and_options_and_predicts(tmp_path: Path) -> Non
     batches = [np.full((n, 3), n, np.float32) for n in (1, 4)]
     assert [found.tolist() for found in predict(opened, batches)] == [(batch @ weight).tolist() for batch in batches]
     assert session(path.read_bytes()).get_inputs()[0].name == "x"
+    assert session(str(path)).get_inputs()[0].name == "x"
     with pytest.raises(GraphError, match="cannot run"):
         list(predict(opened, [np.zeros((1, 4), np.float32)]))
     with pytest.raises(GraphError, match="2 inputs"):
         list(predict(session(text_model(tmp_path / "text.onnx")), batches))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"enable_profilling": True}, "no attribute 'enable_profilling'.*enable_profiling"),
+        ({"add_session_config_entry": "x"}, "no attribute 'add_session_config_entry'"),
+        ({"graph_optimization_level": "all"}, "'graph_optimization_level' cannot be 'all'"),
+        ({"threads": 1.5}, "'intra_op_num_threads' cannot be 1.5"),
+    ],
+)
+def test_options_that_do_not_exist_or_fit_are_named(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(GraphError, match=words):
+        session(text_model(tmp_path / "m.onnx"), **options)
 
 
 def test_errors_of_onnxruntime_are_one_paragraph(tmp_path: Path) -> None:

@@ -4,48 +4,67 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from sparsepipe.errors import GraphError
 from sparsepipe.runtime.library import library_path
 
+if TYPE_CHECKING:
+    import onnxruntime
+
 Array = NDArray[Any]
 
 
 def session(
-    source: Path | bytes, *, threads: int = 1, library: bool = True, **options: Any
+    path: str | Path | bytes, *, threads: int = 1, library: bool = True, **options: Any
 ) -> onnxruntime.InferenceSession:
-    """Open an ONNX model on the CPU.
+    """Open an ONNX model on the CPU, with the kernel library registered.
 
     Args:
-        source: the file, or a whole serialised model (which cannot refer to external data).
-        threads: threads of one operator; 0 leaves the number to onnxruntime.
+        path: the file, or a whole serialised model (which cannot refer to external data).
+        threads: threads of one operator, the caller's included; 0 leaves the number to onnxruntime.
         library: whether to register the kernel library, where it was built.
         options: further attributes of `onnxruntime.SessionOptions`, by name.
 
     Raises:
-        GraphError: the file is missing, is no valid model, or needs something that this onnxruntime does not have.
+        GraphError: the file is missing, is no valid model, or needs something that this onnxruntime does not have; or
+            an option does not exist or does not take the value.
     """
-    where = source.name if isinstance(source, Path) else "model"
-    if isinstance(source, Path) and not source.is_file():
-        raise GraphError("There is no such ONNX file.", where=str(source))
+    import onnxruntime
+
+    file = None if isinstance(path, bytes) else Path(path)
+    where = file.name if file else "model"
+    if file and not file.is_file():
+        raise GraphError("There is no such ONNX file.", where=str(file))
     settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4  # errors come as exceptions; onnxruntime would print them as well
-    for name, value in options.items():
-        setattr(settings, name, value)
+    _set(settings, {"intra_op_num_threads": threads, **options})
     try:
         if library and (kernels := library_path()) is not None:
-            settings.register_custom_ops_library(str(kernels))
-        model = str(source) if isinstance(source, Path) else source
+            settings.register_custom_ops_library(kernels)
+        model = str(file) if file else path
         return onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common base class
         raise GraphError(f"onnxruntime cannot load it: {one_line(error)}", where=where) from error
+
+
+def _set(settings: onnxruntime.SessionOptions, options: Mapping[str, Any]) -> None:
+    allowed = sorted(name for name, kind in vars(type(settings)).items() if isinstance(kind, property))
+    for name, value in options.items():
+        if name not in allowed:
+            raise GraphError(
+                f"onnxruntime.SessionOptions has no attribute '{name}'.",
+                where="session",
+                advice=f"It has {', '.join(allowed)}.",
+            )
+        try:
+            setattr(settings, name, value)
+        except TypeError as error:
+            raise GraphError(f"The option '{name}' cannot be {value!r}.", where="session") from error
 
 
 def run(model: onnxruntime.InferenceSession, inputs: Mapping[str, Array], *, where: str = "model") -> list[Array]:
