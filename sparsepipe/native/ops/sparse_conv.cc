@@ -104,6 +104,7 @@ Geometry flat_geometry(const Attributes& a, Geometry g, int vectors) {
   g.layout.tap = {0};
   if (g.mode == Mode::kDirect) {
     g.layout.channel_stride = plane;
+    g.cost.load = 1.3;
   } else {
     g.layout.channel_stride = g.tile_floats();
     g.cost.pack_channel = 4 + 6.0 * vectors;
@@ -226,8 +227,10 @@ class SparseConv final : public Kernel {
     };
     if (point) {
       const bool whole = shape.height * shape.width % shape.lanes == 0 && a_.in * shape.height * shape.width < kMostFloats;
-      const bool direct = whole && (a_.mode != Mode::kFlat);
-      const bool flat = !whole || a_.mode != Mode::kDirect;
+      // Channels a multiple of 1 kB apart share few sets of the L1 cache: read in place they were up to 2.5 times slower.
+      const bool spread = shape.height * shape.width % 256 != 0;
+      const bool direct = whole && (a_.mode == Mode::kDirect || (spread && a_.mode != Mode::kFlat));
+      const bool flat = !direct || a_.mode != Mode::kDirect;
       if (direct) each_size(Mode::kDirect, flat_geometry);
       if (flat) each_size(Mode::kFlat, flat_geometry);
       return;
