@@ -73,3 +73,90 @@ def model() -> Model:
         return helper.make_model(graph, opset_imports=opsets, functions=list(functions), ir_version=8)
 
     return make
+
+
+def _weight(random: np.random.Generator, *shape: int, block: int = 1) -> np.ndarray[Any, Any]:
+    """Random values with 5% of their blocks of consecutive outputs kept, scaled to outputs of about 1."""
+    kept = random.random((shape[0] // block, 1, *shape[1:])) < 0.05
+    weight = random.standard_normal(shape) * np.repeat(kept, block, axis=1).reshape(shape)
+    return (weight / max(1.0, 0.05 * float(np.prod(shape[1:]))) ** 0.5).astype(np.float32)
+
+
+def _dense_networks() -> dict[str, onnx.ModelProto]:
+    """One small network for each way of the exported operators, with 95% zeros in its weights."""
+    random = np.random.default_rng(0)
+    node, tensor = onnx.helper.make_node, onnx.numpy_helper.from_array
+    image: list[int | str] = ["n", 64, 14, 14]
+    padded = {"pads": [1, 1, 1, 1]}
+    small, large = (64, 64, 1, 1), (64, 64, 3, 3)
+    networks: dict[str, tuple[list[int | str], list[onnx.NodeProto], dict[str, np.ndarray[Any, Any]]]] = {
+        "conv": (
+            image,
+            [
+                node("Conv", ["x", "w0", "b0"], ["a"], **padded),
+                node("Relu", ["a"], ["b"]),
+                node("Conv", ["b", "w1"], ["y"], strides=[2, 2], dilations=[2, 1], **padded),
+            ],
+            {"w0": _weight(random, *large), "b0": _weight(random, 64), "w1": _weight(random, *large)},
+        ),
+        "blocks": (
+            image,
+            [node("Conv", ["x", "w0"], ["a"], **padded), node("Conv", ["a", "w1"], ["y"])],
+            {"w0": _weight(random, *large, block=4), "w1": _weight(random, *small, block=2)},
+        ),
+        "residual": (
+            image,
+            [
+                node("Conv", ["x", "w0"], ["a"], **padded),
+                node("Conv", ["a", "w1"], ["b"], **padded),
+                node("Add", ["b", "x"], ["c"]),
+                node("Relu", ["c"], ["y"]),
+            ],
+            {"w0": _weight(random, *large), "w1": _weight(random, *large)},
+        ),
+        "depthwise": (
+            image,
+            [
+                node("Conv", ["x", "w0"], ["a"]),
+                node("Conv", ["a", "w1"], ["b"], group=64, **padded),
+                node("Conv", ["b", "w2"], ["y"]),
+            ],
+            {
+                "w0": _weight(random, *small),
+                "w1": random.standard_normal((64, 1, 3, 3)).astype(np.float32),
+                "w2": _weight(random, *small),
+            },
+        ),
+        "linear": (
+            ["n", 5, 256],
+            [node("MatMul", ["x", "w"], ["a"]), node("Add", ["a", "b"], ["c"]), node("Relu", ["c"], ["y"])],
+            {"w": _weight(random, 256, 256).T.copy(), "b": _weight(random, 256)},
+        ),
+    }
+    made = {}
+    for name, (shape, nodes, weights) in networks.items():
+        graph = onnx.helper.make_graph(
+            nodes,
+            name,
+            [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+            [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+            [tensor(value, key) for key, value in weights.items()],
+        )
+        made[name] = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    return made
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Name -> the dense file and the universal one that `sparsepipe export` makes of it; all inputs are "x"."""
+    from sparsepipe.recipe import Export
+    from sparsepipe.stages import export
+
+    folder = tmp_path_factory.mktemp("networks")
+    files = {}
+    for name, dense in _dense_networks().items():
+        onnx.save(dense, path := folder / f"{name}.onnx")
+        made = export.from_onnx(path, Export(targets=("universal",)), folder / name).file("model.universal.onnx")
+        assert any(node.domain == "sparsepipe" for node in onnx.load(made).graph.node), f"{name} has stayed dense"
+        files[name] = (path, made)
+    return files
