@@ -28,6 +28,8 @@ class MaskSet(Mapping[str, Tensor]):
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         self._masks = dict(masks)
         self.counters: dict[str, Tensor] = {}
+        self.rounds = 0
+        """Mask updates so far."""
         self.reasons: dict[str, str] = {}
         """Name -> why that layer is dense, for layers that are."""
 
@@ -60,6 +62,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     def count(self) -> None:
         """End a round of updates: N += mask."""
+        self.rounds += 1
         for name, counter in self.counters.items():
             counter.add_(self._masks[name] & (counter < COUNTER_LIMIT))
 
@@ -98,7 +101,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     def pack(self) -> dict[str, Tensor]:
         """Each mask as bits: uint8 [ceil(size / 8)], flattened in C order, lowest bit first."""
-        return {name: torch.from_numpy(_bits(mask)) for name, mask in self.items()}
+        return {name: torch.from_numpy(pack_mask(mask)) for name, mask in self.items()}
 
     @classmethod
     def unpack(cls, packed: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> MaskSet:
@@ -113,7 +116,7 @@ class MaskSet(Mapping[str, Tensor]):
         """`sha256:<hex>` of names, shapes and bits; equal for equal masks on any device."""
         hashed = hashlib.sha256(json.dumps(sorted(self.shapes().items())).encode())
         for name in sorted(self):
-            hashed.update(_bits(self[name]).tobytes())
+            hashed.update(pack_mask(self[name]).tobytes())
         return f"sha256:{hashed.hexdigest()}"
 
 
@@ -136,7 +139,8 @@ def unpack_mask(name: str, bits: Tensor, shape: Shape | None) -> Tensor:
     return torch.from_numpy(flat).to(torch.bool).reshape(shape)
 
 
-def _bits(mask: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def pack_mask(mask: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """A mask as bits: uint8 [ceil(size / 8)], flattened in C order, lowest bit first."""
     return np.packbits(mask.detach().cpu().reshape(-1).numpy(), bitorder="little")
 
 

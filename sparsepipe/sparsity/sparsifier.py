@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from sparsepipe.errors import ArtefactError, ModelError
@@ -14,6 +14,7 @@ from sparsepipe.sparsity import options
 from sparsepipe.sparsity.masks import MaskSet, unpack_mask
 from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.network import Network
+from sparsepipe.sparsity.replicas import Replicas, refuse_sharded
 from sparsepipe.sparsity.weights import maskable
 
 
@@ -30,14 +31,27 @@ class Sparsifier:
         method: for example `DSTEE(sparsity=0.95)`.
         total_steps: optimizer steps of the whole training; the schedules span them.
         seed: of everything random in the masks.
+        process_group: the processes of `torch.distributed` that train this network together; all, if it is None. They
+            get the weights and the seed of the first of them, and from then on choose the same masks.
+        check_every: mask updates between two comparisons of the masks over the processes; the first update is always
+            compared. Single processes compare nothing.
 
     Raises:
-        ModelError: nothing can be masked, or `optimizer` is none of torch's.
+        ModelError: nothing can be masked, `optimizer` is none of torch's, or the parameters are sharded (FSDP). During
+            training: the processes have different masks.
         RecipeError: the target cannot be reached, or an override matches no layer.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, method: Method, *, total_steps: int, seed: int = 0
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        method: Method,
+        *,
+        total_steps: int,
+        seed: int = 0,
+        process_group: distributed.ProcessGroup | None = None,
+        check_every: int = 10,
     ) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # the wrappers of Fabric and Accelerate keep it there
         if not isinstance(optimizer, Optimizer):
@@ -45,11 +59,18 @@ class Sparsifier:
         self.method = method
         self.step = 0
         """Optimizer steps taken so far."""
-        self._network = Network(maskable(model, optimizer), optimizer, options.count("total_steps", total_steps), seed)
+        refuse_sharded(model)
+        weights = maskable(model, optimizer)
+        self._replicas = Replicas(process_group)
+        self._check_every = options.count("check_every", check_every)
+        with torch.no_grad():
+            seed = self._replicas.share({name: weight.parameter for name, weight in weights.items()}, seed)
+        self._network = Network(weights, optimizer, options.count("total_steps", total_steps), seed)
         self._skipped = False
         self._expected_nonzero: dict[str, int] = {}
         with torch.no_grad():
             method.attach(self._network)
+            self._replicas.compare(self._network, 0)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -101,6 +122,7 @@ class Sparsifier:
         masks = self.mask_set
         return {
             "step": self.step,
+            "rounds": masks.rounds,
             "seed": self._network.seed,
             "method": self.method.describe(),
             "shapes": {name: list(shape) for name, shape in masks.shapes().items()},
@@ -123,6 +145,7 @@ class Sparsifier:
             self.mask_set.change(weight, name, mask.to(weight.device))
             self.mask_set.counters[name].copy_(counter)
         self.mask_set.reasons = dict(state["reasons"])
+        self.mask_set.rounds = int(state["rounds"])
         self.step = int(state["step"])
         self._network.seed = int(state["seed"])
         self._expected_nonzero = dict(state["nonzero"])
@@ -167,7 +190,10 @@ class Sparsifier:
         if not self._skipped:
             self.step += 1
             self._network.mask_weights()
+            rounds = self.mask_set.rounds
             self.method.after_step(self._network, self.step)
+            if self.mask_set.rounds > rounds and rounds % self._check_every == 0:
+                self._replicas.compare(self._network, self.step)
         self._network.gradients.clear()
 
     def _refuse_other(self, state: Mapping[str, Any]) -> None:

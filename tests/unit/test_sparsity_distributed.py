@@ -1,0 +1,142 @@
+"""Several processes that train one network: the same masks everywhere, those of one process with the whole batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("lightning_fabric")
+
+from torch import distributed, nn  # noqa: E402
+
+import sparsepipe  # noqa: E402
+from sparsepipe.errors import ModelError  # noqa: E402
+
+WORKER = Path(__file__).parents[1] / "workers" / "replicas.py"
+Results = dict[int, dict[str, Any]]
+CASES = [
+    *((2, method) for method in ("dst-ee, sgd", "dst-ee, adamw, DDP first", "rigl, global", "set", "gmp")),
+    *((4, method) for method in ("dst-ee, sgd", "rigl, global")),
+]
+
+
+def under_torchrun(processes: int, folder: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"),
+            *(str(WORKER), str(folder / "result.json")),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """Number of processes -> what they found."""
+    return {count: under_torchrun(count, tmp_path_factory.mktemp("replicas")) for count in (2, 4)}
+
+
+@pytest.mark.parametrize(("processes", "method"), CASES)
+def test_weights_masks_and_counters_are_the_same_bits_on_every_process(
+    results: Results, processes: int, method: str
+) -> None:
+    assert results[processes][method]["identical"] is True
+
+
+@pytest.mark.parametrize(("processes", "method"), CASES)
+def test_many_processes_train_what_one_process_trains_on_the_whole_batch(
+    results: Results, processes: int, method: str
+) -> None:
+    found = results[processes][method]
+    assert found["differing_masks"] == 0
+    assert found["same_counters"] is True
+    assert found["moved"] > 0.1
+    assert found["largest_difference"] < 1e-5, "only the order of sums may differ"
+    weights = 12 * 2 * 9 + 20 * 192 + 4 * 20
+    assert found["sparse"] == weights - round(0.3 * weights)
+    assert (found["grown"] > 100) == (method != "gmp")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_whose_gradients_are_not_averaged_are_told_at_the_first_update(
+    results: Results, processes: int
+) -> None:
+    said = results[processes]["errors"]["without_averaging"]
+    assert "'0.weight' are not the same" in said
+    assert "after step 4" in said
+    assert "DistributedDataParallel" in said
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_one_differing_mask_bit_is_found_at_the_next_comparison(results: Results, processes: int) -> None:
+    said = results[processes]["errors"]["one_differing_bit"]
+    assert "'3.weight'" in said
+    assert "after step 16" in said  # updates follow every fourth step, and the fourth of them is compared
+    assert f"process {processes - 1} differs" in said
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_with_other_options_are_told_before_the_first_step(results: Results, processes: int) -> None:
+    assert "after step 0" in results[processes]["errors"]["other_options"]
+
+
+def test_accumulated_gradients_are_scored_as_their_mean_over_all_processes(results: Results) -> None:
+    assert results[2]["accumulated"] == {"identical": True, "differing_masks": 0}
+
+
+def test_fabric_needs_nothing_else(results: Results) -> None:
+    assert results[2]["fabric"] == {"identical": True, "differing_masks": 0}
+
+
+def test_the_state_of_the_first_process_resumes_all(results: Results) -> None:
+    assert results[2]["resumed"] is True
+
+
+@pytest.fixture
+def _one_process_group(tmp_path: Path) -> Iterator[None]:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process_group")
+def test_parameters_that_fsdp2_shards_are_refused_by_name() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ModelError, match=r"'0\.weight' is sharded.*not supported.*DistributedDataParallel"):
+        sparsepipe.Sparsifier(model, optimizer, sparsepipe.DSTEE(), total_steps=1000)
+
+
+@pytest.mark.usefixtures("_one_process_group")
+def test_a_module_inside_fsdp1_is_refused_by_name() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    class Wrapped(FullyShardedDataParallel):
+        """Made without its constructor, which needs a GPU."""
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.inner = nn.Linear(4, 4)
+
+    model = nn.Sequential(nn.Linear(4, 4), Wrapped())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ModelError, match="'1' is sharded"):
+        sparsepipe.Sparsifier(model, optimizer, sparsepipe.DSTEE(), total_steps=1000)

@@ -1,0 +1,264 @@
+"""Run under torchrun: trains small networks over several processes, and writes what process 0 found as JSON.
+
+torchrun --nproc-per-node=2 replicas.py RESULT.json
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+import sparsepipe
+from sparsepipe.errors import ModelError
+from sparsepipe.sparsity.sparsifier import Sparsifier
+
+STEPS, BATCH = 24, 6
+Make = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(2, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(192, 20), nn.ReLU(), nn.Linear(20, 4))
+
+
+def samples(step: int) -> tuple[Tensor, Tensor]:
+    """The global batch of one step."""
+    generator = torch.Generator().manual_seed(step)
+    labels = torch.randint(4, (BATCH * world,), generator=generator)
+    return torch.randn(BATCH * world, 2, 6, 6, generator=generator) + labels[:, None, None, None], labels
+
+
+def mine(step: int) -> tuple[Tensor, Tensor]:
+    inputs, labels = samples(step)
+    return inputs[rank::world], labels[rank::world]
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+
+def dst_ee() -> sparsepipe.DSTEE:
+    return sparsepipe.DSTEE(sparsity=0.7, c=1e-3, update_every=4)
+
+
+def rigl() -> sparsepipe.RigL:
+    return sparsepipe.RigL(sparsity=0.7, distribution="global", update_every=4)
+
+
+def set_() -> sparsepipe.SET:
+    return sparsepipe.SET(sparsity=0.7, update_every=4)
+
+
+def gmp() -> sparsepipe.GMP:
+    return sparsepipe.GMP(sparsity=0.7, update_every=4)
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Callable[[int], tuple[Tensor, Tensor]], steps: int
+) -> None:
+    for step in range(steps):
+        inputs, labels = batches(step)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+
+
+def snapshot(model: nn.Module, sparsifier: Sparsifier) -> dict[str, Any]:
+    return {
+        "weights": {name: value.detach().clone() for name, value in model.named_parameters()},
+        "masks": {name: mask.clone() for name, mask in sparsifier.masks.items()},
+        "counters": {name: counter.clone() for name, counter in sparsifier.mask_set.counters.items()},
+    }
+
+
+def together(make_method: Callable[[], Any], make: Make, *, wrap_first: bool = False) -> tuple[nn.Module, Sparsifier]:
+    """A training over all processes, which start with different weights and give different seeds."""
+    model = network(100 + rank)
+    trained = DistributedDataParallel(model) if wrap_first else model
+    optimizer = make(model)
+    sparsifier = Sparsifier(model, optimizer, make_method(), total_steps=STEPS, seed=7 + rank, check_every=1)
+    train(trained if wrap_first else DistributedDataParallel(model), optimizer, mine, STEPS)
+    return model, sparsifier
+
+
+def alone(make_method: Callable[[], Any], make: Make) -> tuple[nn.Module, Sparsifier]:
+    """The same training in one process, with the global batch."""
+    model = network(100)
+    optimizer = make(model)
+    sparsifier = Sparsifier(model, optimizer, make_method(), total_steps=STEPS, seed=7, process_group=ALONE[rank])
+    train(model, optimizer, samples, STEPS)
+    return model, sparsifier
+
+
+def identical(state: dict[str, Any]) -> bool:
+    """Whether all processes hold the same bits."""
+    states: list[Any] = [None] * world
+    distributed.all_gather_object(states, state)
+    first = states[0]
+    return all(
+        torch.equal(value, other[kind][name])
+        for other in states[1:]
+        for kind in first
+        for name, value in first[kind].items()
+    )
+
+
+def compare(make_method: Callable[[], Any], make: Make, **how: Any) -> dict[str, Any]:
+    ours = snapshot(*together(make_method, make, **how))
+    expected = snapshot(*alone(make_method, make))
+    names = expected["masks"]
+    return {
+        "identical": identical(ours),
+        "differing_masks": sum(int((names[name] != ours["masks"][name]).sum()) for name in names),
+        "same_counters": all(torch.equal(value, ours["counters"][n]) for n, value in expected["counters"].items()),
+        "largest_difference": max(
+            float((value - ours["weights"][name]).abs().max()) for name, value in expected["weights"].items()
+        ),
+        "moved": max(
+            float((value - start).abs().max())
+            for (name, value), start in zip(
+                expected["weights"].items(), network(100).state_dict().values(), strict=True
+            )
+        ),
+        "sparse": sum(int((~mask).sum()) for mask in ours["masks"].values()),
+        "grown": sum(
+            int((ours["masks"][name] & (counter < int(counter.max()))).sum())
+            for name, counter in ours["counters"].items()
+        ),
+    }
+
+
+def accumulated() -> dict[str, Any]:
+    """Two micro-batches for each step, of which DDP averages the sum only in the second."""
+    model = network(100)
+    wrapped, optimizer = DistributedDataParallel(model), sgd(model)
+    sparsifier = Sparsifier(model, optimizer, dst_ee(), total_steps=STEPS, seed=7, check_every=1)
+    for step in range(STEPS):
+        inputs, labels = mine(step)
+        halves = list(zip(inputs.chunk(2), labels.chunk(2), strict=True))
+        optimizer.zero_grad()
+        with wrapped.no_sync():
+            (functional.cross_entropy(wrapped(halves[0][0]), halves[0][1]) / 2).backward()
+        (functional.cross_entropy(wrapped(halves[1][0]), halves[1][1]) / 2).backward()
+        optimizer.step()
+    ours, expected = snapshot(model, sparsifier), snapshot(*alone(dst_ee, sgd))
+    return {
+        "identical": identical(ours),
+        "differing_masks": sum(int((m != ours["masks"][n]).sum()) for n, m in expected["masks"].items()),
+    }
+
+
+def fabric() -> dict[str, Any]:
+    from lightning_fabric import Fabric
+
+    runner = Fabric(accelerator="cpu", devices=world, strategy="ddp")
+    runner.launch()
+    model = network(100 + rank)
+    optimizer = sgd(model)
+    sparsifier = Sparsifier(model, optimizer, dst_ee(), total_steps=STEPS, seed=7 + rank, check_every=1)
+    wrapped, stepping = runner.setup(model, optimizer)
+    for step in range(STEPS):
+        inputs, labels = mine(step)
+        stepping.zero_grad()
+        runner.backward(functional.cross_entropy(wrapped(inputs), labels))
+        stepping.step()
+    ours, expected = snapshot(model, sparsifier), snapshot(*alone(dst_ee, sgd))
+    return {
+        "identical": identical(ours),
+        "differing_masks": sum(int((m != ours["masks"][n]).sum()) for n, m in expected["masks"].items()),
+    }
+
+
+def message(failing: Callable[[], Any]) -> str:
+    """What the ModelError says, which must be the same on all processes."""
+    found = "no error"
+    try:
+        failing()
+    except ModelError as error:
+        found = str(error)
+    heard: list[Any] = [None] * world
+    distributed.all_gather_object(heard, found)
+    return found if len(set(heard)) == 1 else f"not the same: {heard}"
+
+
+def without_averaging() -> None:
+    model = network(100)
+    optimizer = sgd(model)
+    Sparsifier(model, optimizer, dst_ee(), total_steps=STEPS)
+    train(model, optimizer, mine, STEPS)
+
+
+def one_differing_bit() -> None:
+    """A mask that is spoilt on the last process in the fourth round, and compared after the rounds 1, 4, 7, ..."""
+    model = network(100)
+    optimizer = sgd(model)
+    sparsifier = Sparsifier(model, optimizer, dst_ee(), total_steps=400, check_every=3)
+    wrapped = DistributedDataParallel(model)
+    train(wrapped, optimizer, mine, 15)
+    if rank == world - 1:
+        mask = sparsifier.mask_set["3.weight"].view(-1)
+        mask[mask.nonzero()[0]] = False
+    train(wrapped, optimizer, mine, 40)
+
+
+def other_options() -> None:
+    model = network(100)
+    method = sparsepipe.DSTEE(sparsity=0.7 + 0.1 * (rank > 0), update_every=4)
+    Sparsifier(model, sgd(model), method, total_steps=STEPS)
+
+
+def resumed() -> bool:
+    """A state of process 0 that every process loads goes on as if nothing had happened."""
+    model, sparsifier = together(dst_ee, sgd)
+    expected = snapshot(model, sparsifier)
+    model = network(100 + rank)
+    optimizer = sgd(model)
+    sparsifier = Sparsifier(model, optimizer, dst_ee(), total_steps=STEPS, seed=7 + rank, check_every=1)
+    wrapped = DistributedDataParallel(model)
+    train(wrapped, optimizer, mine, STEPS // 2)
+    states = [copy.deepcopy([model.state_dict(), optimizer.state_dict(), sparsifier.state_dict()])]
+    distributed.broadcast_object_list(states, src=0)
+    model = network(500 + rank)
+    optimizer = sgd(model)
+    sparsifier = Sparsifier(model, optimizer, dst_ee(), total_steps=STEPS, seed=rank, check_every=1)
+    for target, state in zip((model, optimizer, sparsifier), states[0], strict=True):
+        target.load_state_dict(state)
+    train(DistributedDataParallel(model), optimizer, lambda step: mine(step + STEPS // 2), STEPS - STEPS // 2)
+    found = snapshot(model, sparsifier)
+    return all(torch.equal(value, found[kind][name]) for kind in found for name, value in expected[kind].items())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    ALONE = [distributed.new_group([one]) for one in range(world)]
+    results: dict[str, Any] = {"dst-ee, sgd": compare(dst_ee, sgd), "rigl, global": compare(rigl, adamw)}
+    if world == 2:
+        results["dst-ee, adamw, DDP first"] = compare(dst_ee, adamw, wrap_first=True)
+        results["set"] = compare(set_, sgd)
+        results["gmp"] = compare(gmp, sgd)
+        results["accumulated"] = accumulated()
+        results["fabric"] = fabric()
+        results["resumed"] = resumed()
+    results["errors"] = {
+        "without_averaging": message(without_averaging),
+        "one_differing_bit": message(one_differing_bit),
+        "other_options": message(other_options),
+    }
+    if rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    distributed.destroy_process_group()
