@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from sparsepipe import launch
 from sparsepipe.errors import ArtefactError
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def _start_logging() -> None:
     handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logger = logging.getLogger("sparsepipe")
-    if logger.level == logging.NOTSET:
+    if launch.rank() > 0:  # process 0 says the same
+        logger.setLevel(logging.ERROR)
+    elif logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
 
 

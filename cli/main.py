@@ -7,6 +7,7 @@ from importlib import import_module
 
 import click
 
+from sparsepipe import launch
 from sparsepipe.errors import SparsepipeError
 
 # verb -> one line for the list of commands. The module `sparsepipe.cli.<verb>` holds the command `command`.
@@ -36,6 +37,10 @@ class LazyGroup(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
             return None
+        if launch.world_size() > 1 and name != "train":
+            raise click.UsageError(
+                f"Only `sparsepipe train` runs in several processes. Run `sparsepipe {name}` without torchrun."
+            )
         command: click.Command = import_module(f"sparsepipe.cli.{name}").command
         return command
 
@@ -62,7 +67,9 @@ def main() -> None:
     except SparsepipeError as error:
         _fail(str(error), 2)
     except click.ClickException as error:
-        error.show()
+        with launch.one_report() as reporting:
+            if reporting:
+                error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("Interrupted. `sparsepipe train --resume` and `sparsepipe run` go on with a training.", 130)
@@ -77,5 +84,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"Error: {message}", err=True)
+    with launch.one_report() as reporting:
+        if reporting:
+            origin = f"process {launch.rank()}: " if launch.rank() else ""
+            click.echo(f"Error: {origin}{message}", err=True)
     sys.exit(code)

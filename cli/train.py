@@ -16,12 +16,22 @@ from sparsepipe.cli import common
 @common.overrides_option
 @common.output_options
 def command(recipe: Path, out: Path | None, resume: bool, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Train a network sparse from scratch, as the recipe says; writes OUT/train."""
+    """Train a network sparse from scratch, as the recipe says; writes OUT/train.
+
+    \b
+    In several processes, each with its own share of the data:
+      torchrun --nproc-per-node=2 --no-python sparsepipe train RECIPE
+    """
+    from sparsepipe import launch
     from sparsepipe import recipe as recipes
     from sparsepipe.stages import train
 
     loaded, folder = common.load_recipe(recipe, overrides, out)
-    artefact = train.run(train.TrainConfig.from_recipe(loaded), {}, folder / "train", resume=resume)
+    config = train.TrainConfig.from_recipe(loaded)
+    if launch.rank() > 0:
+        train.follow(config)
+        return
+    artefact = train.run(config, {}, folder / "train", resume=resume)
     recipes.write(loaded, folder / common.RECIPE_FILE)
     if as_json:
         common.print_json(common.artefact_json(artefact))

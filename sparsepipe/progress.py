@@ -14,6 +14,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sparsepipe import launch
+
 log = logging.getLogger("sparsepipe")
 console = Console(stderr=True)
 
@@ -59,7 +61,7 @@ def bar(description: str, total: int) -> Iterator[Bar]:
         description: what is going on, in a few words.
         total: how many units `advance` will count.
     """
-    if not console.is_terminal:
+    if not console.is_terminal or launch.rank() > 0:
         yield Bar(description, total, None)
         return
     columns = (

@@ -40,14 +40,25 @@ class Assembly:
     loop: Loop
     validation: EvaluationBatches
     normalise: Normalise
-    device: torch.device
+    fabric: Fabric
 
     @property
     def sparsifier(self) -> Sparsifier:
         return self.loop.sparsifier
 
     def evaluation(self, split: Split) -> EvaluationBatches:
-        return EvaluationBatches(source(split, self.device), self.normalise, batch_size=EVALUATION_BATCH)
+        return evaluation(split, self.normalise, self.fabric)
+
+
+def evaluation(split: Split, normalise: Normalise, fabric: Fabric) -> EvaluationBatches:
+    """This process's share of `split`."""
+    return EvaluationBatches(
+        source(split, fabric.device),
+        normalise,
+        batch_size=EVALUATION_BATCH,
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+    )
 
 
 def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
@@ -58,6 +69,10 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     """
     settings, classes = config.train, len(dataset.classes)
     rest, held_out = data.hold_out(dataset.train, settings.validation, config.seed)
+    if len(rest) < fabric.world_size:
+        raise DataError(
+            f"There are {len(rest)} training samples, but {fabric.world_size} processes.", where=dataset.name
+        )
     model = models.create(
         config.model.name, input_shape=dataset.input_shape, classes=classes, options=config.model.options
     )
@@ -72,6 +87,8 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
         Augmentation(**config.augment.model_dump()),
         batch_size=settings.batch_size,
         seed=config.seed,
+        rank=fabric.global_rank,
+        world=fabric.world_size,
     )
     total = batches.steps * settings.epochs
     schedule = config.schedule
@@ -84,7 +101,7 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     )
     macs = flops.count_macs(model, dataset.input_shape)
     method = methods.create(config.method.name, config.method.options)
-    validation = EvaluationBatches(source(held_out, fabric.device), normalise, batch_size=EVALUATION_BATCH)
+    validation = evaluation(held_out, normalise, fabric)
     loop = Loop(
         fabric,
         model,
@@ -98,7 +115,7 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
         label_smoothing=settings.label_smoothing,
     )
     samples = {"train": len(rest), "validation": len(held_out), "test": len(dataset.test)}
-    return Assembly(config, dataset, samples, macs, loop, validation, normalise, fabric.device)
+    return Assembly(config, dataset, samples, macs, loop, validation, normalise, fabric)
 
 
 def _check_fit(config: TrainConfig, model: nn.Module, dataset: Dataset, batch: int) -> None:

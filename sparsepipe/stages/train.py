@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from sparsepipe import data
+from sparsepipe import data, launch
 from sparsepipe.artefact import MANIFEST, Artefact, digest_file, draft
 from sparsepipe.errors import ArtefactError, MissingExtraError, ModelError
 from sparsepipe.plugins import is_plugin, load_plugin
@@ -27,6 +27,8 @@ from sparsepipe.recipe import Augment, NamedChoice, Optimizer, Recipe, Schedule,
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from lightning_fabric import Fabric
 
 log = logging.getLogger("sparsepipe")
 
@@ -55,7 +57,7 @@ class TrainConfig(Section):
 
 
 def run(config: BaseModel, inputs: Mapping[str, Artefact], out: Path, *, resume: bool = False) -> Artefact:
-    """Train a network.
+    """Train a network; under torchrun as process 0, while the others `follow`.
 
     Args:
         config: a `TrainConfig`.
@@ -72,19 +74,48 @@ def run(config: BaseModel, inputs: Mapping[str, Artefact], out: Path, *, resume:
     """
     assert isinstance(config, TrainConfig)
     trainer = _trainer()
-    sources = {"data": data.fingerprint(config.data.name, config.data.options), **network_source(config.model.name)}
+    sources = _sources(config)
     partial = out.absolute().with_name(out.name + ".partial")
-    if resume and not partial.exists() and (done := _finished(out, config, sources)) is not None:
-        log.info("This training is finished already.")
-        return done
-    with _only_one(partial):
-        return _train(trainer, config, sources, out, partial, resume)
+    with trainer.device.connected(config.train.device, config.train.precision) as fabric:
+        if resume and not partial.exists() and (done := _finished(out, config, sources)) is not None:
+            log.info("This training is finished already.")
+            fabric.broadcast(None)  # the others wait for an order
+            return done
+        with _only_one(partial):
+            return _train(trainer, fabric, config, sources, out, partial, resume)
+
+
+def follow(config: TrainConfig) -> None:
+    """Take part in the training that process 0 leads: train on another share of the data, and write nothing.
+
+    Raises:
+        SparsepipeError: as `run`, or this process has other settings, data or network code than process 0.
+    """
+    trainer = _trainer()
+    with trainer.device.connected(config.train.device, config.train.precision) as fabric:
+        order = fabric.broadcast(None)
+        if order is None:
+            return
+        _refuse_differing(
+            order["identity"],
+            _identity(config, _sources(config)),
+            what="Process 0 was started with other settings",
+            where=f"process {launch.rank()}",
+            advice="Start all processes with the same recipe, data and code.",
+        )
+        trainer.train(config, fabric, None, order["identity"], order["state"])
 
 
 def _train(
-    trainer: ModuleType, config: TrainConfig, sources: Mapping[str, str], out: Path, partial: Path, resume: bool
+    trainer: ModuleType,
+    fabric: Fabric,
+    config: TrainConfig,
+    sources: Mapping[str, str],
+    out: Path,
+    partial: Path,
+    resume: bool,
 ) -> Artefact:
-    identity = {**_flat(config.model_dump(mode="json")), **{f"the {name}": digest for name, digest in sources.items()}}
+    identity = _identity(config, sources)
     state = _interrupted(trainer, partial, identity) if resume else None
     if state is None and partial.exists():
         if not resume:
@@ -92,12 +123,27 @@ def _train(
         shutil.rmtree(partial)
     try:
         with draft(out, "train", config, sources, resumable=True) as building:
-            trainer.train(config, building, identity, state)
+            fabric.broadcast({"identity": identity, "state": state})
+            trainer.train(config, fabric, building, identity, state)
     except BaseException:
         if not trainer.checkpoint.exists(partial):  # nothing that could be resumed
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return Artefact.read(out, "train")
+
+
+def _sources(config: TrainConfig) -> dict[str, str]:
+    """Digests of what the training is made from."""
+    return {"data": data.fingerprint(config.data.name, config.data.options), **network_source(config.model.name)}
+
+
+def _identity(config: TrainConfig, sources: Mapping[str, str]) -> dict[str, Any]:
+    """All that decides what is computed, under the names that a refusal uses."""
+    return {
+        **_flat(config.model_dump(mode="json")),
+        **{f"the {name}": digest for name, digest in sources.items()},
+        "the number of processes": launch.world_size(),
+    }
 
 
 def network_source(name: str) -> dict[str, str]:
@@ -169,19 +215,25 @@ def _interrupted(trainer: ModuleType, partial: Path, identity: Mapping[str, Any]
             where=str(partial),
             advice="Start over: `sparsepipe train` without --resume, or `sparsepipe run --force`.",
         )
+    _refuse_differing(
+        before,
+        identity,
+        what="The interrupted training was made with other settings",
+        where=str(partial),
+        advice="Resume it with the same recipe and data, or start over: `sparsepipe train` without --resume, or "
+        "`sparsepipe run --force`.",
+    )
+    return saved
+
+
+def _refuse_differing(before: Mapping[str, Any], now: Mapping[str, Any], *, what: str, where: str, advice: str) -> None:
     differing = [
-        f"{key} = {before.get(key)!r} (now {identity.get(key)!r})"
-        for key in sorted({*before, *identity} - FREE_TO_CHANGE)
-        if before.get(key) != identity.get(key)
+        f"{key} = {before.get(key)!r} (now {now.get(key)!r})"
+        for key in sorted({*before, *now} - FREE_TO_CHANGE)
+        if before.get(key) != now.get(key)
     ]
     if differing:
-        raise ArtefactError(
-            f"The interrupted training was made with other settings: {', '.join(differing)}.",
-            where=str(partial),
-            advice="Resume it with the same recipe and data, or start over: `sparsepipe train` without --resume, or "
-            "`sparsepipe run --force`.",
-        )
-    return saved
+        raise ArtefactError(f"{what}: {', '.join(differing)}.", where=where, advice=advice)
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,40 +23,59 @@ from sparsepipe.spec import MASKS_FILE, WEIGHTS_FILE, ModelSpec
 from sparsepipe.stages.assembly import Assembly, assemble
 from sparsepipe.training import checkpoint, device
 from sparsepipe.training.interrupt import stop_request
-from sparsepipe.training.loop import Epoch
+from sparsepipe.training.loop import Epoch, Score
 from sparsepipe.training.metrics import FILE, MetricsLog
+from sparsepipe.training.seeds import generator
 
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
     from sparsepipe.stages.train import TrainConfig
 
 log = logging.getLogger("sparsepipe")
 
 
-def train(config: TrainConfig, building: Draft, identity: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
+def train(
+    config: TrainConfig,
+    fabric: Fabric,
+    building: Draft | None,
+    identity: Mapping[str, Any],
+    state: Mapping[str, Any] | None,
+) -> None:
     """Train as `config` says, from `state` if there is one, and write files and metrics of the artefact.
+
+    Every process of a distributed training has to call this, with the same state; process 0 alone has a `building`,
+    and writes.
 
     Raises:
         As `sparsepipe.stages.train.run`.
     """
     dataset = data.load(config.data.name, config.data.options)
-    fabric = device.fabric(config.train.device, config.train.precision)
     # Network and dropout draw from torch's global generators; the caller gets these back as they were.
     cuda = [fabric.device] if fabric.device.type == "cuda" else []
     with device.threads(config.train.threads), torch.random.fork_rng(cuda):
         torch.manual_seed(config.seed)
         training = assemble(config, dataset, fabric)
+        if fabric.global_rank > 0:  # dropout of its own, after a network that is the same
+            torch.manual_seed(generator(config.seed, "process", fabric.global_rank).initial_seed())
         if state is not None:
-            _restore(training, state, building)
+            _restore(training, state, str(building.folder) if building else f"process {fabric.global_rank}")
             log.info("Resuming after step %d of %d.", training.loop.step, training.loop.total_steps)
         _tell_what_stays_dense(training)
         multiples = _run(training, building, identity)
         masks = training.sparsifier.freeze()
         selected = _select(training, masks)
-        _write(training, building, masks, selected, multiples)
-    (building.folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
+        # The one place where test samples are looked at; every process has a share of them.
+        scores = {
+            "validation": training.loop.evaluate(training.validation),
+            "test": training.loop.evaluate(training.evaluation(dataset.test)),
+        }
+        if building is not None:
+            _write(training, building, masks, selected, multiples, scores)
+            (building.folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
 
 
-def _restore(training: Assembly, state: Mapping[str, Any], building: Draft) -> None:
+def _restore(training: Assembly, state: Mapping[str, Any], where: str) -> None:
     """Go on from `state`.
 
     Raises:
@@ -70,8 +90,8 @@ def _restore(training: Assembly, state: Mapping[str, Any], building: Draft) -> N
         reason = " ".join(str(error).split())
         raise ArtefactError(
             f"The checkpoint does not hold the state of this training ({type(error).__name__}: {reason}).",
-            where=str(building.folder),
-            advice="Delete this folder and train from the start.",
+            where=where,
+            advice="Train from the start: `sparsepipe train` without --resume, or `sparsepipe run --force`.",
         ) from error
 
 
@@ -95,8 +115,11 @@ def _tell_what_stays_dense(training: Assembly) -> None:
         )
 
 
-def _run(training: Assembly, building: Draft, identity: Mapping[str, Any]) -> list[float]:
-    """Train to the end, with logs and checkpoints; returns the inference FLOPs multiple of each epoch.
+def _run(training: Assembly, building: Draft | None, identity: Mapping[str, Any]) -> list[float]:
+    """Train to the end; with a `building`, write logs and checkpoints.
+
+    Returns:
+        The inference FLOPs multiple of each epoch that is logged.
 
     Raises:
         KeyboardInterrupt: it was asked to stop; the state is saved.
@@ -104,31 +127,51 @@ def _run(training: Assembly, building: Draft, identity: Mapping[str, Any]) -> li
     loop, settings = training.loop, training.config.train
     note = "first epoch"
 
-    def save() -> None:
-        checkpoint.save(building.folder, {"identity": dict(identity), "loop": loop.state_dict()})
+    def save() -> bool:
+        state = {"identity": dict(identity), "loop": loop.state_dict()}  # for which all processes are needed
+        return building is not None and _save(building, state)
 
     def on_epoch(epoch: Epoch) -> None:
+        if metrics is not None:
+            log_epoch(epoch, metrics)
+        if epoch.number % settings.checkpoint_every == 0 or epoch.number == settings.epochs:
+            save()
+
+    def log_epoch(epoch: Epoch, metrics: MetricsLog) -> None:
         nonlocal note
         record = _record(training, epoch, _multiples(metrics))
         metrics.write(record)
         note = f"epoch {epoch.number}/{settings.epochs}, loss {epoch.train.loss:.3f}, "
         note += f"validation {epoch.validation.accuracy:.2%}"
         log.info("%s, sparsity %.2f%%, %.1f s", note, 100 * record["sparsity"], epoch.seconds)
-        if epoch.number % settings.checkpoint_every == 0 or epoch.number == settings.epochs:
-            save()
 
     remaining = loop.total_steps - loop.step
     with (
-        MetricsLog(building.folder, loop.step) as metrics,
+        nullcontext() if building is None else MetricsLog(building.folder, loop.step) as metrics,
         bar(f"training {training.config.model.name} ({training.config.method.name})", remaining) as progress,
         stop_request() as request,
     ):
         loop.run(on_step=lambda: progress.advance(1, note), on_epoch=on_epoch, stop=lambda: request.made)
     if request.made:
-        save()
-        log.warning("Stopped after step %d of %d; all is saved in %s.", loop.step, loop.total_steps, building.folder)
+        what = "all is saved" if save() else "this was not saved"
+        log.warning("Stopped after step %d of %d; %s.", loop.step, loop.total_steps, what)
         raise KeyboardInterrupt
-    return _multiples(metrics)
+    return [] if metrics is None else _multiples(metrics)
+
+
+def _save(building: Draft, state: Mapping[str, Any]) -> bool:
+    """Write a checkpoint; where there is no room for it, say so, and leave the one before it as the newest."""
+    try:
+        checkpoint.save(building.folder, state)
+    except OSError as error:
+        log.warning(
+            "The checkpoint of step %d could not be written (%s); %s.",
+            state["loop"]["step"],
+            error.strerror or error,
+            "the one before it is kept" if checkpoint.exists(building.folder) else "there is none before it",
+        )
+        return False
+    return True
 
 
 def _multiples(metrics: MetricsLog) -> list[float]:
@@ -181,11 +224,17 @@ def _select(training: Assembly, masks: MaskSet) -> int:
     return epoch
 
 
-def _write(training: Assembly, building: Draft, masks: MaskSet, epoch: int, multiples: list[float]) -> None:
-    """Write the network, and measure it: the one place where test samples are looked at."""
+def _write(
+    training: Assembly,
+    building: Draft,
+    masks: MaskSet,
+    epoch: int,
+    multiples: list[float],
+    scores: Mapping[str, Score],
+) -> None:
+    """Write the network, and all that is known of it."""
     config, dataset, loop = training.config, training.dataset, training.loop
-    validation = loop.evaluate(training.validation)
-    test = loop.evaluate(training.evaluation(dataset.test))
+    validation, test = scores["validation"], scores["test"]
     ModelSpec(
         model=config.model,
         input_shape=dataset.input_shape,
@@ -217,6 +266,7 @@ def _write(training: Assembly, building: Draft, masks: MaskSet, epoch: int, mult
         ),
         "dense_macs": sum(training.macs.values()),
         "seconds": loop.seconds,
+        "processes": training.fabric.world_size,
         "data": {"name": dataset.name, **training.samples},
     }
     log.info(

@@ -159,7 +159,8 @@ class EvaluationBatches:
     ) -> None:
         self._samples = samples
         self._normalise = normalise
-        self._order = torch.split(torch.arange(len(samples))[rank::world], batch_size)
+        mine = torch.arange(len(samples))[rank::world]
+        self._order = torch.split(mine, batch_size) if len(mine) else ()
 
     def __iter__(self) -> Iterator[Batch]:
         for raw, labels in self._samples.batches(self._order):

@@ -1,38 +1,87 @@
-"""The machine under a training: which device, which precision, how many threads."""
+"""The machines under a training: which device, which precision, how many threads and processes."""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from lightning_fabric import Fabric
+from torch import distributed
 
-from sparsepipe.errors import RecipeError
+from sparsepipe import launch
+from sparsepipe.errors import RecipeError, SparsepipeError
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+_LOST = re.compile("gloo|nccl|Connection (closed|reset)", re.IGNORECASE)
+"""What the messages of the backends hold when a peer is gone; most come as plain RuntimeError."""
+
+
+@contextmanager
+def connected(device: str, precision: str) -> Iterator[Fabric]:
+    """`fabric`, connected to the processes that `torchrun` started, while the block runs.
+
+    Raises:
+        RecipeError: as `fabric`.
+        ConnectionLostError: another process ended before this one was done.
+    """
+    try:
+        yield fabric(device, precision)
+    except RuntimeError as error:
+        if launch.world_size() > 1 and (isinstance(error, distributed.DistError) or _LOST.search(str(error))):
+            reason = str(error).strip().splitlines()[0]
+            raise ConnectionLostError(
+                f"The connection to another process was lost ({reason}).",
+                where=f"process {launch.rank()}",
+                advice="See why the other process ended; `--resume` goes on from the last checkpoint.",
+            ) from error
+        raise
+    if launch.world_size() > 1:
+        distributed.destroy_process_group()
 
 
 def fabric(device: str, precision: str) -> Fabric:
-    """Fabric for one process on one device.
+    """Fabric for this process on one device; with others that `torchrun` started, connected to them.
 
     Args:
         device: auto (CUDA where there is one), cpu or cuda.
         precision: fp32, or bf16 (weights and optimizer stay in fp32).
 
     Raises:
-        RecipeError: CUDA is asked for, and there is none.
+        RecipeError: CUDA is asked for, and there is none; there are more processes on this host than CUDA devices.
     """
-    found = torch.cuda.is_available()
-    if device == "cuda" and not found:
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
         raise RecipeError(
             "There is no CUDA device here, or this PyTorch was built without CUDA.",
             where="train.device",
             advice="Use device = 'auto' or 'cpu'.",
         )
-    accelerator = "cuda" if found and device != "cpu" else "cpu"
-    return Fabric(accelerator=accelerator, devices=1, precision=PRECISIONS[precision])  # type: ignore[arg-type]
+    accelerator = "cuda" if cuda and device != "cpu" else "cpu"
+    processes = launch.local_world_size()
+    if accelerator == "cuda" and processes > torch.cuda.device_count():
+        raise RecipeError(
+            f"There are {processes} processes on this host, but {torch.cuda.device_count()} CUDA devices.",
+            where="train.device",
+            advice="Start one process for each device (torchrun --nproc-per-node), or use device = 'cpu'.",
+        )
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # each process would name itself
+    found = Fabric(
+        accelerator=accelerator,
+        devices=processes,
+        num_nodes=launch.world_size() // processes,
+        strategy="ddp" if launch.world_size() > 1 else "auto",
+        precision=PRECISIONS[precision],  # type: ignore[arg-type]
+    )
+    found.launch()
+    return found
+
+
+class ConnectionLostError(SparsepipeError):
+    """Another process of a distributed training ended early."""
 
 
 def usable_cores() -> int:
@@ -42,9 +91,9 @@ def usable_cores() -> int:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch use `count` CPU threads, or all usable cores if it is 0, while the block runs."""
+    """Let torch use `count` CPU threads, or this process's share of the usable cores if it is 0, in the block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or usable_cores())
+    torch.set_num_threads(count or max(usable_cores() // launch.local_world_size(), 1))
     try:
         yield
     finally:

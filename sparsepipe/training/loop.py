@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
@@ -21,6 +21,9 @@ from sparsepipe.training.rates import Rate
 
 FINITE_CHECK_EVERY = 20
 """Steps between two checks of the loss on a device where reading it waits for the device."""
+
+STOP_CHECK_EVERY = 10
+"""Steps between two times at which several processes agree on stopping, on a device where that waits for it."""
 
 DIVERGED_ADVICE = "Try a lower optimizer.lr, a longer schedule.warmup, or train.precision = 'fp32'."
 
@@ -55,12 +58,20 @@ class Epoch:
 
 
 def evaluate(fabric: Fabric, network: nn.Module, batches: Iterable[Batch]) -> Score:
-    """Cross-entropy and accuracy of `network` (as Fabric set it up) in evaluation mode, over all processes."""
+    """Cross-entropy and accuracy of `network` in evaluation mode, over the batches of all processes.
+
+    Args:
+        fabric: its precision is used.
+        network: the bare network: DDP would wait for the other processes in every pass, whose number may differ.
+        batches: this process's share.
+    """
     network.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=fabric.device)
     with torch.no_grad():
         for inputs, labels in batches:
-            logits = network(inputs)
+            with fabric.autocast():
+                logits = network(inputs)
+            logits = logits.float()
             loss = functional.cross_entropy(logits, labels, reduction="sum")
             totals += torch.stack([loss, (logits.argmax(1) == labels).sum(), loss.new_tensor(len(labels))])
     loss_sum, correct, samples = _sum_over_processes(fabric, totals).tolist()
@@ -145,7 +156,7 @@ class Loop:
             epoch, first = divmod(self.step, self._training.steps)
             self._network.train()
             for inputs, labels in self._training.epoch(epoch, first):
-                if stop():
+                if self._agreed(stop):
                     return
                 self._train(inputs, labels)
                 self.seconds = time.monotonic() - self._started
@@ -154,22 +165,30 @@ class Loop:
             on_epoch(self._finish(epoch, before))
 
     def evaluate(self, batches: Iterable[Batch]) -> Score:
-        """Score of the network as it is now."""
-        return evaluate(self._fabric, self._network, batches)
+        """Score of the network as it is now; every process has to call this."""
+        self._share_buffers()
+        return evaluate(self._fabric, self.model, batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the training depends on: nested dicts of tensors and plain values."""
+        """Everything that the rest of the training depends on: nested dicts of tensors and plain values.
+
+        Every process has to call this, and all get the same.
+        """
+        own = {
+            "losses": self._losses.cpu(),
+            "correct": self._correct.cpu(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self._fabric.device) if self._on_cuda else None,
+        }
+        self._share_buffers()
         return {
             "step": self.step,
             "seconds": self.seconds,
-            "losses": self._losses,
-            "correct": self._correct,
             "best": self.best,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "sparsifier": self.sparsifier.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "processes": self._gathered(own),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -177,15 +196,48 @@ class Loop:
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.best = state["best"]
-        self._losses.copy_(state["losses"])
-        self._correct.copy_(state["correct"])
+        own = state["processes"][self._fabric.global_rank]
+        self._losses.copy_(own["losses"])
+        self._correct.copy_(own["correct"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._lay_out_optimizer_state()
         self.sparsifier.load_state_dict(state["sparsifier"])
-        torch.set_rng_state(state["random"])
-        if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        torch.set_rng_state(own["random"])
+        if self._on_cuda and own["random_cuda"] is not None:
+            torch.cuda.set_rng_state(own["random_cuda"], self._fabric.device)
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self._fabric.device.type == "cuda"
+
+    def _gathered(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each process has, in the order of their numbers."""
+        if self._fabric.world_size == 1:
+            return [own]
+        everyone: list[dict[str, Any]] = [{}] * self._fabric.world_size
+        distributed.all_gather_object(everyone, own)
+        return everyone
+
+    def _share_buffers(self) -> None:
+        """Give all processes the buffers of the first, as DDP does before a forward pass in training.
+
+        Each process feeds its own batches to its batch norms, but the network that is kept is that of process 0.
+        """
+        if self._fabric.world_size > 1:
+            for buffer in self.model.buffers():
+                values = buffer.contiguous()  # the backends take dense memory in C order only
+                distributed.broadcast(values, src=0)
+                buffer.copy_(values)
+
+    def _agreed(self, stop: Callable[[], bool]) -> bool:
+        """Whether any process was asked to stop; all hear it before the same step."""
+        if self._fabric.world_size == 1:
+            return stop()
+        if self._fabric.device.type != "cpu" and self.step % STOP_CHECK_EVERY:
+            return False
+        asked = torch.tensor(float(stop()), device=self._fabric.device)
+        return bool(_sum_over_processes(self._fabric, asked))
 
     def _train(self, inputs: Tensor, labels: Tensor) -> None:
         for group in self.optimizer.param_groups:

@@ -206,6 +206,7 @@ def test_the_artefact_holds_the_files_and_figures_that_later_stages_read(finishe
         "training_flops_multiple",
         "dense_macs",
         "seconds",
+        "processes",
         "data",
     }
     finished.verify()

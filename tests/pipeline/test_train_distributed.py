@@ -1,0 +1,184 @@
+"""`sparsepipe train` under torchrun: like one process, resumable, and with one message where a process fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("lightning_fabric")
+
+from click.testing import CliRunner  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from sparsepipe.artefact import Artefact  # noqa: E402
+from sparsepipe.cli.main import sparsepipe  # noqa: E402
+from sparsepipe.errors import ArtefactError  # noqa: E402
+from sparsepipe.recipe import load  # noqa: E402
+from sparsepipe.spec import MASKS_FILE, WEIGHTS_FILE  # noqa: E402
+from sparsepipe.stages import train  # noqa: E402
+from sparsepipe.training import checkpoint, metrics  # noqa: E402
+
+WORKERS = Path(__file__).parents[1] / "workers"
+RECIPE = """
+seed = 5
+model = { name = "slow_networks:slow", dropout = 0.0 }
+data = "digits"
+[method]
+name = "dst-ee"
+sparsity = 0.8
+update_every = 7
+[optimizer]
+lr = 0.05
+[train]
+epochs = 4
+batch_size = 16
+threads = 1
+device = "cpu"
+"""
+COMMAND = ["-c", "from sparsepipe.cli.main import main; main()", "train"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "slow.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def start(recipe: Path, out: Path, *options: str, torchrun: tuple[str, ...] = (), **variables: str) -> Any:
+    """torchrun with two processes, in a process group of its own."""
+    paths = os.pathsep.join([str(WORKERS), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *torchrun, "--no-python"),
+            *(sys.executable, *COMMAND, str(recipe), "--out", str(out), *options),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: Any) -> str:
+    """What it wrote to stderr, once it has ended well."""
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-4000:]
+    return str(errors)
+
+
+@pytest.fixture(scope="module")
+def both(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    """Trained by two processes in one go."""
+    out = tmp_path_factory.mktemp("both")
+    finish(start(recipe, out))
+    return Artefact.read(out / "train", "train")
+
+
+def by_one(recipe: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str, resume: bool = False) -> Artefact:
+    monkeypatch.syspath_prepend(str(WORKERS))
+    config = train.TrainConfig.from_recipe(load(recipe, overrides))
+    return train.run(config, {}, out / "train", resume=resume)
+
+
+def assert_close(ours: Artefact, theirs: Artefact) -> None:
+    """The same masks and the same training, but for the order of sums."""
+    assert ours.file(MASKS_FILE).read_bytes() == theirs.file(MASKS_FILE).read_bytes()
+    expected = load_file(theirs.file(WEIGHTS_FILE))
+    for name, value in load_file(ours.file(WEIGHTS_FILE)).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=1e-4)
+    logs = [metrics.read(artefact.file(metrics.FILE)) for artefact in (ours, theirs)]
+    for mine, other in zip(*logs, strict=True):
+        assert mine["train_loss"] == pytest.approx(other["train_loss"], abs=1e-4)
+        assert mine["validation_loss"] == pytest.approx(other["validation_loss"], abs=1e-4)
+        assert mine["train_accuracy"] == pytest.approx(other["train_accuracy"], abs=2e-3)
+        assert mine["exploration_rate"] == other["exploration_rate"] > 0.25
+    for name in ("test_samples", "nnz", "epoch_selected", "training_flops_multiple"):
+        assert ours.metrics[name] == theirs.metrics[name], name
+    assert ours.metrics["test_correct"] == pytest.approx(theirs.metrics["test_correct"], abs=1)
+    assert ours.metrics["test_accuracy"] > 0.8
+
+
+def test_two_processes_train_what_one_does_with_twice_the_batch(
+    both: Artefact, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = by_one(recipe, tmp_path, monkeypatch, "train.batch_size=32")
+    assert_close(both, one)
+    assert (both.metrics["processes"], one.metrics["processes"]) == (2, 1)
+    both.verify()
+
+
+def test_killed_processes_resume_to_the_same_bits(
+    both: Artefact, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = start(recipe, tmp_path, SLOW_SECONDS="0.02")
+    partial = tmp_path / "train.partial"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists(partial):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    # The workers are in sessions of their own, and the launcher's death alone would not end them at once.
+    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        victim.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert partial.is_dir(), "it was too late to kill"
+    with pytest.raises(ArtefactError, match=r"the number of processes = 2 \(now 1\)"):
+        by_one(recipe, tmp_path, monkeypatch, resume=True)
+    assert "Resuming after step" in finish(start(recipe, tmp_path, "--resume"))
+    resumed = Artefact.read(tmp_path / "train", "train")
+    for name in (WEIGHTS_FILE, MASKS_FILE):
+        assert resumed.file(name).read_bytes() == both.file(name).read_bytes(), name
+    states = [load_file(artefact.file(checkpoint.FILE)) for artefact in (resumed, both)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_an_error_in_one_process_ends_all_with_one_message(recipe: Path, tmp_path: Path) -> None:
+    process = start(recipe, tmp_path, "--set", "model={name='slow_networks:failing'}")
+    _, errors = process.communicate(timeout=300)
+    said = [line for line in errors.splitlines() if line.startswith("Error:")]
+    assert len(said) == 1, errors
+    assert said[0].startswith("Error: process 1: step 5, epoch 1: The training loss became nan")
+    assert "exitcode  : 2" in errors
+    assert errors.count("Traceback") == 1, "torchrun's own, of its ChildFailedError"
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_two_hosts_with_two_processes_each_train_what_one_process_does(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    hosts = [
+        start(
+            *(recipe, tmp_path / f"host{number}", "--set", "train.batch_size=8"),
+            torchrun=("--nnodes=2", f"--node-rank={number}", "--master-addr=localhost", f"--master-port={port}"),
+        )
+        for number in range(2)
+    ]
+    for host in hosts:
+        finish(host)
+    assert not (tmp_path / "host1").exists(), "only process 0 writes"
+    four = Artefact.read(tmp_path / "host0" / "train", "train")
+    assert_close(four, by_one(recipe, tmp_path / "one", monkeypatch, "train.batch_size=32"))
+    assert four.metrics["processes"] == 4
+
+
+def test_other_verbs_are_refused_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(sparsepipe, ["run", "recipe.toml"])
+    assert result.exit_code == 2
+    assert "Only `sparsepipe train` runs in several processes" in result.output
