@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sparsepipe.cli import common
+from sparsepipe.cli import bench_tables, common
+
+SUITES = ("kernels",)
+BELONGS = {
+    "sparsity": ("--model", "--suite"),
+    "pattern": ("--model", "--suite"),
+    "input": ("--model",),
+    "network": ("--suite",),
+}
+"""Options that only some forms of the command have."""
+
+
+def _listed(convert: Callable[[str], Any], separator: str = ",") -> Callable[..., tuple[Any, ...]]:
+    """A callback that reads `1,2`, given once or several times."""
+
+    def read(context: click.Context, parameter: click.Parameter, value: Any) -> tuple[Any, ...]:
+        texts = [value] if isinstance(value, str) else value or ()
+        parts = [part.strip() for text in texts for part in text.split(separator)]
+        try:
+            return tuple(convert(part) for part in parts)
+        except ValueError as error:
+            kind = "whole numbers" if convert is int else "numbers"
+            wanted = f"{kind} separated by '{separator}'"
+            raise click.BadParameter(f"'{separator.join(parts)}' is not a list of {wanted}.") from error
+
+    return read
 
 
 @click.command("bench")
-@click.argument("onnx", nargs=-1, required=True, type=common.existing_path(dir_okay=False))
-@click.option("--threads", multiple=True, type=int, help="Threads of the session (repeatable). Default: 1.")
-@click.option("--batch", multiple=True, type=int, help="Batch size (repeatable). Default: 1.")
+@click.argument("onnx", nargs=-1, type=common.existing_path(dir_okay=False))
+@click.option("--model", metavar="NAME|FILE.onnx", help="What-if: a dense network to measure with random zeros.")
+@click.option("--suite", type=click.Choice(SUITES), help="Print a table of speed: the kernels on whole networks.")
+@click.option(
+    "--sparsity", multiple=True, callback=_listed(float), metavar="LIST",
+    help="With --model or --suite. Default: 0.8,0.9,0.95,0.98.",
+)  # fmt: skip
+@click.option(
+    "--pattern", multiple=True, callback=_listed(str), metavar="LIST",
+    help="With --model or --suite: unstructured, or blocks of output x input channels such as 2x1 and 4x1.",
+)  # fmt: skip
+@click.option(
+    "--input", "input_", callback=_listed(int, "x"), metavar="1x3x224x224",
+    help="With --model: shape of the input, batch first. A file must leave open what this changes.",
+)  # fmt: skip
+@click.option(
+    "--network", multiple=True, callback=_listed(str), metavar="LIST",
+    help="With --suite: the networks to measure. Default: all.",
+)  # fmt: skip
+@click.option("--threads", multiple=True, callback=_listed(int), metavar="LIST", help="Threads, as 1,2. Default: 1.")
+@click.option("--batch", multiple=True, callback=_listed(int), metavar="LIST", help="Batch sizes. Default: 1.")
 @click.option("--seconds", type=float, help="Measuring time for each file at each setting. Default: 6.")
 @click.option("--pin/--no-pin", default=None, help="Pin each process to as many cores as it has threads.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the result into this folder.")
@@ -21,54 +65,72 @@ from sparsepipe.cli import common
 @common.output_options
 def command(
     onnx: tuple[Path, ...],
-    threads: tuple[int, ...],
-    batch: tuple[int, ...],
-    seconds: float | None,
-    pin: bool | None,
+    model: str | None,
+    suite: str | None,
     out: Path | None,
     overrides: tuple[str, ...],
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure latency, memory and size of ONNX files, side by side.
 
     Every file runs in a process of its own; the processes take turns in short blocks, so that a change in the
     machine's speed meets all of them. The dense export, or else the first file, is the baseline of the speed-ups.
-    """
-    from sparsepipe.stages import bench
 
-    flags = {"threads": threads, "batch": batch, "seconds": seconds, "pin": pin}
-    config = common.section(onnx[0], "bench", overrides, flags)
-    result = bench.measure(onnx, config) if out is None else bench.record(onnx, config, out).metrics
+    \b
+    sparsepipe bench ONNX...              these files
+    sparsepipe bench --model resnet50     what if: the speed of a network on this machine at several sparsities,
+                                          with random weights, before any training; any dense ONNX file will do
+    sparsepipe bench --suite kernels      the speed table of the kernels, beside dense and int8 onnxruntime
+    """
+    options["input"] = options.pop("input_")
+    form = _form(onnx, model, suite, options)
+    shared = {key: options[key] for key in ("threads", "batch", "seconds", "pin")}
+    config = common.section(onnx[0] if onnx else None, "bench", overrides, shared)
+    if form == "--model":
+        from sparsepipe.stages import whatif
+
+        keys = ("sparsity", "pattern", "input", "batch")
+        what_if = _extended(whatif.WhatIf, config, {"model": model, **{key: options[key] for key in keys}})
+        result = whatif.measure(what_if) if out is None else whatif.record(what_if, out).metrics
+    elif form == "--suite":
+        from sparsepipe.stages import suite as suites
+
+        assert suite is not None
+        chosen = {"sparsity": options["sparsity"], "pattern": options["pattern"], "networks": options["network"]}
+        kernels = _extended(suites.Kernels, config, chosen)
+        result = suites.SUITES[suite](kernels) if out is None else suites.record(suite, kernels, out).metrics
+    else:
+        from sparsepipe.stages import bench
+
+        result = bench.measure(onnx, config) if out is None else bench.record(onnx, config, out).metrics
     if as_json:
         common.print_json(result)
-        return
-    common.print_table(
-        ["file", "threads", "batch", "p50 ms", "p90 ms", "p99 ms", "speed-up", "load ms", "first ms", "memory", "file"],
-        [
-            [
-                row["file"],
-                row["threads"],
-                row["batch"],
-                *(_interval(row["latency_ms"].get(name)) for name in ("p50", "p90", "p99")),
-                _interval(row["speedup"]),
-                row["load_ms"],
-                row["first_call_ms"],
-                common.size_text(row["rss_bytes"]),
-                common.size_text(row["file_bytes"]),
-            ]
-            for row in result["results"]
-        ],
-    )
-    for row in result["results"]:
-        place = f"{row['file']}, {row['threads']} threads, batch {row['batch']}"
-        if row["note"]:
-            click.echo(f"{place}: {row['note']}")
-        if row["noisy"]:
-            click.echo(f"{place}: the machine was noisy, so a small difference means nothing.")
+    else:
+        bench_tables.SHOW[form](result)
 
 
-def _interval(estimate: dict[str, Any] | None) -> str | None:
-    """A value with its 95% interval."""
-    if estimate is None:
-        return None
-    return f"{estimate['value']:.3g} ({estimate['low']:.3g}–{estimate['high']:.3g})"
+def _form(onnx: Sequence[Path], model: str | None, suite: str | None, options: Mapping[str, Any]) -> str:
+    """Which of the three forms of the command was given."""
+    given = [name for name, value in (("files", onnx), ("--model", model), ("--suite", suite)) if value]
+    if not given:
+        raise click.UsageError("Name ONNX files, or --model NAME|FILE.onnx, or --suite kernels.")
+    if len(given) > 1:
+        named = " and ".join("ONNX files" if name == "files" else name for name in given)
+        raise click.UsageError(f"{named} exclude one another; give one of them.")
+    for option, forms in BELONGS.items():
+        if options[option] and given[0] not in forms:
+            raise click.UsageError(f"--{option} belongs to {' or '.join(forms)}.")
+    if options["input"] and options["batch"]:
+        raise click.UsageError("--input names the batch size, too, as its first number; leave --batch out.")
+    if suite and options["batch"]:
+        raise click.UsageError("--batch does not belong to --suite: its networks have batch sizes of their own.")
+    return given[0]
+
+
+def _extended(kind: Any, config: Any, options: Mapping[str, Any]) -> Any:
+    """The settings `config` and further ones as a `kind`; what was not given keeps the default of that."""
+    from sparsepipe import recipe
+
+    given = {key: value for key, value in options.items() if value}
+    return recipe.check(kind, {**config.model_dump(exclude_defaults=True), **given}, where="bench")

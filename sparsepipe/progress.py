@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from rich.console import Console
@@ -22,11 +23,14 @@ console = Console(stderr=True)
 LOG_EVERY_SECONDS = 15.0
 T = TypeVar("T")
 
+_running: ContextVar[bool] = ContextVar("running", default=False)
+
 
 class Bar:
     """One running task: call `advance` as it goes on; `note` shows beside the bar."""
 
-    def __init__(self, description: str, total: int, progress: Progress | None) -> None:
+    def __init__(self, description: str, total: int, progress: Progress | None, *, silent: bool = False) -> None:
+        self._silent = silent
         self._description = description
         self._total = total
         self._done = 0
@@ -36,6 +40,8 @@ class Bar:
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         self._done += count
+        if self._silent:
+            return
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, count)
             if note is not None:
@@ -55,12 +61,25 @@ class Bar:
 
 @contextmanager
 def bar(description: str, total: int) -> Iterator[Bar]:
-    """Show one progress bar while the block runs.
+    """Show one progress bar while the block runs. A bar inside of another one is silent: the outer one has the ETA.
 
     Args:
         description: what is going on, in a few words.
         total: how many units `advance` will count.
     """
+    if _running.get():
+        yield Bar(description, total, None, silent=True)
+        return
+    token = _running.set(True)
+    try:
+        with _shown(description, total) as outermost:
+            yield outermost
+    finally:
+        _running.reset(token)
+
+
+@contextmanager
+def _shown(description: str, total: int) -> Iterator[Bar]:
     if not console.is_terminal or launch.rank() > 0:
         yield Bar(description, total, None)
         return

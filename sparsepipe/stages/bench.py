@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,27 +62,68 @@ def measure(paths: Sequence[Path], config: Bench) -> dict[str, Any]:
     labels = _labels(paths)
     targets = [file_facts(path)[0] for path in paths]
     baseline = targets.index(BASELINE_TARGET) if BASELINE_TARGET in targets else 0
-    contestants = [Contestant(path) for path in paths]
-    settings = [
-        Setting(threads, batch, config.seconds, choose_cpus(threads) if config.pin else None)
-        for threads in config.threads
-        for batch in config.batch
-    ]
-    environment = _environment(config)
-    results, reasons, workers = [], [], []
-    with bar("Measuring", len(settings) * ROUNDS) as running:
-        for setting in settings:
-            measured = race(contestants, setting, lambda note: running.advance(note=note))
-            results += rows(labels, measured, setting, baseline)
-            reasons += [one.failure for one in measured if one.refused]
-            workers += [one.settings for one in measured if one.settings]
-    if len(reasons) == len(results):
-        raise GraphError(f"No file could be measured: {reasons[0]}", where=labels[0])
-    runtimes = {str(one): one for one in workers}
+    with bar("Measuring", rounds(config)) as running:
+        measured = take_turns(paths, labels, baseline, config, lambda note: running.advance(note=note))
     return {
         "baseline": labels[baseline],
-        "results": results,
-        "environment": {**environment, "runtimes": list(runtimes.values())},
+        "results": measured.results,
+        "environment": {**environment(config), "runtimes": measured.runtimes},
+    }
+
+
+@dataclass(frozen=True)
+class Race:
+    """What processes that took turns gave.
+
+    Attributes:
+        results: a row for each setting and file.
+        runtimes: the different runtimes and settings that the workers described.
+    """
+
+    results: list[dict[str, Any]]
+    runtimes: list[dict[str, Any]]
+
+
+def take_turns(
+    paths: Sequence[Path], labels: Sequence[str], baseline: int, config: Bench, advance: Callable[[str], None]
+) -> Race:
+    """Measure files at every setting of `config`, each in a process of its own, one running at a time.
+
+    Args:
+        paths: the files.
+        labels: what to call them in the rows.
+        baseline: index of the file that speed-ups are relative to.
+        config: threads and batch sizes, time and pinning.
+        advance: called `rounds(config)` times.
+
+    Raises:
+        GraphError: no file can be loaded.
+    """
+    contestants = [Contestant(path) for path in paths]
+    results, reasons, workers = [], [], []
+    for setting in _settings(config):
+        measured = race(contestants, setting, advance)
+        results += rows(labels, measured, setting, baseline)
+        reasons += [one.failure for one in measured if one.refused]
+        workers += [one.settings for one in measured if one.settings]
+    if len(reasons) == len(results):
+        raise GraphError(f"No file could be measured: {reasons[0]}", where=labels[0])
+    return Race(results, list({str(one): one for one in workers}.values()))
+
+
+def rounds(config: Bench) -> int:
+    """How many steps of progress `take_turns` has."""
+    return len(_settings(config)) * ROUNDS
+
+
+def environment(config: Bench) -> dict[str, Any]:
+    """The machine, the versions and the settings that a result was measured with."""
+    return {
+        **describe_machine(),
+        "versions": package_versions(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": {**config.model_dump(mode="json"), "rounds": ROUNDS, "cold_starts": COLD_STARTS},
     }
 
 
@@ -105,11 +147,9 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(set(paths)) else [str(path) for path in paths]
 
 
-def _environment(config: Bench) -> dict[str, Any]:
-    return {
-        **describe_machine(),
-        "versions": package_versions(),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {**config.model_dump(mode="json"), "rounds": ROUNDS, "cold_starts": COLD_STARTS},
-    }
+def _settings(config: Bench) -> list[Setting]:
+    return [
+        Setting(threads, batch, config.seconds, choose_cpus(threads) if config.pin else None)
+        for threads in config.threads
+        for batch in config.batch
+    ]

@@ -1,0 +1,160 @@
+"""What `sparsepipe bench` prints of its results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from sparsepipe.cli import common
+
+Row = Mapping[str, Any]
+
+
+def files(result: Row) -> None:
+    """A row for each file and setting."""
+    common.print_table(
+        ["file", "threads", "batch", "p50 ms", "p90 ms", "p99 ms", "speed-up", "load ms", "first ms", "memory", "file"],
+        [
+            [
+                row["file"],
+                row["threads"],
+                row["batch"],
+                *(_interval(row["latency_ms"].get(name)) for name in ("p50", "p90", "p99")),
+                _interval(row["speedup"]),
+                row["load_ms"],
+                row["first_call_ms"],
+                common.size_text(row["rss_bytes"]),
+                common.size_text(row["file_bytes"]),
+            ]
+            for row in result["results"]
+        ],
+    )
+    for row in result["results"]:
+        place = f"{row['file']}, {_setting(row)}"
+        if row["note"]:
+            click.echo(f"{place}: {row['note']}")
+        if row["noisy"]:
+            click.echo(f"{place}: the machine was noisy, so a small difference means nothing.")
+
+
+def what_if(result: Row) -> None:
+    """A row for each sparsity, pattern and setting: sparse beside dense."""
+    shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in result["input"].items())
+    common.print_table(
+        [
+            "sparsity", "pattern", "threads", "batch", "dense p50 ms", "sparse p50 ms", "speed-up", "file", "memory",
+            "load ms", "layers sparse",
+        ],
+        [
+            [
+                f"{row['sparsity']:.4g}",
+                row["pattern"],
+                row["threads"],
+                row["batch"],
+                _interval(row["dense"]["latency_ms"]["p50"]),
+                _interval(row["sparse"]["latency_ms"]["p50"]),
+                _interval(row["sparse"]["speedup"]),
+                *(_beside(row, key) for key in ("file_bytes", "rss_bytes")),
+                f"{_number(row['sparse']['load_ms'])} of {_number(row['dense']['load_ms'])}",
+                f"{row['layers_sparse']} of {row['layers_sparse'] + row['layers_dense']}",
+            ]
+            for row in result["results"]
+        ],
+        title=f"What if {result['model']} were sparse ({shapes}; random weights and zeros)",
+    )  # fmt: skip
+    errors = [row["max_relative_error"] for row in result["results"]]
+    click.echo(f"Largest difference of the outputs from dense onnxruntime: {max(errors):.1e} of the largest output.")
+    lines = [
+        (f"{kind} at {row['pattern']} {row['sparsity']:.4g}, {_setting(row)}", row[kind])
+        for row in result["results"]
+        for kind in ("dense", "sparse")
+    ]
+    _noise([row for _, row in lines])
+    for place, row in lines:
+        if row["note"]:
+            click.echo(f"{place}: {row['note']}")
+
+
+def suite(result: Row) -> None:
+    """The table of speed, and what each file needs in a process of its own."""
+    networks = result["networks"]
+    sparse = [(network, file) for network in networks for file in network["files"] if file["kind"] == "sparse"]
+    sparsities = list(dict.fromkeys(file["sparsity"] for _, file in sparse))
+    cells = {(network["network"], file["pattern"], file["sparsity"]): _gain(file) for network, file in sparse}
+    common.print_table(
+        ["network", "dense ms", "int8", "pattern", *(f"{sparsity:.4g}" for sparsity in sparsities)],
+        [
+            [
+                network["title"],
+                network["files"][0]["cpu"]["best_decile_ms"],
+                _gain(network["files"][1]),
+                pattern,
+                *(cells[network["network"], pattern, sparsity] for sparsity in sparsities),
+            ]
+            for network in networks
+            for pattern in dict.fromkeys(file["pattern"] for file in network["files"] if file["kind"] == "sparse")
+        ],
+        title="Times faster than dense onnxruntime, 1 thread, CPU time: best decile (median of rounds)",
+    )
+    lines = [(network["title"], row) for network in networks for file in network["files"] for row in file["processes"]]
+    common.print_table(
+        ["network", "file", "threads", "p50 ms", "speed-up", "threads gain", "load", "memory", "size"],
+        [
+            [
+                title,
+                row["file"],
+                row["threads"],
+                _interval(row["latency_ms"]["p50"]),
+                _interval(row["speedup"]),
+                *(_number(row["relative"][key]) for key in ("threads_speedup", "load", "session_memory", "file")),
+            ]
+            for title, row in lines
+        ],
+        title="In processes of their own, wall time; load time, memory of the session and file size in times of dense",
+    )
+    errors = [file["max_relative_error"] for _, file in sparse]
+    click.echo(f"Largest difference of sparse outputs from dense onnxruntime: {max(errors):.1e} of the largest output.")
+    click.echo(f"int8: {result['int8']}. {result['method']}")
+    _noise([row for _, row in lines])
+    for place, row in lines:
+        if not row["samples"]:
+            click.echo(f"{place}, {row['file']}, {_setting(row)}: {row['note']}")
+
+
+SHOW = {"files": files, "--model": what_if, "--suite": suite}
+"""Form of the command -> how its result is shown."""
+
+
+def _noise(rows: Sequence[Row]) -> None:
+    noisy = sum(row["noisy"] for row in rows)
+    if noisy:
+        click.echo(
+            f"The machine was noisy in {noisy} of {len(rows)} measurements of wall time: small differences are noise."
+        )
+
+
+def _setting(row: Row) -> str:
+    return f"{row['threads']} threads, batch {row['batch']}"
+
+
+def _beside(row: Row, key: str) -> str:
+    return f"{common.size_text(row['sparse'][key])} of {common.size_text(row['dense'][key])}"
+
+
+def _gain(file: Row) -> str:
+    cpu = file["cpu"]
+    median = cpu["speedup"]["value"] if cpu["speedup"] else None
+    return f"{_number(cpu['speedup_best_decile'])} ({_number(median)})"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _interval(estimate: Row | None) -> str | None:
+    """A value with its 95% interval."""
+    if estimate is None:
+        return None
+    return f"{estimate['value']:.3g} ({estimate['low']:.3g}–{estimate['high']:.3g})"
