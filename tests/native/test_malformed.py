@@ -157,6 +157,7 @@ def test_input_smaller_than_the_kernel(session: Any, model: Any) -> None:
 def test_residual_of_another_shape(session: Any, model: Any) -> None:
     node, constants = good()
     node.input.append("R")
+    node.op_type = "SparseConvAdd"
     native = session(model(node, constants))
     for shape in [(1, 8, 6, 5), (1, 8, 6), (8, 6, 6), (2, 8, 6, 6), (1,)]:
         with pytest.raises(Exception, match=r"the_node.*residual"):
@@ -203,3 +204,39 @@ def test_random_damage(session: Any, model: Any, linear: bool, data: st.DataObje
     except Exception as error:
         message = str(error)
     assert "the_node" in message
+
+
+def renamed(node: Any, op_type: str) -> Any:
+    new = copy.deepcopy(node)
+    new.op_type = op_type
+    return new
+
+
+@pytest.mark.parametrize("op_type", ["SparseConvRelu", "SparseConvSilu", "SparseConvAddHardSwish"])
+def test_the_name_and_the_activation_must_agree(session: Any, model: Any, op_type: str) -> None:
+    node, constants = good()
+    refused(session, model(renamed(node, op_type), constants), op_type, "activation", "'none'")
+    node = replaced(node, activation="clip", min=0.0, max=1.0)
+    refused(session, model(node, constants), "the operator SparseConv has", "'clip'")
+
+
+def test_the_name_and_the_activation_of_other_operators_must_agree(session: Any, model: Any) -> None:
+    node, constants = good_linear()
+    refused(session, model(renamed(node, "SparseLinearGelu"), constants), "SparseLinearGelu", "'gelu'", "'none'")
+    depthwise = {"W": np.ones((4, 1, 3, 3), np.float32)}
+    for written, name in [("none", "DepthwiseConvRelu"), ("relu", "DepthwiseConv")]:
+        node = operators.depthwise_conv(["X", "W"], "Y", weight_shape=(4, 1, 3, 3), activation=written, name="the_node")
+        refused(session, model(renamed(node, name), depthwise), f"the operator {name} has", f"'{written}'")
+
+
+@pytest.mark.parametrize("activation", ["", "Relu"])
+def test_the_name_and_the_residual_must_agree(session: Any, model: Any, activation: str) -> None:
+    node, constants = good()
+    node = replaced(node, activation=activation.lower() or "none")
+    for op_type, more, word in [
+        (f"SparseConvAdd{activation}", [], "missing"),
+        (f"SparseConv{activation}", ["R"], "given"),
+    ]:
+        changed = renamed(node, op_type)
+        changed.input.extend(more)
+        refused(session, model(changed, constants), op_type, "residual", word)

@@ -1,6 +1,9 @@
 // The entry point: registers the operators of domain `sparsepipe`, version 1.
 #include <cstring>
 #include <mutex>
+#include <new>
+#include <utility>
+#include <vector>
 
 #include "ops/ops.h"
 
@@ -9,23 +12,46 @@ namespace {
 
 using Make = std::unique_ptr<Kernel> (*)(const abi::Functions&, const Node&, const kernels::Isa&);
 
-struct Op : abi::CustomOp {
-  const char* text;
+constexpr int kResidual = 4;  // the input of SparseConv that is added
+
+// What the operators of one family share.
+struct Family {
+  const char* name;
   std::size_t inputs, required;
   Make make;
 };
 
+struct Op : abi::CustomOp {
+  std::string text;
+  const Family* family;
+  const char* activation;
+  bool residual;
+};
+
+// The kernel goes by the attributes and inputs, the fallback body by the name: they must say the same.
+void agree(const Op& op, const Node& node) {
+  const std::string activation = node.text("activation", "none");
+  if (activation != op.activation) {
+    throw Error("attribute 'activation' is '" + activation.substr(0, 40) + "', but the operator " + op.text +
+                " has activation '" + op.activation + "'");
+  }
+  if (node.has_input(kResidual) == op.residual) return;
+  throw Error("input 'residual' is " + std::string(op.residual ? "missing" : "given") + ", but the operator " + op.text +
+              (op.residual ? " adds one" : " adds none"));
+}
+
 abi::Status* create(const abi::CustomOp* self, abi::Api* api, const abi::KernelInfo* info, void** out) {
   const auto& op = *static_cast<const Op*>(self);
   const abi::Functions ort(api);
-  std::string where = std::string("sparsepipe.") + op.text;
+  std::string where = "sparsepipe." + op.text;
   return guarded(ort, where, [&] {
     const Node node(ort, info);
     where += " node '" + node.name() + "'";
     char error[200] = "";
     const kernels::Isa* const isa = kernels::select(error, sizeof error);
     if (isa == nullptr) throw Error(error[0] ? error : "SPARSEPIPE_ISA names no instruction set of this CPU");
-    std::unique_ptr<Kernel> kernel = op.make(ort, node, *isa);
+    std::unique_ptr<Kernel> kernel = op.family->make(ort, node, *isa);
+    agree(op, node);
     kernel->where = where;
     *out = kernel.release();
   });
@@ -37,8 +63,6 @@ abi::Status* compute(void* kernel, abi::KernelContext* context) {
 }
 
 // The output may take the memory of the residual: every number of it is read before it is written, by one thread.
-constexpr int kResidual = 4;
-
 std::size_t residual_inplace(int** inputs, int** outputs) {
   *inputs = new (std::nothrow) int[1]{kResidual};
   *outputs = new (std::nothrow) int[1]{0};
@@ -54,15 +78,15 @@ void release_inplace(int* inputs, int* outputs) {
   delete[] outputs;
 }
 
-Op describe(const char* text, std::size_t inputs, std::size_t required, Make make) {
+Op describe(const Family& family, const char* activation, const char* suffix, bool residual) {
   Op op{};
   op.version = abi::kApiVersion;
-  op.name = [](const abi::CustomOp* o) { return static_cast<const Op*>(o)->text; };
+  op.name = [](const abi::CustomOp* o) { return static_cast<const Op*>(o)->text.c_str(); };
   op.execution_provider = [](const abi::CustomOp*) -> const char* { return nullptr; };
-  op.input_count = [](const abi::CustomOp* o) { return static_cast<const Op*>(o)->inputs; };
+  op.input_count = [](const abi::CustomOp* o) { return static_cast<const Op*>(o)->family->inputs; };
   op.input_type = [](const abi::CustomOp*, std::size_t i) { return static_cast<int>(i == 2 ? abi::kUndefined : abi::kFloat); };
   op.input_characteristic = [](const abi::CustomOp* o, std::size_t i) {
-    return static_cast<int>(i < static_cast<const Op*>(o)->required ? abi::kRequired : abi::kOptional);
+    return static_cast<int>(i < static_cast<const Op*>(o)->family->required ? abi::kRequired : abi::kOptional);
   };
   op.input_memory_type = [](const abi::CustomOp*, std::size_t) { return 0; };
   op.output_count = [](const abi::CustomOp*) -> std::size_t { return 1; };
@@ -77,15 +101,33 @@ Op describe(const char* text, std::size_t inputs, std::size_t required, Make mak
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.start_version = [](const abi::CustomOp*) { return 1; };
   op.end_version = [](const abi::CustomOp*) { return 0x7fffffff; };
-  if (inputs > kResidual) {
+  if (residual) {
     op.may_inplace = residual_inplace;
     op.release_may_inplace = release_inplace;
   }
-  op.text = text;
-  op.inputs = inputs;
-  op.required = required;
-  op.make = make;
+  op.text = std::string(family.name) + (residual ? "Add" : "") + suffix;
+  op.family = &family;
+  op.activation = activation;
+  op.residual = residual;
   return op;
+}
+
+// A file has one fallback body per operator name, so each set of fused steps has a name.
+std::vector<Op> all_operators() {
+  static const Family conv{"SparseConv", 5, 3, make_sparse_conv};
+  static const Family linear{"SparseLinear", 4, 3, make_sparse_linear};
+  static const Family depthwise{"DepthwiseConv", 3, 2, make_depthwise_conv};
+  const std::pair<const char*, const char*> of_conv[] = {
+      {"none", ""}, {"relu", "Relu"}, {"clip", "Clip"}, {"hardswish", "HardSwish"}, {"silu", "Silu"}};
+  const std::pair<const char*, const char*> of_linear[] = {
+      {"none", ""}, {"relu", "Relu"}, {"clip", "Clip"}, {"gelu", "Gelu"}};
+  std::vector<Op> ops;
+  for (const auto& [activation, suffix] : of_conv) {
+    for (bool residual : {false, true}) ops.push_back(describe(conv, activation, suffix, residual));
+    ops.push_back(describe(depthwise, activation, suffix, false));
+  }
+  for (const auto& [activation, suffix] : of_linear) ops.push_back(describe(linear, activation, suffix, false));
+  return ops;
 }
 
 }  // namespace
@@ -105,25 +147,6 @@ extern "C" __attribute__((visibility("default"))) sparsepipe::abi::Status* Regis
     return create_status(abi::kFail, message.c_str());
   }
   const abi::Functions ort(table);
-  // A file has one fallback body per operator name, so each set of fused steps has a name. The kernel is the same: it
-  // goes by the attributes and inputs.
-  static Op ops[] = {
-      describe("SparseConv", 5, 3, make_sparse_conv),
-      describe("SparseConvRelu", 5, 3, make_sparse_conv),
-      describe("SparseConvClip", 5, 3, make_sparse_conv),
-      describe("SparseConvHardSwish", 5, 3, make_sparse_conv),
-      describe("SparseConvSilu", 5, 3, make_sparse_conv),
-      describe("SparseConvAdd", 5, 3, make_sparse_conv),
-      describe("SparseConvAddRelu", 5, 3, make_sparse_conv),
-      describe("SparseConvAddClip", 5, 3, make_sparse_conv),
-      describe("SparseConvAddHardSwish", 5, 3, make_sparse_conv),
-      describe("SparseConvAddSilu", 5, 3, make_sparse_conv),
-      describe("SparseLinear", 4, 3, make_sparse_linear),
-      describe("SparseLinearRelu", 4, 3, make_sparse_linear),
-      describe("SparseLinearClip", 4, 3, make_sparse_linear),
-      describe("SparseLinearGelu", 4, 3, make_sparse_linear),
-      describe("DepthwiseConv", 3, 2, make_depthwise_conv),
-  };
   // The domain outlives the sessions that use it, so it is made once and never released.
   static std::mutex mutex;
   static abi::Domain* domain = nullptr;
@@ -132,6 +155,7 @@ extern "C" __attribute__((visibility("default"))) sparsepipe::abi::Status* Regis
     if (domain == nullptr) {
       // Below this version onnxruntime refuses the newer struct; it does not read the fields at its end either.
       const bool inplace = base->get_api(abi::kInplaceVersion) != nullptr;
+      static auto& ops = *new std::vector<Op>(all_operators());
       for (Op& op : ops) op.version = inplace ? abi::kInplaceVersion : abi::kApiVersion;
       abi::Domain* made = nullptr;
       check(ort, ort.create_domain("sparsepipe", &made));

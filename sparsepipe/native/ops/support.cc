@@ -122,13 +122,17 @@ std::vector<std::int64_t> Node::integers(const char* name, std::optional<std::si
   return values;
 }
 
-std::optional<Tensor> Node::constant(std::size_t index, const char* name) const {
+bool Node::has_input(std::size_t index) const {
   std::size_t count = 0;
   check(ort_, ort_.info_input_count(info_, &count));
-  if (index >= count) return std::nullopt;
+  if (index >= count) return false;
   std::size_t size = 0;
   check(ort_, ort_.info_input_name(info_, index, nullptr, &size));
-  if (size <= 1) return std::nullopt;  // the empty name: an optional input left out
+  return size > 1;  // the empty name: an optional input left out
+}
+
+std::optional<Tensor> Node::constant(std::size_t index, const char* name) const {
+  if (!has_input(index)) return std::nullopt;
   int constant = 0;
   const abi::Value* value = nullptr;
   abi::Status* status = ort_.constant_input(info_, index, &constant, &value);

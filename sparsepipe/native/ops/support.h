@@ -72,6 +72,7 @@ class Node {
   std::vector<std::int64_t> integers(const char* name, std::optional<std::size_t> size,
                                      std::optional<std::int64_t> otherwise, std::int64_t low,
                                      std::int64_t high) const;
+  bool has_input(std::size_t index) const;
   // A constant input; nothing where the optional input is absent. Error where it is not constant.
   std::optional<Tensor> constant(std::size_t index, const char* name) const;
 
