@@ -25,6 +25,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto, TensorProto, helper
 
+from sparsepipe.native.encoding import decode as decode
+from sparsepipe.native.encoding import encode as encode
+
 DOMAIN = "sparsepipe"
 VERSION = 1
 INPUTS = {
@@ -33,48 +36,13 @@ INPUTS = {
     "DepthwiseConv": ("X", "W", "B"),
 }
 
-
 ACTIVATIONS = {"none": "", "relu": "Relu", "clip": "Clip", "hardswish": "HardSwish", "silu": "Silu", "gelu": "Gelu"}
+HARDSWISH_SINCE = 14  # opset
 
 
 def operator_name(base: str, activation: str, *, residual: bool = False) -> str:
     """The name under which the library knows ``base`` with these fused steps."""
     return base + ("Add" if residual else "") + ACTIVATIONS[activation]
-
-
-def encode(
-    weight: NDArray[np.float32], block: int = 1, dtype: type[np.unsignedinteger[Any]] | None = None
-) -> tuple[NDArray[np.float32], NDArray[np.unsignedinteger[Any]]]:
-    """``values`` [blocks, block] and ``deltas`` [blocks] of a weight whose first dimension is the output.
-
-    Args:
-        weight: [O, ...]; O must be a multiple of ``block``.
-        block: output channels of a block: 1, 2 or 4.
-        dtype: ``np.uint8`` or ``np.uint16``; by default the one that makes the smaller file.
-    """
-    out = weight.shape[0]
-    if block not in (1, 2, 4) or out % block:
-        raise ValueError(f"a block of {block} does not divide {out} outputs into blocks of 1, 2 or 4")
-    blocks = weight.reshape(out // block, block, -1).transpose(0, 2, 1).reshape(-1, block)
-    index = np.flatnonzero(blocks.any(axis=1))
-    if dtype is None:
-        sizes = {kind: _count(index, kind) * (4 * block + np.dtype(kind).itemsize) for kind in (np.uint8, np.uint16)}
-        dtype = min(sizes, key=lambda kind: sizes[kind])
-    most = int(np.iinfo(dtype).max)
-    gaps = np.diff(index, prepend=0)
-    fillers = np.maximum((gaps - 1) // most, 0)
-    position = np.arange(len(index)) + np.cumsum(fillers)
-    total = len(index) + int(fillers.sum())
-    deltas = np.full(total, most, dtype)
-    deltas[position] = gaps - fillers * most
-    values = np.zeros((total, block), np.float32)
-    values[position] = blocks[index]
-    return values, deltas
-
-
-def _count(index: NDArray[np.intp], dtype: type[np.unsignedinteger[Any]]) -> int:
-    gaps = np.diff(index, prepend=0)
-    return int(len(index) + np.maximum((gaps - 1) // int(np.iinfo(dtype).max), 0).sum())
 
 
 def sparse_conv(
@@ -137,7 +105,7 @@ def depthwise_conv(
     limits: tuple[float, float] | None = None,
     name: str = "",
 ) -> onnx.NodeProto:
-    """A DepthwiseConv node; ``weight_shape`` is [C, 1, *kernel]."""
+    """A DepthwiseConv node under its ``operator_name``; ``weight_shape`` is [C, 1, *kernel]."""
     rank = len(weight_shape) - 2
     attributes: dict[str, Any] = {
         "kernel_shape": list(weight_shape[2:]),
@@ -149,7 +117,8 @@ def depthwise_conv(
     }
     if limits:
         attributes |= {"min": float(limits[0]), "max": float(limits[1])}
-    return helper.make_node("DepthwiseConv", list(inputs), [output], name=name, domain=DOMAIN, **attributes)
+    op_type = operator_name("DepthwiseConv", activation)
+    return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
 
 def sparse_linear(
@@ -203,7 +172,7 @@ def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
         nodes.append(helper.make_node("MatMul", ["X", "Wt"], ["y0"]))
         if bias:
             nodes.append(helper.make_node("Add", ["y0", "B"], ["y1"]))
-    nodes += _activation(attributes["activation"], nodes[-1].output[0])
+    nodes += _activation(attributes["activation"], nodes[-1].output[0], opset)
     function = helper.make_function(
         DOMAIN, node.op_type, list(names[: len(node.input)]), ["Y"], nodes, [helper.make_opsetid("", opset)]
     )
@@ -262,12 +231,17 @@ def _dense_weight(sizes: tuple[str, str], kernel: str | None = None) -> list[onn
     ]
 
 
-def _activation(activation: bytes, value: str) -> list[onnx.NodeProto]:
+def _activation(activation: bytes, value: str, opset: int) -> list[onnx.NodeProto]:
     match activation:
         case b"none":
             return [helper.make_node("Identity", [value], ["Y"])]
         case b"relu":
             return [helper.make_node("Relu", [value], ["Y"])]
+        case b"hardswish" if opset < HARDSWISH_SINCE:
+            return [
+                helper.make_node("HardSigmoid", [value], ["gate"], alpha=1 / 6, beta=0.5),
+                helper.make_node("Mul", [value, "gate"], ["Y"]),
+            ]
         case b"hardswish":
             return [helper.make_node("HardSwish", [value], ["Y"])]
         case b"clip":
