@@ -27,7 +27,7 @@ class KernelLayer:
     """A node in the terms of the kernels.
 
     Attributes:
-        base: its operator, `SparseConv` or `SparseLinear`.
+        base: its operator, a key of `operators.INPUTS`.
         weight: [O, I, *kernel], float32.
         bias: [O], float32.
         source: name of its input.
@@ -50,6 +50,11 @@ class KernelLayer:
     activation: str = "none"
     limits: tuple[float, float] | None = None
 
+    def take(self, *nodes: NodeProto) -> None:
+        """Stand for these nodes, too; the last one makes the output."""
+        self.fused += nodes
+        self.last = nodes[-1]
+
 
 def read(node: NodeProto, found: Index) -> KernelLayer:
     """`node` as the kernels see it.
@@ -59,27 +64,53 @@ def read(node: NodeProto, found: Index) -> KernelLayer:
     """
     if node.op_type not in _READERS or not is_standard(node, node.op_type):
         raise Stays("transposed convolution" if node.op_type == "ConvTranspose" else f"no kernel for {node.op_type}")
-    layer = _READERS[node.op_type](node, found)
-    if not np.isfinite(layer.weight).all() or not np.isfinite(layer.bias).all():
-        raise Stays("a value is not finite")
-    return layer
+    return _finite(_READERS[node.op_type](node, found))
 
 
-def _own(node: NodeProto, name: str, found: Index) -> Array:
-    """The constant weight `name` of `node`, that nothing else uses; a transposition of it is done here."""
+def is_depthwise(node: NodeProto, found: Index) -> bool:
+    """Whether a node is a convolution with one filter for each channel, in a constant weight."""
+    stored = found.constants.get(node.input[1]) if is_standard(node, "Conv") else None
+    groups = integer(node, "group", 1)
+    return stored is not None and groups > 1 and list(stored.dims[:2]) == [groups, 1]
+
+
+def read_depthwise(node: NodeProto, found: Index) -> KernelLayer:
+    """A depthwise convolution as its kernel sees it; the weight is [C, 1, *kernel].
+
+    Raises:
+        Stays: the kernel does not take it.
+    """
+    return _finite(_convolution("DepthwiseConv", node, found))
+
+
+def users(name: str, found: Index) -> list[NodeProto]:
+    """The nodes that use the constant `name`, once per input slot, those behind transpositions of it among them."""
+    direct = found.consumers.get(name, [])
+    return [
+        user for node in direct for user in (users(node.output[0], found) if is_standard(node, "Transpose") else [node])
+    ]
+
+
+def steps(name: str, found: Index) -> list[NodeProto]:
+    """The transpositions through which a weight reaches its node."""
+    step = found.producers.get(name)
+    if step is None or not is_standard(step, "Transpose"):
+        return []
+    return [step, *steps(step.input[0], found)]
+
+
+def _weight(name: str, found: Index) -> Array:
+    """The constant weight `name`; a transposition of it is done here."""
+    if found.pinned(name):
+        raise Stays("the weight is an output of the network" if name in found.outputs else "a subgraph uses the weight")
     step = found.producers.get(name)
     if name not in found.constants and step is not None and is_standard(step, "Transpose"):
         order = attribute(step, "perm")
-        value = _own(step, step.input[0], found)
-        if len(found.consumers[name]) > 1 or found.pinned(name):
-            raise Stays("the weight is used elsewhere, too")
-        return value.transpose(list(order.ints) if order else None)
+        return _weight(step.input[0], found).transpose(list(order.ints) if order else None)
     if name not in found.constants:
         raise Stays(f"the weight goes through {step.op_type}" if step is not None else "the weight is not constant")
     if found.constants[name].data_type != TensorProto.FLOAT:
         raise Stays(f"the weight is {TensorProto.DataType.Name(found.constants[name].data_type)}, not FLOAT")
-    if len(found.consumers[name]) > 1 or found.pinned(name):
-        raise Stays("the weight is used elsewhere, too")
     return numpy_helper.to_array(found.constants[name])
 
 
@@ -95,28 +126,53 @@ def _bias(node: NodeProto, outputs: int, found: Index) -> Array:
     return np.ascontiguousarray(np.broadcast_to(bias.reshape(-1), outputs), np.float32)
 
 
+def _finite(layer: KernelLayer) -> KernelLayer:
+    if not np.isfinite(layer.weight).all() or not np.isfinite(layer.bias).all():
+        raise Stays("a value is not finite")
+    return layer
+
+
+def _convolution(base: str, node: NodeProto, found: Index) -> KernelLayer:
+    weight = _weight(node.input[1], found)
+    window = _window(node, weight.shape[2:])
+    return KernelLayer(base, weight, _bias(node, weight.shape[0], found), node.input[0], window, node)
+
+
 def _read_conv(node: NodeProto, found: Index) -> KernelLayer:
     if (groups := integer(node, "group", 1)) != 1:
-        stored = found.constants.get(node.input[1])
-        depthwise = stored is not None and stored.dims[1] == 1
-        raise Stays("depthwise convolution" if depthwise else f"convolution of {groups} groups")
-    padding = attribute(node, "auto_pad")
-    if padding is not None and padding.s not in (b"", b"NOTSET", b"VALID"):
-        raise Stays(f"auto_pad {padding.s.decode()} depends on the size of the input")
-    weight = _own(node, node.input[1], found)
-    if (rank := weight.ndim - 2) not in (1, 2):
+        raise Stays(f"convolution of {groups} groups")
+    return _convolution("SparseConv", node, found)
+
+
+def _window(node: NodeProto, kernel: Sequence[int]) -> dict[str, Sequence[int]]:
+    """Strides, pads and dilations in numbers."""
+    if (rank := len(kernel)) not in (1, 2):
         raise Stays(f"no kernel for convolutions in {rank} dimensions")
-    valid = padding is not None and padding.s == b"VALID"
-    if max(weight.shape[2:]) > LARGEST_KERNEL:
-        raise Stays(f"no kernel for a window of {list(weight.shape[2:])}")
+    if max(kernel) > LARGEST_KERNEL:
+        raise Stays(f"no kernel for a window of {list(kernel)}")
     window: dict[str, Sequence[int]] = {}
     for name, count, default in (("strides", rank, 1), ("pads", 2 * rank, 0), ("dilations", rank, 1)):
-        given = attribute(node, name) if not (valid and name == "pads") else None
+        given = attribute(node, name)
         window[name] = list(given.ints) if given is not None else [default] * count
+    padding = attribute(node, "auto_pad")
+    if padding is not None and padding.s not in (b"", b"NOTSET"):
+        window["pads"] = _automatic_pads(padding.s, kernel, window)
     for name, numbers in window.items():
         if not all(0 <= value <= LARGEST[name] for value in numbers):
             raise Stays(f"no kernel for {name} {list(numbers)}")
-    return KernelLayer("SparseConv", weight, _bias(node, weight.shape[0], found), node.input[0], window, node)
+    return window
+
+
+def _automatic_pads(way: bytes, kernel: Sequence[int], window: Mapping[str, Sequence[int]]) -> list[int]:
+    """The pads that `auto_pad` stands for, where every size of the input has the same."""
+    if way == b"VALID":
+        return [0] * 2 * len(kernel)
+    if any(stride != 1 for stride in window["strides"]):
+        raise Stays(f"auto_pad {way.decode()} depends on the size of the input")
+    all_pads = [dilation * (size - 1) for size, dilation in zip(kernel, window["dilations"], strict=True)]
+    fewer = [pads // 2 for pads in all_pads]
+    more = [pads - half for pads, half in zip(all_pads, fewer, strict=True)]
+    return [*fewer, *more] if way == b"SAME_UPPER" else [*more, *fewer]
 
 
 def _read_gemm(node: NodeProto, found: Index) -> KernelLayer:
@@ -124,7 +180,7 @@ def _read_gemm(node: NodeProto, found: Index) -> KernelLayer:
         raise Stays("the weight is the left factor")
     if integer(node, "transA", 0) or number(node, "alpha", 1.0) != 1:
         raise Stays("no kernel for transA, or alpha other than 1")
-    weight = _own(node, node.input[1], found)
+    weight = _weight(node.input[1], found)
     weight = weight if integer(node, "transB", 0) else weight.T
     bias = _bias(node, weight.shape[0], found) * np.float32(number(node, "beta", 1.0))
     return KernelLayer("SparseLinear", weight, bias, node.input[0], {}, node)
@@ -133,7 +189,7 @@ def _read_gemm(node: NodeProto, found: Index) -> KernelLayer:
 def _read_matmul(node: NodeProto, found: Index) -> KernelLayer:
     if node.input[0] in found.constants:
         raise Stays("the weight is the left factor")
-    weight = _own(node, node.input[1], found)
+    weight = _weight(node.input[1], found)
     if weight.ndim != 2:
         raise Stays(f"a weight of {weight.ndim} dimensions is several matrices")
     return KernelLayer("SparseLinear", weight.T, np.zeros(weight.shape[1], np.float32), node.input[0], {}, node)
@@ -144,11 +200,3 @@ _READERS: Mapping[str, Callable[[NodeProto, Index], KernelLayer]] = {
     "Gemm": _read_gemm,
     "MatMul": _read_matmul,
 }
-
-
-def steps(name: str, found: Index) -> list[NodeProto]:
-    """The transpositions through which a weight reaches its node."""
-    step = found.producers.get(name)
-    if step is None or name in found.constants:
-        return []
-    return [step, *steps(step.input[0], found)]
