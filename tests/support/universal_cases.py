@@ -11,7 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sparsepipe.graph.finish import serialise
 from sparsepipe.graph.universal import Choice, choose, rewrite
-from sparsepipe.runtime.session import run, session
+from sparsepipe.runtime import run, session
 
 Array = NDArray[Any]
 RANDOM = np.random.default_rng(5)
