@@ -92,7 +92,7 @@ def _following(
             if reader is None or _is_in(region, node) or len(node.output) != 1:
                 continue
             inputs = [formulas.get(name) or _constant(name, found) for name in node.input]
-            formula = reader(node, inputs[0], *inputs[1:]) if None not in inputs else None  # type: ignore[arg-type]
+            formula = reader(node, inputs[0], *inputs[1:]) if None not in inputs else None
             if formula is not None:
                 return node, formula
     return None
