@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 RECIPE_FILE = "recipe.toml"
+TIME = "%H:%M:%S"
+NUMBER = re.compile(r"–|-?\d[^ ]*( \w{1,2}| \([^)]*\))?")
+"""A cell that holds a number, as `12`, `3.1 kB`, `80%`, `1033/5184` or `0.29 (0.28–0.30)`, or none."""
 
 
 def output_options(function: F) -> F:
@@ -56,6 +60,15 @@ def overrides_option(function: F) -> F:
     )(function)  # fmt: skip
 
 
+def recipe_options(function: F) -> F:
+    """Adds what a verb that reads a recipe takes: RECIPE, `--out` and `--set`."""
+    function = overrides_option(function)
+    function = click.option(
+        "--out", type=click.Path(path_type=Path), help="Run folder. Default: runs/<recipe's name>."
+    )(function)
+    return click.argument("recipe", type=click.Path(path_type=Path))(function)
+
+
 def model_option(function: F) -> F:
     """Adds `--model`, by which the user vouches for a network's own code."""
     return click.option(
@@ -73,7 +86,12 @@ def _start_logging() -> None:
 
     from sparsepipe.progress import console
 
-    handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S")
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format=TIME)
+    else:  # a file or a pipe: whole lines, each with its time
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", TIME))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logger = logging.getLogger("sparsepipe")
     if launch.rank() > 0:  # process 0 says the same
@@ -87,7 +105,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
-    """A table on stdout; a column whose cells all begin with a digit is right-aligned."""
+    """A table on stdout; a column of numbers, with their units and intervals, is right-aligned."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -97,7 +115,7 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column, header in enumerate(headers):
         cells = [line[column] for line in lines]
-        numeric = bool(cells) and all(cell[:1].isdigit() or cell[:1] in "-–" for cell in cells)
+        numeric = bool(cells) and all(NUMBER.fullmatch(cell) for cell in cells)
         table.add_column(header, justify="right" if numeric else "left", overflow="fold")
     for line in lines:
         table.add_row(*(escape(cell) for cell in line))
@@ -168,7 +186,9 @@ def output_folder(out: Path | None, artefact: Artefact, stage: str) -> Path:
     """
     if out is not None:
         return out
-    folder = artefact.folder.absolute()
+    folder = artefact.folder
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
     if folder.name != artefact.manifest.stage:
         raise click.UsageError(
             f"--out DIR is needed: '{artefact.folder}' is not the folder '{artefact.manifest.stage}' of a run."

@@ -14,10 +14,8 @@ if TYPE_CHECKING:
 
 
 @click.command("run")
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: runs/<name of the recipe>.")
+@common.recipe_options
 @click.option("--force", is_flag=True, help="Run every stage from the start, also where nothing has changed.")
-@common.overrides_option
 @common.output_options
 def command(recipe: Path, out: Path | None, force: bool, overrides: tuple[str, ...], as_json: bool) -> None:
     """Run a whole recipe: train, freeze, convert, export, validate, bench, report.

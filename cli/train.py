@@ -10,10 +10,8 @@ from sparsepipe.cli import common
 
 
 @click.command("train")
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: runs/<name of the recipe>.")
+@common.recipe_options
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted run.")
-@common.overrides_option
 @common.output_options
 def command(recipe: Path, out: Path | None, resume: bool, overrides: tuple[str, ...], as_json: bool) -> None:
     """Train a network sparse from scratch, as the recipe says; writes OUT/train.

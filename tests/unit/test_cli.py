@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -183,6 +184,54 @@ def test_a_verb_never_replaces_another_stage_or_guesses_where_to_write(invoke: I
         assert code == 2
         assert "stage 'convert'" in err
     assert (tmp_path / "mine" / "manifest.json").read_bytes() == before
+
+
+def test_tables_align_numbers_to_the_right_and_sentences_that_begin_with_one_to_the_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from sparsepipe.cli import common
+
+    common.print_table(
+        ["layer", "bytes", "p50", "why"],
+        [
+            ["a", "9 B", "0.3 (0.2–0.4)", "90.0% zeros; smaller"],
+            ["b", "12.1 kB", None, "0.0% zeros, in blocks of 4 x 1"],
+        ],
+    )
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "zeros" in line)
+    assert first.index("9 B") + len("9 B") == second.index("12.1 kB") + len("12.1 kB")
+    assert first.index(")") == second.index("–")
+    assert first.index("90.0%") == second.index("0.0%")
+
+
+def test_log_lines_in_a_file_are_whole_and_have_their_time(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    long = "x" * 60
+    (tmp_path / "r.toml").write_text('model = "mlp"\ndata = "digits"\n')
+    code, _, err = invoke("run", tmp_path / "r.toml", "--out", tmp_path / long, "--set", f"data=npz:{long}.npz")
+    assert code == 2
+    assert re.fullmatch(r"\d\d:\d\d:\d\d train", err.splitlines()[0])
+
+
+def test_a_verb_writes_beside_its_input_whatever_way_the_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsepipe.artefact import Artefact, draft
+    from sparsepipe.cli import common
+    from sparsepipe.recipe import Bench
+
+    with draft(tmp_path / "run" / "freeze", "freeze", Bench(), {}):
+        pass
+    monkeypatch.chdir(tmp_path)
+    assert common.output_folder(None, Artefact.read(Path("run/freeze")), "convert") == Path("run/convert")
+    monkeypatch.chdir(tmp_path / "run" / "freeze")
+    for here in (Path(), Path("../freeze")):
+        assert common.output_folder(None, Artefact.read(here), "convert").resolve() == tmp_path / "run" / "convert"
+    (tmp_path / "run" / "freeze" / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "run" / "freeze" / "inner")
+    assert common.output_folder(None, Artefact.read(Path("..")), "convert").resolve() == tmp_path / "run" / "convert"
 
 
 def test_flags_win_over_set_and_set_over_the_recipe(tmp_path: Path) -> None:
