@@ -63,14 +63,14 @@ def main() -> None:
     """Entry point: errors that a user can mend become one paragraph on stderr and exit code 2."""
     try:
         # Outside its standalone mode click hands back the code of an Exit; a verb itself returns nothing.
-        sys.exit(sparsepipe.main(prog_name="sparsepipe", standalone_mode=False) or 0)
+        launch.leave(sparsepipe.main(prog_name="sparsepipe", standalone_mode=False) or 0)
     except SparsepipeError as error:
         _fail(str(error), 2)
     except click.ClickException as error:
         with launch.one_report() as reporting:
             if reporting:
                 error.show()
-        sys.exit(error.exit_code)
+        launch.leave(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("Interrupted. `sparsepipe train --resume` and `sparsepipe run` go on with a training.", 130)
     except BrokenPipeError:
@@ -88,4 +88,4 @@ def _fail(message: str, code: int) -> None:
         if reporting:
             origin = f"process {launch.rank()}: " if launch.rank() else ""
             click.echo(f"Error: {origin}{message}", err=True)
-    sys.exit(code)
+    launch.leave(code)

@@ -6,9 +6,11 @@ Nothing here needs torch but telling which of several failing processes reports.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import NoReturn
 
 PATIENCE = timedelta(seconds=10)
 """How long a process waits for another one to report its error before it ends silently."""
@@ -60,3 +62,17 @@ def one_report() -> Iterator[bool]:
     with suppress(DistError, RuntimeError):
         store.wait([reported], PATIENCE)
     yield False
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with the exit code `code`; one of several ends without Python's own shutdown.
+
+    A thread of gloo drops its references to a tensor after the collective, for which it takes Python's lock, and the
+    process group's end does not wait for it. If Python is shutting down by then, the process aborts, and torchrun
+    kills the others.
+    """
+    if world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -55,7 +55,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(recipe: Path, out: Path, *options: str, torchrun: tuple[str, ...] = (), **variables: str) -> Any:
+def start(
+    recipe: Path, out: Path, *options: str, torchrun: tuple[str, ...] = ("--standalone",), **variables: str
+) -> Any:
     """torchrun with two processes, in a process group of its own."""
     paths = os.pathsep.join([str(WORKERS), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(

@@ -31,7 +31,7 @@ CASES = [
 def under_torchrun(processes: int, folder: Path) -> dict[str, Any]:
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
             *(str(WORKER), str(folder / "result.json")),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

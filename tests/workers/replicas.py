@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import sparsepipe
+from sparsepipe import launch
 from sparsepipe.errors import ModelError
 from sparsepipe.sparsity.sparsifier import Sparsifier
 
@@ -262,3 +263,4 @@ if __name__ == "__main__":
     if rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
     distributed.destroy_process_group()
+    launch.leave(0)
