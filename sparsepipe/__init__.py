@@ -19,6 +19,8 @@ _HOME = {
     "DSTEE": "sparsepipe.sparsity.methods.dst_ee",
     "RigL": "sparsepipe.sparsity.methods.rigl",
     "SET": "sparsepipe.sparsity.methods.set",
+    "SNFS": "sparsepipe.sparsity.methods.snfs",
+    "DSR": "sparsepipe.sparsity.methods.dsr",
     "Static": "sparsepipe.sparsity.methods.static",
     "GMP": "sparsepipe.sparsity.methods.gmp",
     "MagnitudeOneShot": "sparsepipe.sparsity.methods.magnitude_oneshot",

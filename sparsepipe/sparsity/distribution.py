@@ -7,7 +7,7 @@ make up for it, so that the target holds over all the shapes given, except with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ def er(shapes: Mapping[str, Shape], sparsity: float, dense: Collection[str] = ()
     Raises:
         RecipeError: the layers in `dense` alone exceed the target.
     """
-    return _erdos_renyi(shapes, sparsity, dense, lambda shape: sum(shape[:2]) / math.prod(shape[:2]))
+    raw = {name: sum(shape[:2]) / math.prod(shape[:2]) for name, shape in shapes.items()}
+    return proportional(shapes, sparsity, dense, raw)
 
 
 def erk(shapes: Mapping[str, Shape], sparsity: float, dense: Collection[str] = ()) -> dict[str, float]:
@@ -38,7 +39,8 @@ def erk(shapes: Mapping[str, Shape], sparsity: float, dense: Collection[str] = (
     Raises:
         RecipeError: the layers in `dense` alone exceed the target.
     """
-    return _erdos_renyi(shapes, sparsity, dense, lambda shape: sum(shape) / math.prod(shape))
+    raw = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
+    return proportional(shapes, sparsity, dense, raw)
 
 
 DISTRIBUTIONS: dict[str, Callable[[Mapping[str, Shape], float, Collection[str]], dict[str, float]]] = {
@@ -48,20 +50,30 @@ DISTRIBUTIONS: dict[str, Callable[[Mapping[str, Shape], float, Collection[str]],
 }
 """Distributions that depend on shapes alone. `global` also needs the weights: see `global_magnitude`."""
 NAMES = (*DISTRIBUTIONS, "global")
+"""What `distribution` may be called; instead of a name it may also be a table of relative densities."""
 
 
-def _erdos_renyi(
-    shapes: Mapping[str, Shape], sparsity: float, dense: Collection[str], raw: Callable[[Shape], float]
+def proportional(
+    shapes: Mapping[str, Shape], sparsity: float, dense: Collection[str], raw: Mapping[str, float]
 ) -> dict[str, float]:
-    """Densities eps * raw(shape) with eps such that the target holds.
+    """Densities eps * raw with eps such that the target holds.
 
     Layers that would exceed density 1 become dense, all those with the largest raw value together, and eps is
     computed again for the rest until none does; clamping alone would fall short of the target.
+
+    Args:
+        shapes: of the weights.
+        sparsity: over all of them.
+        dense: layers that keep everything.
+        raw: positive relative density of each layer.
+
+    Raises:
+        RecipeError: the layers in `dense` alone exceed the target.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     full = set(dense) & set(shapes)
     budget = (1 - sparsity) * sum(sizes.values())
-    while free := {name: raw(shape) for name, shape in shapes.items() if name not in full}:
+    while free := {name: raw[name] for name in shapes if name not in full}:
         eps = (budget - sum(sizes[name] for name in full)) / sum(value * sizes[name] for name, value in free.items())
         if eps < 0:
             raise _too_dense(sparsity, full)
@@ -133,6 +145,47 @@ def apportion(shares: Mapping[str, float], limits: Mapping[str, int], units: Map
             if units[name] <= -missing:
                 counts[name] -= 1
                 missing += units[name]
+    return counts
+
+
+def allocate(total: int, shares: Sequence[float], low: Sequence[int], high: Sequence[int]) -> list[int]:
+    """Whole numbers that add up to `total` exactly and are as near to proportional to `shares` as their limits allow.
+
+    What a layer cannot take goes to the others in proportion to their shares; where only layers without a share have
+    room left, in proportion to the room. The largest remainder decides where fractions go, then the order.
+
+    Args:
+        total: at least sum(low), at most sum(high).
+        shares: what is not finite or below 0 counts as 0.
+        low: the least of each.
+        high: the most of each.
+    """
+    assert sum(low) <= total <= sum(high), (total, low, high)
+    wishes = [share if math.isfinite(share) and share > 0 else 0.0 for share in shares]
+    largest = max(wishes, default=0.0)
+    wishes = [wish / largest if wish > largest * 1e-12 else 0.0 for wish in wishes]
+    bounds = list(zip(wishes, low, high, strict=True))
+    clipped = [float(most if wish else least) for wish, least, most in bounds]
+    if sum(clipped) <= total:
+        room = [most - least for least, most in zip(clipped, high, strict=True)]
+        left = total - sum(clipped)
+        clipped = [value + left * free / (sum(room) or 1.0) for value, free in zip(clipped, room, strict=True)]
+    else:
+        # The sum of clip(scale * wish, low, high) grows with the scale: halve the interval that holds the total.
+        below, above = 0.0, max(most / wish for wish, _, most in bounds if wish)
+        for _ in range(100):
+            scale = (below + above) / 2
+            clipped = [min(max(scale * wish, least), most) for wish, least, most in bounds]
+            below, above = (below, scale) if sum(clipped) > total else (scale, above)
+    counts = [math.floor(value) for value in clipped]
+    missing = total - sum(counts)
+    by_remainder = sorted(range(len(counts)), key=lambda place: counts[place] - clipped[place])
+    while missing:
+        sign = 1 if missing > 0 else -1
+        for place in by_remainder if sign > 0 else reversed(by_remainder):
+            if missing and low[place] <= counts[place] + sign <= high[place]:
+                counts[place] += sign
+                missing -= sign
     return counts
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparsepipe.sparsity import options, scores
+from sparsepipe.sparsity.distribution import allocate
 from sparsepipe.sparsity.method import SparseFromStart
 from sparsepipe.sparsity.network import Network
-from sparsepipe.sparsity.pattern import Pattern
+from sparsepipe.sparsity.redistribution import REDISTRIBUTIONS, Turnover
 from sparsepipe.sparsity.schedule import DROP_SCHEDULES, Schedule, UpdateSchedule
 from sparsepipe.sparsity.selection import top_k
 from sparsepipe.sparsity.target import Layer
@@ -24,8 +25,11 @@ log = logging.getLogger("sparsepipe")
 class DropGrow(SparseFromStart):
     """Every `update_every` steps: drop the active weights of lowest magnitude, grow as many by `grow_score`.
 
-    An update follows the optimizer step and uses the gradient of that same step. Each layer keeps its number of
-    active weights exactly. What was just dropped may grow again at once; it then keeps its value and state.
+    An update follows the optimizer step and uses the gradient of that same step. What was just dropped may grow again
+    at once; it then keeps its value and state. Each layer keeps its number of active weights exactly, or, with
+    `redistribution`, all that trade keep their total exactly and each keeps at least one group. Layers trade whose
+    density the distribution decides, whose groups hold equally many weights, and whose pattern does not fix the
+    number in each row (N:M and constant fan-in do).
 
     Args:
         update_every: optimizer steps between two updates.
@@ -34,6 +38,12 @@ class DropGrow(SparseFromStart):
         drop_schedule: cosine or linear (to 0 at the stop), or constant.
         stop_at: fraction of all steps from which on the masks stay as they are.
         exclude_just_dropped: grow what was just dropped only where nothing else is left.
+        drop_scope: `layer` drops the share from each layer, `global` the lowest of all layers that trade, by mean
+            magnitude over the weights of a group.
+        redistribution: `none`, or what decides how many of the dropped weights each layer gets: `score` (mean grow
+            score of its active weights), `magnitude` (their mean magnitude), `nonzeros` (how many survived the drop),
+            `global` (the best inactive weights of all layers together).
+        **shared: the options of `SparseFromStart`.
 
     Raises:
         RecipeError: an option is out of range or of the wrong type.
@@ -45,17 +55,16 @@ class DropGrow(SparseFromStart):
     def __init__(
         self,
         *,
-        sparsity: float = 0.9,
-        distribution: str = "erk",
-        pattern: str | Pattern = "unstructured",
         update_every: int = 100,
         drop_fraction: float | Schedule = 0.3,
         drop_schedule: str = "cosine",
         stop_at: float = 0.75,
         exclude_just_dropped: bool = False,
-        overrides: Iterable[Mapping[str, Any]] = (),
+        drop_scope: str = "layer",
+        redistribution: str = "none",
+        **shared: Any,
     ) -> None:
-        super().__init__(sparsity=sparsity, distribution=distribution, pattern=pattern, overrides=overrides)
+        super().__init__(**shared)
         self.update_every = options.count("update_every", update_every)
         self.drop_fraction = drop_fraction
         if not callable(drop_fraction):
@@ -63,6 +72,8 @@ class DropGrow(SparseFromStart):
         self.drop_schedule = options.choice("drop_schedule", drop_schedule, DROP_SCHEDULES)
         self.stop_at = options.number("stop_at", stop_at, high=1)
         self.exclude_just_dropped = options.flag("exclude_just_dropped", exclude_just_dropped)
+        self.drop_scope = options.choice("drop_scope", drop_scope, ("layer", "global"))
+        self.redistribution = options.choice("redistribution", redistribution, ("none", *REDISTRIBUTIONS))
 
     @abstractmethod
     def grow_score(self, network: Network, name: str, step: int) -> Tensor:
@@ -86,6 +97,13 @@ class DropGrow(SparseFromStart):
                 self._updates(network).stop,
                 network.total_steps,
             )
+        traders = self._traders([network.layers[name] for name in network.masks.counters])
+        if self.redistribution != "none" and all(len(layers) == 1 for layers in traders):
+            log.warning(
+                "No two layers can trade weights, so redistribution = '%s' changes nothing: layers trade where the "
+                "pattern does not fix the number in each row and groups hold equally many weights.",
+                self.redistribution,
+            )
 
     def needs_gradients(self, network: Network, step: int) -> bool:
         return self.grows_by_gradient and self._updates(network).due(step)
@@ -94,9 +112,13 @@ class DropGrow(SparseFromStart):
         if not self._updates(network).due(step):
             return
         fraction = options.number("drop_fraction", self._drop_fraction(network)(step), high=1)
-        for name in network.masks.counters:
-            if not self.grows_by_gradient or name in network.gradients:
-                self._update(network, network.layers[name], fraction, step)
+        layers = [
+            network.layers[name]
+            for name in network.masks.counters
+            if not self.grows_by_gradient or name in network.gradients
+        ]
+        for traders in self._traders(layers):
+            self._update(network, traders, fraction, step)
         network.masks.count()
 
     def masks_final(self, network: Network, step: int) -> bool:
@@ -114,6 +136,8 @@ class DropGrow(SparseFromStart):
             "drop_schedule": self.drop_schedule,
             "stop_at": self.stop_at,
             "exclude_just_dropped": self.exclude_just_dropped,
+            "drop_scope": self.drop_scope,
+            "redistribution": self.redistribution,
         }
 
     def _updates(self, network: Network) -> UpdateSchedule:
@@ -124,22 +148,70 @@ class DropGrow(SparseFromStart):
             return self.drop_fraction
         return DROP_SCHEDULES[self.drop_schedule](self.drop_fraction, self._updates(network).stop)
 
-    def _update(self, network: Network, layer: Layer, fraction: float, step: int) -> None:
-        active = layer.pattern.rows(network.masks[layer.name])
-        kept = active & ~self._dropped(network, layer, active, fraction)
-        missing = active.sum(dim=1) - kept.sum(dim=1)
-        if not missing.any():
-            return
-        score = layer.pattern.scores(self.grow_score(network, layer.name, step))
-        candidates = ~active if self.exclude_just_dropped else ~kept
-        at_once = torch.minimum(missing, candidates.sum(dim=1))
-        grown = top_k(score, at_once, candidates)
-        if (at_once < missing).any():
-            grown |= top_k(score, missing - at_once, active & ~kept)
-        network.change(layer.name, layer.pattern.unfold(kept | grown, layer.shape))
+    def _traders(self, layers: Sequence[Layer]) -> list[list[Layer]]:
+        """The layers in sets whose members drop together and exchange weights."""
+        if self.drop_scope == "layer" and self.redistribution == "none":
+            return [[layer] for layer in layers]
+        sets: dict[object, list[Layer]] = {}
+        for layer in layers:
+            trades = layer.density is None and layer.rows == 1
+            sets.setdefault(layer.unit if trades else layer.name, []).append(layer)
+        return list(sets.values())
 
-    def _dropped(self, network: Network, layer: Layer, active: Tensor, fraction: float) -> Tensor:
-        """The lowest share `fraction`, rounded down, of the layer's active groups, in whichever rows they are."""
-        number = torch.tensor([int(int(active.sum()) * fraction)], device=active.device)
-        score = layer.pattern.scores(self.drop_score(network, layer.name)).neg().reshape(1, -1)
-        return top_k(score, number, active.reshape(1, -1)).reshape(active.shape)
+    def _update(self, network: Network, layers: Sequence[Layer], fraction: float, step: int) -> None:
+        drops = [layer.pattern.scores(self.drop_score(network, layer.name)) for layer in layers]
+        active = [layer.pattern.rows(network.masks[layer.name]) for layer in layers]
+        kept = self._kept(layers, drops, active, fraction)
+        if all(torch.equal(before, after) for before, after in zip(active, kept, strict=True)):
+            return
+        grows = [layer.pattern.scores(self.grow_score(network, layer.name, step)) for layer in layers]
+        free = [~mask for mask in (active if self.exclude_just_dropped else kept)]
+        turnovers = [Turnover(*each) for each in zip(layers, active, kept, free, drops, grows, strict=True)]
+        for turnover, missing in zip(turnovers, self._missing(turnovers), strict=True):
+            grown = _grown(turnover, missing)
+            layer = turnover.layer
+            network.change(layer.name, layer.pattern.unfold(turnover.kept | grown, layer.shape))
+
+    def _kept(
+        self, layers: Sequence[Layer], drops: Sequence[Tensor], active: Sequence[Tensor], fraction: float
+    ) -> list[Tensor]:
+        """What is left without the lowest share `fraction`, rounded down, of the active groups, whatever their rows."""
+        if len(layers) == 1 or self.drop_scope == "layer":
+            return [_without_lowest(score, mask, mask, fraction) for score, mask in zip(drops, active, strict=True)]
+        means = [score / layer.size for score, layer in zip(drops, layers, strict=True)]
+        # The best group of each layer stays: a layer without any would cut the network in two.
+        spared = [top_k(score, mask.any(dim=1).long(), mask) for score, mask in zip(means, active, strict=True)]
+        flat = torch.cat(means, dim=1), torch.cat(list(active), dim=1), torch.cat(spared, dim=1)
+        kept = _without_lowest(flat[0], flat[1], flat[1] & ~flat[2], fraction)
+        return list(kept.split([layer.groups for layer in layers], dim=1))
+
+    def _missing(self, turnovers: Sequence[Turnover]) -> list[Tensor]:
+        """Number of groups that each row of each layer grows, int64 [R]."""
+        dropped = [each.dropped for each in turnovers]
+        if len(turnovers) == 1 or self.redistribution == "none":
+            return dropped
+        kept = [int(each.kept.sum()) for each in turnovers]
+        numbers = allocate(
+            sum(int(number) for number in dropped),
+            REDISTRIBUTIONS[self.redistribution](turnovers),
+            [max(1 - number, 0) for number in kept],
+            [each.layer.groups - number for each, number in zip(turnovers, kept, strict=True)],
+        )
+        return [torch.tensor([number], device=each.device) for number, each in zip(numbers, dropped, strict=True)]
+
+
+def _grown(turnover: Turnover, missing: Tensor) -> Tensor:
+    """The free groups of highest score, then, where these are too few, what was just dropped."""
+    at_once = torch.minimum(missing, turnover.free.sum(dim=1))
+    grown = top_k(turnover.grow_score, at_once, turnover.free)
+    if (at_once < missing).any():
+        others = ~turnover.kept & ~turnover.free
+        grown = grown | top_k(turnover.grow_score, missing - at_once, others)
+    return grown
+
+
+def _without_lowest(score: Tensor, active: Tensor, candidates: Tensor, fraction: float) -> Tensor:
+    """The active groups but for the share `fraction` of them, taken from the candidates of lowest score."""
+    number = min(int(int(active.sum()) * fraction), int(candidates.sum()))
+    counts = torch.tensor([number], device=active.device)
+    return active & ~top_k(score.neg().reshape(1, -1), counts, candidates.reshape(1, -1)).reshape(active.shape)

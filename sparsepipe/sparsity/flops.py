@@ -62,8 +62,9 @@ def training_multiple(inference: float | Sequence[float], dense_gradient_every: 
 
     With f the multiple of the forward pass, averaged over the training: f for methods that only compute sparse
     gradients (static, SET, pruning: 3 f_S / 3 f_D) and (3 f dT + 2 f + 1) / (3 (dT + 1)) for methods that need the
-    dense gradient every dT steps (RigL, arXiv 1911.11134, appendix; DST-EE has the same needs). It is what hardware
-    that skips zeros would spend: masks on dense tensors spend all of it.
+    dense gradient after every dT steps (RigL, arXiv 1911.11134, appendix; DST-EE has the same needs), which for those
+    that need it at every step, dT = 0, is (2 f + 1) / 3 (SNFS). It is what hardware that skips zeros would spend: masks
+    on dense tensors spend all of it.
 
     Args:
         inference: `inference_multiple`, or one for each epoch so far.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from sparsepipe.sparsity import scores
+from sparsepipe.sparsity import options, scores
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.pattern import Pattern
 from sparsepipe.sparsity.selection import top_k
@@ -25,7 +25,7 @@ class Method:
 
     @property
     def dense_gradient_every(self) -> int | None:
-        """Steps between two uses of the dense gradient, for FLOPs; None if the method never needs it."""
+        """Steps without the dense gradient between two that need it, for FLOPs: 0 if all do, None if none does."""
         return None
 
     def attach(self, network: Network) -> None:
@@ -62,9 +62,12 @@ class TargetMethod(Method):
 
     Args:
         sparsity: fraction of zeros over all maskable weights that no override settles.
-        distribution: uniform, er, erk or global.
+        distribution: uniform, er, erk or global; or a table from globs to relative densities, the first match wins,
+            which are multiplied by one number such that `sparsity` holds: `{"stem": 2, "*": 1}`.
         pattern: unstructured, RxC, N:M, channel or constant-fan-in.
         overrides: tables of `layers` (a glob) with `sparsity`, `pattern` or `dense`; the first match wins.
+        first_conv: `dense`, `sparse`, or `auto`: dense with `uniform` alone, as in RigL's experiments.
+        last_linear: `dense` or `sparse`. Neither policy holds where an override sets a sparsity.
 
     Raises:
         RecipeError: an option is out of range or of the wrong type, or contradicts another.
@@ -74,11 +77,13 @@ class TargetMethod(Method):
         self,
         *,
         sparsity: float = 0.9,
-        distribution: str = "erk",
+        distribution: str | Mapping[str, float] = "erk",
         pattern: str | Pattern = "unstructured",
         overrides: Iterable[Mapping[str, Any]] = (),
+        first_conv: str = "auto",
+        last_linear: str = "sparse",
     ) -> None:
-        self.target = Target.of(sparsity, distribution, pattern, overrides)
+        self.target = Target.of(sparsity, distribution, pattern, overrides, first_conv, last_linear)
 
     def plan(self, network: Network) -> None:
         """Lay out the layers, and say why those that stay dense do."""
@@ -104,14 +109,30 @@ class TargetMethod(Method):
         return {
             **super().describe(),
             "sparsity": target.sparsity,
-            "distribution": target.distribution,
+            "distribution": dict(target.relative_densities) or target.distribution,
             "pattern": str(target.pattern),
             "overrides": overrides,
+            "first_conv": target.first_conv,
+            "last_linear": target.last_linear,
         }
 
 
 class SparseFromStart(TargetMethod):
-    """A method whose network is sparse from the first step on, with random masks of exact counts."""
+    """A method whose network is sparse from the first step on, with random masks of exact counts.
+
+    Args:
+        sparse_init: multiply the first weights of each sparse layer by density^-1/2. Initialisations for the dense
+            fan-in make the outputs of a sparse layer too small by that factor (arXiv 2010.03533); networks without
+            normalisation feel it. Not for pretrained weights.
+        **shared: the options of `TargetMethod`.
+    """
+
+    def __init__(self, *, sparse_init: bool = False, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.sparse_init = options.flag("sparse_init", sparse_init)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "sparse_init": self.sparse_init}
 
     def attach(self, network: Network) -> None:
         self.plan(network)
@@ -123,6 +144,9 @@ class SparseFromStart(TargetMethod):
             else:
                 network.masks.reasons.setdefault(name, f"{self.target.distribution} keeps it dense")
         network.start(masks)
+        if self.sparse_init:
+            for name in masks:
+                network.weights[name].parameter.mul_((network.masks.nnz_of(name) / network.masks[name].numel()) ** -0.5)
 
 
 def _random_mask(network: Network, layer: Layer, kept: int) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ class Network:
     """The method's plan for each weight."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """Dense gradients of the current step, where the method asked for them."""
+    averages: dict[str, Tensor] = field(default_factory=dict)
+    """Running averages of dense gradients, for methods that keep them; saved and restored with the rest."""
+    copies: list[dict[str, Tensor]] = field(default_factory=list)
+    """The same weights in other models, as averages of this one, which are kept as sparse."""
 
     def __post_init__(self) -> None:
         self.masks = MaskSet.dense(self.tensors)
@@ -47,8 +52,9 @@ class Network:
     def change(self, name: str, mask: Tensor) -> None:
         """Give a weight another mask.
 
-        What was dropped or grown gets weight zero, and zero in every state tensor of the weight's shape; everything
-        else keeps both. State that all elements share, as the step count of Adam, goes on.
+        What was dropped or grown gets weight zero, also in the copies, and zero in every floating-point state tensor
+        of the weight's shape, however deep in the optimizer's state; everything else keeps both. State that all
+        elements share, as the step count of Adam, goes on.
         """
         changed = self.masks[name] ^ mask
         self.masks.change(self.weights[name].parameter, name, mask)
@@ -63,13 +69,39 @@ class Network:
         """Zero the inactive weights: exactly +0, whatever an optimizer did to them."""
         _mask((self.weights[name].parameter, self.masks[name]) for name in self.masks.counters)
 
+    def follow(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these copies of the weights as sparse as the weights."""
+        self.copies.append(dict(tensors))
+        for name in self.masks.counters:
+            tensors[name].masked_fill_(~self.masks[name].to(tensors[name].device), 0)
+
+    def mask_copies(self) -> None:
+        """Zero what is inactive in the copies, as `mask_weights` does in the weights."""
+        for copy in self.copies:
+            _mask((copy[name], self.masks[name].to(copy[name].device)) for name in self.masks.counters)
+
     def _zero(self, name: str, *, weight: Tensor, state: Tensor) -> None:
         parameter = self.weights[name].parameter
         parameter.masked_fill_(weight, 0)
+        for copy in self.copies:
+            copy[name].masked_fill_(weight.to(copy[name].device), 0)
         if parameter in self.optimizer.state:
-            for value in self.optimizer.state[parameter].values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
+            for value in _tensors(self.optimizer.state[parameter]):
+                # In integers an optimizer keeps codes, of which 0 need not stand for zero.
+                if value.shape == parameter.shape and value.is_floating_point():
                     value.masked_fill_(state, 0)
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """All tensors in nested dicts, lists and tuples."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from _tensors(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _tensors(value)
 
 
 def _mask(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -54,6 +54,18 @@ METHODS: dict[str, MethodInfo] = {
             "doi 10.1038/s41467-018-04316-3",
         ),
         MethodInfo(
+            "snfs",
+            "sparsepipe.sparsity.methods.snfs:SNFS",
+            "drop by magnitude, grow by |momentum|, most in layers of the largest momentum",
+            "arXiv 1907.04840",
+        ),
+        MethodInfo(
+            "dsr",
+            "sparsepipe.sparsity.methods.dsr:DSR",
+            "drop by magnitude over all layers, grow at random, most in layers where most survived",
+            "arXiv 1902.05967",
+        ),
+        MethodInfo(
             "static",
             "sparsepipe.sparsity.methods.static:Static",
             "random masks that never change",
@@ -117,15 +129,15 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Method:
 
 
 def options_of(name: str) -> list[str]:
-    """Names of the options that the method `name` takes, its own and those it shares."""
-    found: dict[str, None] = {}
+    """Names of the options that the method `name` takes: those it shares with most others first, its own last."""
+    levels: list[list[str]] = []
     for base in _load(name).__mro__:
         if "__init__" in vars(base) and base is not object:
             parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
-            found.update((each.name, None) for each in parameters if each.kind is each.KEYWORD_ONLY)
+            levels.append([each.name for each in parameters if each.kind is each.KEYWORD_ONLY])
             if all(each.kind is not each.VAR_KEYWORD for each in parameters):
                 break
-    return list(found)
+    return list(dict.fromkeys(option for level in reversed(levels) for option in level))
 
 
 def _load(name: str) -> Any:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 def magnitude(weight: Tensor) -> Tensor:
     """|w|."""
-    return _wide(weight).abs()
+    return wide(weight).abs()
 
 
 def gradient(dense_gradient: Tensor) -> Tensor:
     """|dL/dw|, RigL's growth score (arXiv 1911.11134)."""
-    return _wide(dense_gradient).abs()
+    return wide(dense_gradient).abs()
 
 
 def acquisition(dense_gradient: Tensor, counters: Tensor, step: int, c: float, eps: float) -> Tensor:
@@ -44,5 +44,6 @@ def random(like: Tensor, seed: int, name: str, step: int) -> Tensor:
     return torch.rand(like.shape, generator=generator, dtype=torch.float32).to(like.device)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """The values in float32 at least."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

@@ -15,7 +15,7 @@ from sparsepipe.sparsity.masks import MaskSet, unpack_mask
 from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.replicas import Replicas, refuse_sharded
-from sparsepipe.sparsity.weights import maskable
+from sparsepipe.sparsity.weights import maskable, same_weights, unwrapped
 
 
 class Sparsifier:
@@ -26,7 +26,7 @@ class Sparsifier:
     arrive at the step, which is where they are complete; a step that a `GradScaler` skips counts for nothing.
 
     Args:
-        model: the module whose `named_parameters()` name the masks; not a wrapper of it (DDP, a compiled module).
+        model: the module whose `named_parameters()` name the masks, or what `torch.compile`, DDP or Fabric made of it.
         optimizer: any `torch.optim.Optimizer`; weights that it does not train are left as they are.
         method: for example `DSTEE(sparsity=0.95)`.
         total_steps: optimizer steps of the whole training; the schedules span them.
@@ -60,13 +60,14 @@ class Sparsifier:
         self.step = 0
         """Optimizer steps taken so far."""
         refuse_sharded(model)
-        weights = maskable(model, optimizer)
+        weights = maskable(unwrapped(model), optimizer)
         self._replicas = Replicas(process_group)
         self._check_every = options.count("check_every", check_every)
         with torch.no_grad():
             seed = self._replicas.share({name: weight.parameter for name, weight in weights.items()}, seed)
         self._network = Network(weights, optimizer, options.count("total_steps", total_steps), seed)
         self._skipped = False
+        self._prepared = False
         self._expected_nonzero: dict[str, int] = {}
         with torch.no_grad():
             method.attach(self._network)
@@ -105,11 +106,38 @@ class Sparsifier:
             **self.method.metrics(self._network, self.step),
         }
 
+    def follow(self, average: nn.Module) -> None:
+        """Keep another copy of the model as sparse as the model: an exponential moving average of its weights.
+
+        What is inactive becomes zero in the copy now and whenever the masks change, so that an average never holds
+        anything of a dropped weight, and averaging zeros gives zeros in between. A grown weight starts at zero there
+        as in the model. Save and load the average itself as without a Sparsifier.
+
+        Args:
+            average: `torch.optim.swa_utils.AveragedModel(model)`, a deep copy, or the like; on any device.
+
+        Raises:
+            ModelError: it lacks one of the masked weights.
+        """
+        with torch.no_grad():
+            self._network.follow(same_weights(average, self._network.weights))
+
+    def prepare_gradients(self) -> None:
+        """Take the dense gradients now, and leave those of active weights only: call it before clipping gradients.
+
+        Without it clipping works on the dense gradient, whose norm is mostly that of inactive weights, and the
+        absolute bonus of DST-EE is compared with clipped gradients. It belongs between `backward` (with a `GradScaler`,
+        `unscale_`) and the clipping, in every step.
+        """
+        self._take_gradients(scale=None)
+        self._prepared = True
+
     def freeze(self) -> MaskSet:
         """End sparse training: let the method finish, zero inactive weights, leave the optimizer, return the masks."""
         with torch.no_grad():
             self.method.finalize(self._network)
             self._network.mask_weights()
+            self._network.mask_copies()
         for hook in self._hooks:
             hook.remove()
         return self.mask_set
@@ -128,6 +156,7 @@ class Sparsifier:
             "shapes": {name: list(shape) for name, shape in masks.shapes().items()},
             "masks": masks.pack(),
             "counters": {name: counter.clone() for name, counter in masks.counters.items()},
+            "averages": {name: average.clone() for name, average in self._network.averages.items()},
             "reasons": dict(masks.reasons),
             "nonzero": {name: self._nonzero(name) for name in masks.counters},
         }
@@ -144,6 +173,10 @@ class Sparsifier:
             weight, mask = tensors[name], unpack_mask(name, state["masks"][name], tuple(state["shapes"][name]))
             self.mask_set.change(weight, name, mask.to(weight.device))
             self.mask_set.counters[name].copy_(counter)
+        self._network.averages = {
+            name: torch.empty_like(tensors[name], dtype=average.dtype).copy_(average)
+            for name, average in state["averages"].items()
+        }
         self.mask_set.reasons = dict(state["reasons"])
         self.mask_set.rounds = int(state["rounds"])
         self.step = int(state["step"])
@@ -155,30 +188,37 @@ class Sparsifier:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # args[0] is the optimizer itself; a closure computes the gradients only inside the step.
         if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._around(optimizer, kwargs["closure"])}
+            return args, {**kwargs, "closure": self._around(kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):
-            return (args[0], self._around(optimizer, args[1]), *args[2:]), kwargs
-        self._take_gradients(optimizer)
+            return (args[0], self._around(args[1]), *args[2:]), kwargs
+        # GradScaler leaves unscaling and skipping to optimizers that can do both themselves (fused ones).
+        found_inf = getattr(optimizer, "found_inf", None)
+        self._skipped = found_inf is not None and bool(found_inf)
+        if not self._prepared and not self._skipped:
+            self._take_gradients(getattr(optimizer, "grad_scale", None))
         return None
 
-    def _around(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def closure_then_masks() -> Any:
+    def _around(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def masked_closure() -> Any:
+            # An optimizer that calls it several times moves the weights in between.
+            with torch.no_grad():
+                self._network.mask_weights()
+            self._prepared = False
             loss = closure()
-            self._take_gradients(optimizer)
+            if not self._prepared:
+                self._take_gradients(scale=None)
             return loss
 
-        return closure_then_masks
+        return masked_closure
 
     @torch.no_grad()
-    def _take_gradients(self, optimizer: Optimizer) -> None:
+    def _take_gradients(self, scale: Tensor | None) -> None:
         """Keep the dense gradients if this step's update needs them, then mask those that the optimizer will see."""
         if self._expected_nonzero:
             self._check_weights_were_loaded_last()
-        # GradScaler leaves unscaling and skipping to optimizers that can do both themselves (fused ones).
-        found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-        self._skipped = found_inf is not None and bool(found_inf)
         network = self._network
-        if not self._skipped and self.method.needs_gradients(network, self.step + 1):
+        network.gradients.clear()
+        if self.method.needs_gradients(network, self.step + 1):
             for name in network.masks.counters:
                 gradient = network.weights[name].parameter.grad
                 if gradient is not None:
@@ -187,6 +227,7 @@ class Sparsifier:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._prepared = False
         if not self._skipped:
             self.step += 1
             self._network.mask_weights()

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from sparsepipe.errors import RecipeError
 from sparsepipe.sparsity import options
-from sparsepipe.sparsity.distribution import DISTRIBUTIONS, NAMES, apportion, global_magnitude
+from sparsepipe.sparsity.distribution import DISTRIBUTIONS, NAMES, apportion, global_magnitude, proportional
 from sparsepipe.sparsity.pattern import Pattern, Shape, Unstructured, parse
 from sparsepipe.sparsity.weights import Weight
 
 OVERRIDE_KEYS = ("layers", "sparsity", "pattern", "dense")
+GIVEN = "given"
+"""The name of a distribution that is a table of relative densities."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,7 @@ class Override:
         return cls(layers, sparsity, pattern, dense)
 
     def matches(self, name: str) -> bool:
-        """Whether the glob fits a parameter's name, with or without its ending `.weight`."""
-        return fnmatchcase(name, self.layers) or fnmatchcase(name.removesuffix(".weight"), self.layers)
+        return _matches(self.layers, name)
 
 
 @dataclass(frozen=True)
@@ -85,25 +86,39 @@ class Target:
 
     sparsity: float
     distribution: str
+    relative_densities: tuple[tuple[str, float], ...]
+    """Globs and relative densities of the distribution `given`; the first match wins."""
     pattern: Pattern
     overrides: tuple[Override, ...]
+    first_conv: str
+    last_linear: str
 
     @classmethod
     def of(
-        cls, sparsity: float, distribution: str, pattern: str | Pattern, overrides: Iterable[Mapping[str, Any]]
+        cls,
+        sparsity: float,
+        distribution: str | Mapping[str, float],
+        pattern: str | Pattern,
+        overrides: Iterable[Mapping[str, Any]],
+        first_conv: str = "auto",
+        last_linear: str = "sparse",
     ) -> Target:
-        """Check the options that methods share.
+        """Check the options that methods share; `TargetMethod` says what they mean.
 
         Raises:
             RecipeError: an option is out of range or of the wrong type, or contradicts the pattern.
         """
         if isinstance(overrides, Mapping | str) or not all(isinstance(entry, Mapping) for entry in overrides):
             raise RecipeError("'overrides' must be a list of tables.", where="overrides")
+        given = distribution if isinstance(distribution, Mapping) else {}
         target = cls(
             options.number("sparsity", sparsity, high=1, below=True),
-            options.choice("distribution", distribution, NAMES),
+            GIVEN if given else options.choice("distribution", distribution, NAMES),
+            tuple((str(glob), options.positive(f"distribution.{glob}", value)) for glob, value in given.items()),
             parse(pattern),
             tuple(Override.read(entry) for entry in overrides),
+            options.choice("first_conv", first_conv, ("auto", "dense", "sparse")),
+            options.choice("last_linear", last_linear, ("dense", "sparse")),
         )
         _refuse_contradiction(target.pattern, target.sparsity)
         for override in target.overrides:
@@ -115,15 +130,29 @@ class Target:
         """Decide for each weight its pattern and whether something other than the distribution settles its density.
 
         Raises:
-            RecipeError: an override matches no weight.
+            RecipeError: an override or an entry of the distribution matches no weight.
         """
-        for override in self.overrides:
-            if not any(override.matches(name) for name in weights):
-                _refuse_unmatched(override.layers, weights)
-        first_convolution = next((name for name, weight in weights.items() if weight.convolution), None)
-        return {name: self._layer(weight, name == first_convolution) for name, weight in weights.items()}
+        globs = [("overrides", override.layers) for override in self.overrides]
+        for where, glob in [*globs, *(("distribution", glob) for glob, _ in self.relative_densities)]:
+            if not any(_matches(glob, name) for name in weights):
+                _refuse_unmatched(where, glob, weights)
+        policies = self._policies(weights)
+        return {name: self._layer(weight, policies.get(name)) for name, weight in weights.items()}
 
-    def _layer(self, weight: Weight, first_convolution: bool) -> Layer:
+    def _policies(self, weights: Mapping[str, Weight]) -> dict[str, str]:
+        """Layers that stay dense for their place in the network, unless an override settles their density, and why."""
+        reasons = {}
+        convolutions = [name for name, weight in weights.items() if weight.convolution]
+        if convolutions and self.first_conv == "dense":
+            reasons[convolutions[0]] = "first_conv = dense"
+        elif convolutions and self.first_conv == "auto" and self.distribution == "uniform":
+            reasons[convolutions[0]] = "uniform keeps the first convolution dense"
+        linear = [name for name, weight in weights.items() if weight.linear]
+        if linear and self.last_linear == "dense":
+            reasons[linear[-1]] = "last_linear = dense"
+        return reasons
+
+    def _layer(self, weight: Weight, policy: str | None) -> Layer:
         override = next((entry for entry in self.overrides if entry.matches(weight.name)), Override("*"))
         pattern = override.pattern or self.pattern
         misfit = pattern.misfit(weight.shape)
@@ -135,8 +164,8 @@ class Target:
             density, reason = 1.0, f"override '{override.layers}'"
         elif misfit:
             density, reason = None, misfit
-        elif density is None and self.distribution == "uniform" and first_convolution:
-            reason = "uniform keeps the first convolution dense"
+        elif policy and override.sparsity is None and (override.pattern is None or override.pattern.density is None):
+            density, reason = None, policy
         if reason:
             pattern = Unstructured()
         return Layer(weight.name, weight.shape, pattern, *pattern.grid(weight.shape), density, reason)
@@ -151,7 +180,7 @@ class Target:
                 ever keeps more later on.
 
         Raises:
-            RecipeError: the layers that must stay dense exceed the target.
+            RecipeError: the layers that must stay dense exceed the target, or the distribution leaves a layer out.
         """
         free = {name: layer for name, layer in layers.items() if layer.density is None}
         dense = {name for name, layer in free.items() if layer.dense_because}
@@ -160,7 +189,11 @@ class Target:
             densities = global_magnitude(grouped, self.sparsity * progress, dense)
         else:
             shapes = {name: layer.shape for name, layer in free.items()}
-            densities = DISTRIBUTIONS[self.distribution](shapes, self.sparsity, dense)
+            if self.distribution == GIVEN:
+                relative = {name: self._relative_density(name) for name in shapes}
+                densities = proportional(shapes, self.sparsity, dense, relative)
+            else:
+                densities = DISTRIBUTIONS[self.distribution](shapes, self.sparsity, dense)
         groups = {name: layer.groups for name, layer in layers.items()}
         shares = {name: density * groups[name] for name, density in densities.items()}
         final = apportion(shares, groups, {name: layer.unit for name, layer in free.items()})
@@ -172,6 +205,21 @@ class Target:
             name: final[name] if name in settled else final[name] + ceil((groups[name] - final[name]) * (1 - progress))
             for name in layers
         }
+
+    def _relative_density(self, name: str) -> float:
+        for glob, value in self.relative_densities:
+            if _matches(glob, name):
+                return value
+        raise RecipeError(
+            f"The distribution says nothing of '{name}'.",
+            where="distribution",
+            advice='End the table with an entry for all others: "*" = 1.0.',
+        )
+
+
+def _matches(glob: str, name: str) -> bool:
+    """Whether the glob fits a parameter's name, with or without its ending `.weight`."""
+    return fnmatchcase(name, glob) or fnmatchcase(name.removesuffix(".weight"), glob)
 
 
 def _mean_over_groups(score: Tensor, pattern: Pattern) -> Tensor:
@@ -192,9 +240,7 @@ def _refuse_contradiction(pattern: Pattern, sparsity: float) -> None:
         )
 
 
-def _refuse_unmatched(glob: str, weights: Mapping[str, Weight]) -> None:
+def _refuse_unmatched(where: str, glob: str, weights: Mapping[str, Weight]) -> None:
     names = [name.removesuffix(".weight") for name in weights]
     close = difflib.get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]
-    raise RecipeError(
-        f"No maskable layer is called '{glob}'.", where="overrides", advice=f"Close names: {', '.join(close)}."
-    )
+    raise RecipeError(f"No maskable layer is called '{glob}'.", where=where, advice=f"Close names: {', '.join(close)}.")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
 from sparsepipe.errors import ModelError
+
+log = logging.getLogger("sparsepipe")
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,47 @@ class Weight:
     name: str
     parameter: nn.Parameter
     convolution: bool
+    linear: bool
     transposed: bool
     """Its first two dimensions are (input, output) channels, not (output, input)."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.parameter.shape)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside those that `torch.compile`, DDP and Lightning Fabric wrap around it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile
+            model = model.get_submodule("_orig_mod")
+        elif "_forward_module" in model._modules:  # Fabric
+            model = model.get_submodule("_forward_module")
+        else:
+            return model
+
+
+def same_weights(copy: nn.Module, weights: Mapping[str, Weight]) -> dict[str, nn.Parameter]:
+    """The parameters of a copy of the model that correspond to `weights`, whatever wrappers are around the copy.
+
+    Raises:
+        ModelError: one is missing or has another shape, or is the very same parameter.
+    """
+    copy = unwrapped(copy)
+    while "module" in copy._modules and not all(name in dict(copy.named_parameters()) for name in weights):
+        copy = unwrapped(copy.get_submodule("module"))  # AveragedModel and others keep their copy there
+    found = dict(copy.named_parameters())
+    for name, weight in weights.items():
+        same = found.get(name)
+        if same is None or same.shape != weight.parameter.shape or same is weight.parameter:
+            raise ModelError(
+                f"The copy has no weight '{name}' of its own of shape {weight.shape}.",
+                where="follow",
+                advice="Give a copy of the model that the Sparsifier was made for: AveragedModel(model).",
+            )
+    return {name: found[name] for name in weights}
 
 
 def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
@@ -44,7 +82,7 @@ def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for parameter in module.parameters(recurse=False)
     }
-    found: dict[int, tuple[nn.Parameter, bool, bool]] = {}
+    found: dict[int, tuple[nn.Parameter, bool, bool, bool]] = {}
     for module in model.modules():
         for parameter in _weights_of(module):
             if isinstance(parameter, nn.UninitializedParameter):
@@ -54,8 +92,8 @@ def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
                     advice="Pass one batch through the model before making the Sparsifier.",
                 )
             if id(parameter) in trained and id(parameter) not in embedded and parameter.requires_grad:
-                transposed = isinstance(module, _ConvTransposeNd)
-                found.setdefault(id(parameter), (parameter, isinstance(module, _ConvNd), transposed))
+                kinds = (isinstance(module, kind) for kind in (_ConvNd, nn.Linear, _ConvTransposeNd))
+                found.setdefault(id(parameter), (parameter, *kinds))
     named = model.named_parameters()
     weights = {name: Weight(name, *found[id(parameter)]) for name, parameter in named if id(parameter) in found}
     if not weights:
@@ -80,6 +118,12 @@ def _weights_of(module: nn.Module) -> Iterator[nn.Parameter]:
         parameter = module._parameters.get(name)
         if parameter is not None:
             yield parameter
+        elif name not in module._parameters and isinstance(getattr(module, name, None), Tensor):
+            log.warning(
+                "A weight of %s is computed anew at each use (a parametrization, weight or spectral norm, pruning); "
+                "it is left dense and not counted.",
+                type(module).__name__,
+            )
 
 
 def _is_depthwise(module: _ConvNd) -> bool:

@@ -20,18 +20,23 @@ class DSTEE(DropGrow):
     Args:
         c: weight of exploration; 0 makes the method equal to RigL bit for bit.
         eps: positive remainder; a small one puts never-active weights before all others.
+        relative_c: take `c` in units of the layer's mean |gradient| at the update, so that neither the scale of the
+            loss nor that of a layer matters; an extension, not in the paper.
         **shared: the options of `DropGrow`.
     """
 
     name = "dst-ee"
 
-    def __init__(self, *, c: float = 1e-3, eps: float = 1.0, **shared: Any) -> None:
+    def __init__(self, *, c: float = 1e-3, eps: float = 1.0, relative_c: bool = False, **shared: Any) -> None:
         super().__init__(**shared)
         self.c = options.number("c", c)
         self.eps = options.positive("eps", eps)
+        self.relative_c = options.flag("relative_c", relative_c)
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "c": self.c, "eps": self.eps}
+        return {**super().describe(), "c": self.c, "eps": self.eps, "relative_c": self.relative_c}
 
     def grow_score(self, network: Network, name: str, step: int) -> Tensor:
-        return scores.acquisition(network.gradients[name], network.masks.counters[name], step, self.c, self.eps)
+        gradient = network.gradients[name]
+        c = self.c * float(scores.gradient(gradient).mean()) if self.relative_c else self.c
+        return scores.acquisition(gradient, network.masks.counters[name], step, c, self.eps)

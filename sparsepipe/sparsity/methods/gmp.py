@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sparsepipe.errors import RecipeError
 from sparsepipe.sparsity import options
 from sparsepipe.sparsity.network import Network
-from sparsepipe.sparsity.pattern import Pattern
 from sparsepipe.sparsity.pruning import MagnitudePruning
 from sparsepipe.sparsity.schedule import UpdateSchedule, cubic
 
@@ -20,6 +18,7 @@ class GMP(MagnitudePruning):
         update_every: optimizer steps between two prunings.
         start_at: fraction of all steps at which pruning begins.
         stop_at: fraction of all steps at which the target is reached exactly.
+        **shared: the options of `TargetMethod`.
 
     Raises:
         RecipeError: an option is out of range or of the wrong type, or `start_at` is not before `stop_at`.
@@ -30,15 +29,12 @@ class GMP(MagnitudePruning):
     def __init__(
         self,
         *,
-        sparsity: float = 0.9,
-        distribution: str = "erk",
-        pattern: str | Pattern = "unstructured",
         update_every: int = 100,
         start_at: float = 0.0,
         stop_at: float = 0.75,
-        overrides: Iterable[Mapping[str, Any]] = (),
+        **shared: Any,
     ) -> None:
-        super().__init__(sparsity=sparsity, distribution=distribution, pattern=pattern, overrides=overrides)
+        super().__init__(**shared)
         self.update_every = options.count("update_every", update_every)
         self.start_at = options.number("start_at", start_at, high=1, below=True)
         self.stop_at = options.number("stop_at", stop_at, high=1)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sparsepipe.sparsity import options
 from sparsepipe.sparsity.network import Network
-from sparsepipe.sparsity.pattern import Pattern
 from sparsepipe.sparsity.pruning import MagnitudePruning
 
 
@@ -16,6 +14,7 @@ class MagnitudeOneShot(MagnitudePruning):
 
     Args:
         prune_at: fraction of all steps after which to prune; the rest is fine-tuning.
+        **shared: the options of `TargetMethod`.
 
     Raises:
         RecipeError: an option is out of range or of the wrong type.
@@ -26,13 +25,10 @@ class MagnitudeOneShot(MagnitudePruning):
     def __init__(
         self,
         *,
-        sparsity: float = 0.9,
-        distribution: str = "erk",
-        pattern: str | Pattern = "unstructured",
         prune_at: float = 0.5,
-        overrides: Iterable[Mapping[str, Any]] = (),
+        **shared: Any,
     ) -> None:
-        super().__init__(sparsity=sparsity, distribution=distribution, pattern=pattern, overrides=overrides)
+        super().__init__(**shared)
         self.prune_at = options.number("prune_at", prune_at, high=1)
 
     def after_step(self, network: Network, step: int) -> None:

@@ -1,0 +1,25 @@
+"""DSR: dynamic sparse reparameterization (arXiv 1902.05967)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsepipe.sparsity.methods.set import SET
+
+
+class DSR(SET):
+    """Drop the lowest magnitudes of the whole network, grow at random, most in layers where most survived.
+
+    The paper drops below a threshold that it adjusts until about the wanted number falls; here exactly that number
+    of lowest magnitudes is dropped.
+
+    Args:
+        drop_scope: see `DropGrow`.
+        redistribution: see `DropGrow`.
+        **shared: the options of `DropGrow`.
+    """
+
+    name = "dsr"
+
+    def __init__(self, *, drop_scope: str = "global", redistribution: str = "nonzeros", **shared: Any) -> None:
+        super().__init__(drop_scope=drop_scope, redistribution=redistribution, **shared)
