@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import tomllib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +17,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsepipe.errors import RecipeError
+from sparsepipe.recipe import Recipe
+from sparsepipe.sparsity import registry
 from sparsepipe.sparsity.distribution import apportion, er, erk, global_magnitude, uniform
 from sparsepipe.sparsity.flops import inference_multiple, training_multiple
 from sparsepipe.sparsity.pattern import Unstructured
+from sparsepipe.sparsity.sparsifier import Sparsifier
 from sparsepipe.sparsity.target import Target
 from sparsepipe.sparsity.weights import maskable
 
@@ -316,6 +322,64 @@ def test_n_of_m_fixes_the_density() -> None:
 def test_bad_targets_are_refused_with_the_key_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         plan(**options)
+
+
+def test_a_distribution_may_be_given_as_relative_densities() -> None:
+    """By hand: 3 x density in the first two layers; 8*27 + 16*72 = 1368 weights and 256 + 2560 = 2816 others."""
+    nnz, layers = plan(distribution={"[01]": 3, "*.weight": 1})
+    scale = 0.2 * (1368 + 2816) / (3 * 1368 + 2816)
+    exact = {
+        "0.weight": 3 * scale * 216,
+        "1.weight": 3 * scale * 1152,
+        "2.weight": scale * 256,
+        "4.weight": scale * 2560,
+    }
+    assert sum(nnz.values()) == round(0.2 * 4184)
+    assert all(abs(nnz[name] - share) < 1 for name, share in exact.items())
+    assert layers["0.weight"].dense_because is None  # type: ignore[attr-defined]
+
+
+def test_given_densities_above_one_are_made_up_for_by_the_others() -> None:
+    nnz, _ = plan(distribution={"0": 100, "*": 1}, overrides=[{"layers": "4", "sparsity": 0.9}])
+    assert nnz["0.weight"] == 216
+    assert nnz["4.weight"] == 256
+    assert nnz["0.weight"] + nnz["1.weight"] + nnz["2.weight"] == round(0.2 * (216 + 1152 + 256))
+
+
+def test_given_densities_come_from_a_recipe_and_are_part_of_the_identity() -> None:
+    text = """
+        model = "mlp"
+        data = "mnist5k"
+        [method]
+        name = "rigl"
+        sparsity = 0.8
+        distribution = {"0" = 2.5, "*" = 1}
+        first_conv = "dense"
+        redistribution = "global"
+    """
+    choice = Recipe.model_validate(tomllib.loads(text)).method
+    method = registry.create(choice.name, choice.options)
+    assert method.describe()["distribution"] == {"0": 2.5, "*": 1.0}
+    assert json.loads(json.dumps(method.describe())) == method.describe()
+    model = small()
+    sparsifier = Sparsifier(model, torch.optim.SGD(model.parameters()), method, total_steps=1)
+    assert sparsifier.masks["0.weight"].all()
+    assert sparsifier.mask_set.nnz == round(0.2 * sparsifier.mask_set.size)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "message"),
+    [
+        ({"0": 1}, r"says nothing of '1\.weight'"),
+        ({"9": 1, "*": 1}, "No maskable layer is called '9'"),
+        ({"*": 0}, r"distribution\.\*"),
+        ({"*": "all"}, r"distribution\.\*"),
+        ({}, "distribution"),
+    ],
+)
+def test_bad_relative_densities_are_refused(distribution: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan(distribution=distribution)
 
 
 @given(st.floats(0, 0.99), st.lists(st.floats(0, 1), min_size=2, max_size=6))

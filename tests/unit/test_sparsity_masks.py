@@ -87,11 +87,3 @@ def test_counters_stop_at_the_limit_of_int16_instead_of_wrapping() -> None:
     for _ in range(3):
         masks.count()
     assert masks.counters["w"].tolist() == [[32767, 32766], [32766, 32767]]
-
-
-def test_point_22_memory_is_three_bytes_per_sparse_weight_and_none_for_dense_layers() -> None:
-    weights = {"sparse": torch.zeros(64, 64), "dense": torch.zeros(64, 64)}
-    masks = MaskSet.dense(weights)
-    masks.start(weights, {"sparse": torch.zeros(64, 64, dtype=torch.bool)})
-    stored = [masks["sparse"], masks["dense"], *masks.counters.values()]
-    assert sum(tensor.untyped_storage().nbytes() for tensor in stored) <= 3 * 64 * 64 + 1

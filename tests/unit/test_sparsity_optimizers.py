@@ -1,0 +1,237 @@
+"""Sparse training with any optimizer: exact zeros, fresh state, closures, parameter groups, shared parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from sparse_bench import OPTIMIZERS, Bench, dst_ee, inactive_are_positive_zero, loss_of, network, randn, sgd, train
+from torch import Tensor, nn
+
+from sparsepipe.errors import ModelError
+from sparsepipe.sparsity.methods.rigl import RigL
+from sparsepipe.sparsity.methods.static import Static
+from sparsepipe.sparsity.sparsifier import Sparsifier
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_inactive_weights_are_exactly_zero_after_any_step_of_any_optimizer(name: str) -> None:
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    sparsifier = Sparsifier(model, optimizer, dst_ee(), total_steps=20)
+    nnz = sparsifier.mask_set.nnz
+    for step in range(20):
+        train(model, optimizer, [step])
+        assert inactive_are_positive_zero(model, sparsifier)
+        assert sparsifier.mask_set.nnz == nnz
+    assert sparsifier.step == 20
+    for parameter, state in optimizer.state.items():
+        name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+        mask = sparsifier.masks.get(name_of[id(parameter)])
+        for key, value in state.items():
+            plain = name not in (
+                "noisy",
+                "adagrad",
+                "adamax",
+                "rprop",
+            )  # these hold nonzero state for weights without gradient
+            if plain and mask is not None and isinstance(value, Tensor) and value.shape == mask.shape:
+                assert (value[~mask] == 0).all(), key
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adamw foreach", "adamw fused"])
+def test_active_weights_move_as_without_sparsifier_in_a_network_masked_by_hand(name: str) -> None:
+    """Static masks against a loop that multiplies gradients and weights by them itself."""
+    model, twin = network(), network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    sparsifier = Sparsifier(model, optimizer, Static(sparsity=0.8), total_steps=10)
+    twin.load_state_dict(model.state_dict())
+    masks = {key: mask.float() for key, mask in sparsifier.masks.items()}
+    other = OPTIMIZERS[name](twin.parameters())
+    for step in range(10):
+        train(model, optimizer, [step])
+        other.zero_grad()
+        loss_of(twin, step).backward()
+        for key, parameter in twin.named_parameters():
+            if key in masks:
+                assert parameter.grad is not None
+                parameter.grad *= masks[key]
+        other.step()
+        for key, parameter in twin.named_parameters():
+            if key in masks:
+                parameter.data *= masks[key]
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adamw fused", "noisy"])
+@pytest.mark.parametrize("positional", [True, False])
+def test_a_closure_gives_what_a_plain_step_gives(name: str, positional: bool) -> None:
+    results = []
+    for closures in (False, True):
+        model = network()
+        optimizer = OPTIMIZERS[name](model.parameters())
+        sparsifier = Sparsifier(model, optimizer, dst_ee(), total_steps=20)
+        torch.manual_seed(5)
+        for step in range(20):
+
+            def closure(step: int = step) -> Any:
+                optimizer.zero_grad()  # noqa: B023
+                with torch.enable_grad():
+                    loss = loss_of(model, step)  # noqa: B023
+                    loss.backward()
+                return loss
+
+            if not closures:
+                train(model, optimizer, [step])
+            elif positional:
+                assert optimizer.step(closure) is not None
+            else:
+                assert optimizer.step(closure=closure) is not None
+            assert inactive_are_positive_zero(model, sparsifier)
+        results.append((sparsifier.mask_set.digest(), [parameter.detach().clone() for parameter in model.parameters()]))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(plain, closed) for plain, closed in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_lbfgs_evaluates_its_closure_many_times_and_stays_sparse() -> None:
+    model = network()
+    optimizer: Any = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    sparsifier = Sparsifier(model, optimizer, dst_ee(update_every=1), total_steps=10)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(10)]
+    assert inactive_are_positive_zero(model, sparsifier)
+    assert losses[-1] < losses[0]
+
+
+def test_a_parameter_shared_between_modules_has_one_mask() -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(model, optimizer, RigL(sparsity=0.5, update_every=2), total_steps=20)
+    assert list(sparsifier.masks) == ["0.weight"]
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+    assert sparsifier.mask_set.nnz == 32
+    assert (model[2].weight[~sparsifier.masks["0.weight"]] == 0).all()
+
+
+def test_different_parameters_in_the_same_memory_are_refused() -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight.data = model[0].weight.data
+    with pytest.raises(ModelError, match=r"0\.weight' and '1\.weight"):
+        Sparsifier(model, sgd(model.parameters()), Static(), total_steps=1)
+
+
+def test_several_parameter_groups_and_one_method_for_two_networks() -> None:
+    shared = dst_ee()
+    digests = []
+    for _ in range(2):
+        model = network()
+        groups: list[dict[str, Any]] = [
+            {"params": model[:2].parameters(), "lr": 0.01},
+            {"params": model[2:].parameters()},
+        ]
+        optimizer = torch.optim.SGD(groups, lr=0.05)
+        sparsifier = Sparsifier(model, optimizer, shared, total_steps=10)
+        train(model, optimizer, range(10))
+        digests.append(sparsifier.mask_set.digest())
+    assert digests[0] == digests[1]
+
+
+def test_the_optimizer_of_a_wrapper_is_found() -> None:
+    class Wrapper:
+        def __init__(self, optimizer: Any) -> None:
+            self.optimizer = optimizer
+
+    model = network()
+    optimizer = sgd(model.parameters())
+    wrapper: Any = Wrapper(optimizer)
+    sparsifier = Sparsifier(model, wrapper, dst_ee(), total_steps=10)
+    train(model, optimizer, [0])
+    assert sparsifier.step == 1
+
+
+def test_a_sparsifier_may_join_a_training_that_is_under_way() -> None:
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, range(3))
+    sparsifier = Sparsifier(model, optimizer, dst_ee(), total_steps=10)
+    assert inactive_are_positive_zero(model, sparsifier)
+    mask = sparsifier.masks["4.weight"]
+    assert (optimizer.state[model[4].weight]["exp_avg"][~mask] == 0).all()
+    assert (optimizer.state[model[4].weight]["exp_avg"][mask] != 0).any()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_starts_grown_and_dropped_weights_anew(name: str) -> None:
+    """At an update every floating-point state tensor of the weight's shape is zero where the mask changed."""
+    bench = Bench(RigL(sparsity=0.7, update_every=6, drop_fraction=0.5), (10, 10), 100, OPTIMIZERS[name])
+    for t in range(5):
+        bench.step(randn(10, 10, seed=t))
+    before = bench.mask.clone()
+    bench.step(randn(10, 10, seed=9))
+    changed = bench.mask ^ before
+    assert changed.any()
+    assert (bench.weight[changed] == 0).all()
+    state = [value for value in bench.optimizer.state[bench.weight].values() if isinstance(value, Tensor)]
+    shaped = [value for value in state if value.shape == bench.weight.shape]
+    assert all((value[changed] == 0).all() for value in shaped)
+    assert name == "adafactor" or shaped  # whose second moments are factored into rows and columns
+    assert int(bench.mask.sum()) == 30
+
+
+class Nested(torch.optim.Optimizer):
+    """Keeps its state in lists and dicts, some of it in integers, as optimizers that factor or quantise theirs do."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["moments"] = [{"first": torch.ones_like(parameter)}, (torch.ones_like(parameter), 3)]
+            state["codes"] = torch.full_like(parameter, 7, dtype=torch.uint8)
+
+
+def test_state_is_found_however_deep_and_integer_codes_are_left_alone() -> None:
+    bench = Bench(RigL(sparsity=0.5, update_every=1), (6, 6), 100, Nested)
+    before = bench.mask.clone()
+    bench.step(randn(6, 6, seed=0))
+    changed = bench.mask ^ before
+    assert changed.any()
+    state = bench.optimizer.state[bench.weight]
+    for tensor in (state["moments"][0]["first"], state["moments"][1][0]):
+        assert torch.equal(tensor == 0, changed)
+    assert (state["codes"] == 7).all()
+
+
+def test_a_closure_that_is_called_again_never_sees_inactive_weights_move() -> None:
+    """Directions of L-BFGS come from steps before the masks changed."""
+    model = network()
+    optimizer: Any = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=5)
+    sparsifier = Sparsifier(model, optimizer, dst_ee(update_every=1, drop_fraction=0.5), total_steps=20)
+    seen: list[bool] = []
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        seen.append(inactive_are_positive_zero(model, sparsifier))
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    for _ in range(6):
+        optimizer.step(closure)
+    assert all(seen)
+    assert len(seen) > 12
