@@ -61,7 +61,7 @@ class Layers(nn.Module):
         )
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(
     st.sampled_from(FAMILY),
     st.lists(SHAPES, min_size=1, max_size=3),

@@ -1,15 +1,10 @@
-"""Sparsifier: its state and how it resumes, what it refuses, its end, several processes."""
+"""Sparsifier: its state and how it resumes, what it refuses, and its end."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,47 +163,3 @@ def test_what_cannot_be_trained_sparse_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         make(network())
-
-
-RANK = """
-import sys, torch, torch.distributed as dist
-from torch import nn
-from sparsepipe.sparsity.methods.dst_ee import DSTEE
-from sparsepipe.sparsity.sparsifier import Sparsifier
-torch.set_num_threads(1)
-rank, world, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-if world > 1:
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 4)).double()
-wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-sparsifier = Sparsifier(model, optimizer, DSTEE(sparsity=0.8, c=0.01, update_every=3), total_steps=30)
-torch.manual_seed(1000 + rank)  # the ranks' own randomness must not reach the masks
-for step in range(30):
-    generator = torch.Generator().manual_seed(step)
-    x, y = torch.randn(32, 20, generator=generator).double(), torch.randint(0, 4, (32,), generator=generator)
-    optimizer.zero_grad()
-    cross_entropy(wrapped(x.chunk(world)[rank]), y.chunk(world)[rank]).backward()
-    optimizer.step()
-print(sparsifier.mask_set.digest(), float(model[0].weight.sum()))
-"""
-
-
-def test_point_13_two_ranks_with_half_the_batch_each_equal_one_rank(tmp_path: Path) -> None:
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    commands = [
-        [sys.executable, str(script), str(rank), str(world), address] for rank, world in ((0, 2), (1, 2), (0, 1))
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) for command in commands]
-    results = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert len({digest for digest, _ in results}) == 1
-    sums = [float(total) for _, total in results]
-    assert sums[0] == sums[1]
-    assert sums[0] == pytest.approx(sums[2], rel=1e-12)
