@@ -183,7 +183,7 @@ class DropGrow(SparseFromStart):
         spared = [top_k(score, mask.any(dim=1).long(), mask) for score, mask in zip(means, active, strict=True)]
         flat = torch.cat(means, dim=1), torch.cat(list(active), dim=1), torch.cat(spared, dim=1)
         kept = _without_lowest(flat[0], flat[1], flat[1] & ~flat[2], fraction)
-        return list(kept.split([layer.groups for layer in layers], dim=1))
+        return list(torch.split(kept, [layer.groups for layer in layers], dim=1))
 
     def _missing(self, turnovers: Sequence[Turnover]) -> list[Tensor]:
         """Number of groups that each row of each layer grows, int64 [R]."""

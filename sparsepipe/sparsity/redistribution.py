@@ -62,7 +62,7 @@ def by_growth(turnovers: Sequence[Turnover]) -> list[float]:
     free = torch.cat([each.free.reshape(1, -1) for each in turnovers], dim=1)
     total = torch.stack([each.dropped.sum() for each in turnovers]).sum().reshape(1)
     grown = top_k(scores, total.clamp(max=int(free.sum())), free)
-    return [float(part.sum()) for part in grown.split([each.free.numel() for each in turnovers], dim=1)]
+    return [float(part.sum()) for part in torch.split(grown, [each.free.numel() for each in turnovers], dim=1)]
 
 
 REDISTRIBUTIONS: dict[str, Redistribution] = {

@@ -92,8 +92,8 @@ def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
                     advice="Pass one batch through the model before making the Sparsifier.",
                 )
             if id(parameter) in trained and id(parameter) not in embedded and parameter.requires_grad:
-                kinds = (isinstance(module, kind) for kind in (_ConvNd, nn.Linear, _ConvTransposeNd))
-                found.setdefault(id(parameter), (parameter, *kinds))
+                convolution, linear = isinstance(module, _ConvNd), isinstance(module, nn.Linear)
+                found.setdefault(id(parameter), (parameter, convolution, linear, isinstance(module, _ConvTransposeNd)))
     named = model.named_parameters()
     weights = {name: Weight(name, *found[id(parameter)]) for name, parameter in named if id(parameter) in found}
     if not weights:
