@@ -222,7 +222,8 @@ def section(source: Path | None, name: str, overrides: Sequence[str], flags: Map
     attribute = "validation" if name == "validate" else name
     loaded = getattr(recipe.parse(table, overrides, where=str(path or "recipe")), attribute)
     given = {key: value for key, value in flags.items() if value not in (None, ())}
-    return recipe.check(type(loaded), {**loaded.model_dump(), **given}, where=name)
+    # What nobody set stays unset: some settings, such as the opset, mean "as it is" then.
+    return recipe.check(type(loaded), {**loaded.model_dump(exclude_unset=True), **given}, where=name)
 
 
 def run_recipe(source: Path) -> Path | None:

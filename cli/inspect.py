@@ -25,11 +25,14 @@ def command(path: Path, as_json: bool) -> None:
         _show(key, value)
     layers = found.get("layers") or []
     if layers:
+        # What only some kinds of files have: the operator of a weight, and how its kernel packs the input.
+        extra = [name for name in ("op", "mode") if any(layer.get(name) for layer in layers)]
         common.print_table(
-            ["layer", "shape", "nonzeros", "sparsity", "bytes", "format", "zeros also fit"],
+            ["layer", *extra, "shape", "nonzeros", "sparsity", "bytes", "format", "zeros also fit"],
             [
                 [
                     layer["name"],
+                    *(layer[name] for name in extra),
                     "x".join(map(str, layer["shape"])),
                     f"{layer['nnz']}/{layer['size']}",
                     f"{layer['sparsity']:.1%}",

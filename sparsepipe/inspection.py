@@ -30,7 +30,8 @@ def inspect(path: Path) -> dict[str, Any]:
     `layers` with their totals `weights` (elements), `nnz` and `sparsity` (None where there are no layers). A layer is a
     floating-point or int8 tensor of two or more dimensions: `name`, `shape`, `dtype`, `nnz`, `size`, `sparsity`,
     `bytes` as stored, `format`, and `patterns`, the names of the block, n:m and channel patterns that its zeros
-    happen to follow. For ONNX those that an operator takes as its weight are listed, as in `export`, with this `op`.
+    happen to follow. For ONNX those that an operator takes as its weight are listed, as in `export`, with this `op`;
+    `mode` is how a kernel of the library packs its input, None for other operators.
 
     Raises:
         ArtefactError: there is nothing of these kinds at `path`, or it is damaged.
@@ -181,10 +182,10 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
             weight.name,
             weight.values,
             stored_bytes=weight.stored_bytes,
-            stored_as="sparse" if weight.sparse else DENSE,
+            stored_as=weight.stored_as,
             inputs_first=weight.inputs_first,
         )
-        | {"op": weight.op}
+        | {"op": weight.op, "mode": weight.mode}
         for weight in weights
         if is_layer(weight.values)
     ]

@@ -46,7 +46,7 @@ def index(graph: GraphProto) -> Index:
         if (value := constant_value(node)) is not None:
             constants[node.output[0]] = value
         for inner in subgraphs(node):
-            captured |= _mentioned(inner)
+            captured |= mentioned(inner)
     return Index(producers, consumers, constants, frozenset(value.name for value in graph.output), frozenset(captured))
 
 
@@ -123,13 +123,14 @@ def copy(model: ModelProto) -> ModelProto:
 
 def fresh(name: str, graph: GraphProto) -> str:
     """`name`, made longer until no tensor of `graph` or of its subgraphs has it."""
-    taken = _mentioned(graph)
+    taken = mentioned(graph)
     while name in taken:
         name += "_"
     return name
 
 
-def _mentioned(graph: GraphProto) -> set[str]:
+def mentioned(graph: GraphProto) -> set[str]:
+    """The names of all tensors of `graph` and of its subgraphs."""
     names = {value.name for value in [*graph.input, *graph.output]}
     names |= {tensor.name for tensor in graph.initializer}
     names |= {sparse.values.name for sparse in graph.sparse_initializer}
@@ -137,5 +138,5 @@ def _mentioned(graph: GraphProto) -> set[str]:
         names.update(node.input)
         names.update(node.output)
         for inner in subgraphs(node):
-            names |= _mentioned(inner)
+            names |= mentioned(inner)
     return names

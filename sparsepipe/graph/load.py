@@ -12,32 +12,45 @@ from onnx import AttributeProto, ModelProto, SparseTensorProto, TensorProto, hel
 
 from sparsepipe.errors import GraphError
 from sparsepipe.graph.index import all_nodes, attribute, constant_value, graphs, is_standard, opset
+from sparsepipe.graph.restore import Compact, restore
 
 OLDEST_OPSET = 7
 """onnxruntime promises to run operators from this version on."""
 NEWEST_OPSET = onnx.defs.onnx_opset_version()
 LIMIT_BYTES = 2**31 - 1
 """Largest protobuf message, so the largest single ONNX file."""
+_NUMBERS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 SMALLER = "Store weights as float16 or int8, or split the network into several files."
 
 
 def load(path: Path) -> ModelProto:
-    """Read an ONNX file whole: external data is read in, sparse tensors become dense ones.
+    """Read an ONNX file whole and make its weights ordinary ones.
+
+    External data is read in, sparse tensors become dense ones, and the operators of a universal file standard ones.
 
     Args:
         path: the file; external data is read from its folder only.
 
     Raises:
         GraphError: there is no such file, it is not ONNX or cut off, its opset is not supported, its external data is
-            missing, cut off, outside of the folder or too large, or onnx.checker refuses it.
+            missing, cut off, outside of the folder or too large, onnx.checker refuses it, or an operator of the domain
+            `sparsepipe` is malformed.
     """
+    return load_with_rows(path)[0]
+
+
+def load_with_rows(path: Path) -> tuple[ModelProto, list[Compact]]:
+    """As `load`, with a row for each weight that the operators of a universal file hold."""
     model = _parse(path)
     _check_opset(model, path)
     _read_external(model, path)
     _densify(model, path)
     _complete_outputs(model)
     check(model, where=str(path))
-    return model
+    rows = restore(model, where=str(path), limit=LIMIT_BYTES)
+    if rows:
+        check(model, where=str(path))
+    return model, rows
 
 
 def check(model: ModelProto | bytes, *, where: str, full: bool = False) -> None:
@@ -174,6 +187,7 @@ def _external_piece(tensor: TensorProto, path: Path) -> tuple[Path, int, int]:
 
 
 def _densify(model: ModelProto, path: Path) -> None:
+    """Turn what holds a tensor in another form into tensors: sparse ones, and plain numbers in Constant nodes."""
     constants = [node for node in all_nodes(model) if is_standard(node, "Constant") and constant_value(node) is None]
     held = [found for node in constants if (found := attribute(node, "sparse_value")) is not None]
     initializers = [sparse for graph in graphs(model) for sparse in graph.sparse_initializer]
@@ -191,6 +205,13 @@ def _densify(model: ModelProto, path: Path) -> None:
         found.Clear()
         found.name, found.type = "value", AttributeProto.TENSOR
         found.t.CopyFrom(dense)
+    for node in constants:
+        for found in node.attribute:
+            if found.name in _NUMBERS and not found.ref_attr_name:
+                value = np.array(helper.get_attribute_value(found), _NUMBERS[found.name])
+                found.Clear()
+                found.name, found.type = "value", AttributeProto.TENSOR
+                found.t.CopyFrom(numpy_helper.from_array(value))
 
 
 def _dense_bytes(sparse: SparseTensorProto) -> int:

@@ -38,6 +38,8 @@ INPUTS = {
 
 ACTIVATIONS = {"none": "", "relu": "Relu", "clip": "Clip", "hardswish": "HardSwish", "silu": "Silu", "gelu": "Gelu"}
 HARDSWISH_SINCE = 14  # opset
+MODES = ("auto", "direct", "flat", "rows", "columns")
+"""The attribute ``mode`` of SparseConv, by its number: how the input is packed; "auto" leaves it to the kernel."""
 
 
 def operator_name(base: str, activation: str, *, residual: bool = False) -> str:
@@ -145,6 +147,17 @@ def sparse_linear(
     return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
 
+def base_of(op_type: str) -> str | None:
+    """The key of ``INPUTS`` that ``op_type`` is a variant of; None where this version has no such operator."""
+    variants = {
+        operator_name(base, activation, residual=residual): base
+        for base, inputs in INPUTS.items()
+        for activation in ACTIVATIONS
+        for residual in {False, "residual" in inputs}
+    }
+    return variants.get(op_type)
+
+
 def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
     """The fallback body of all nodes of an operator that have the inputs and the activation of ``node``.
 
@@ -152,32 +165,49 @@ def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
         node: one of them.
         opset: version of the standard operators in the body, 13 or newer.
     """
+    base = base_of(node.op_type)
+    if base == "SparseConv":
+        weight = _dense_weight("W", ("out_channels", "in_channels"), "kernel_shape")
+    elif base == "SparseLinear":
+        weight = _dense_weight("transposed", ("out_features", "in_features"))
+        weight.append(helper.make_node("Transpose", ["transposed"], ["W"], perm=[1, 0]))
+    else:
+        weight = []
+    inputs = list(INPUTS[str(base)][: len(node.input)])
+    nodes = [*weight, *standard_nodes(node, opset)]
+    function = helper.make_function(DOMAIN, node.op_type, inputs, ["Y"], nodes, [helper.make_opsetid("", opset)])
+    function.attribute.extend(sorted(attribute.name for attribute in node.attribute))
+    return function
+
+
+def standard_nodes(node: onnx.NodeProto, opset: int = 17) -> list[onnx.NodeProto]:
+    """What ``node`` computes of its dense weight, as standard operators.
+
+    They read ``W``, [O, I, *kernel] (of SparseLinear [K, N]), and the inputs under the names in ``INPUTS``, and write
+    ``Y``. Their attributes refer to those of ``node`` (``ref_attr_name``).
+
+    Args:
+        node: a node of this domain.
+        opset: version of the standard operators, 13 or newer.
+    """
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    base = next(name for name in INPUTS if node.op_type.startswith(name))
-    names = INPUTS[base]
-    present = {name for name, value in zip(names, node.input, strict=False) if value}
+    base = str(base_of(node.op_type))
+    present = {name for name, value in zip(INPUTS[base], node.input, strict=False) if value}
     window = {name: name for name in ("kernel_shape", "strides", "pads", "dilations") if name in attributes}
     bias = ["B"] if "B" in present else []
     if base == "SparseConv":
-        nodes = _dense_weight(("out_channels", "in_channels"), "kernel_shape")
-        nodes.append(_with(helper.make_node("Conv", ["X", "W", *bias], ["y0"], group=1), window, AttributeProto.INTS))
+        conv = helper.make_node("Conv", ["X", "W", *bias], ["y0"], group=1)
+        nodes = [_with(conv, window, AttributeProto.INTS)]
         if "residual" in present:
             nodes.append(helper.make_node("Add", ["y0", "residual"], ["y1"]))
     elif base == "DepthwiseConv":
         conv = _with(helper.make_node("Conv", ["X", "W", *bias], ["y0"]), window, AttributeProto.INTS)
         nodes = [_with(conv, {"group": "channels"}, AttributeProto.INT)]
     else:
-        nodes = _dense_weight(("out_features", "in_features"))
-        nodes.append(helper.make_node("Transpose", ["W"], ["Wt"], perm=[1, 0]))
-        nodes.append(helper.make_node("MatMul", ["X", "Wt"], ["y0"]))
+        nodes = [helper.make_node("MatMul", ["X", "W"], ["y0"])]
         if bias:
             nodes.append(helper.make_node("Add", ["y0", "B"], ["y1"]))
-    nodes += _activation(attributes["activation"], nodes[-1].output[0], opset)
-    function = helper.make_function(
-        DOMAIN, node.op_type, list(names[: len(node.input)]), ["Y"], nodes, [helper.make_opsetid("", opset)]
-    )
-    function.attribute.extend(sorted(attributes))
-    return function
+    return nodes + _activation(attributes["activation"], nodes[-1].output[0], opset)
 
 
 def _with(node: onnx.NodeProto, sources: Mapping[str, str], kind: AttributeProto.AttributeType) -> onnx.NodeProto:
@@ -196,10 +226,11 @@ def _constant(name: str, value: NDArray[Any]) -> onnx.NodeProto:
     return helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(value))
 
 
-def _dense_weight(sizes: tuple[str, str], kernel: str | None = None) -> list[onnx.NodeProto]:
-    """``values``, ``deltas`` -> W. The blocks lie as [O/r, K, r]; a transpose brings the channels together.
+def _dense_weight(output: str, sizes: tuple[str, str], kernel: str | None = None) -> list[onnx.NodeProto]:
+    """``values``, ``deltas`` -> weight. The blocks lie as [O/r, K, r]; a transpose brings the channels together.
 
     Args:
+        output: what to call the weight.
         sizes: the attributes with the outputs and inputs of the weight.
         kernel: the attribute with its further dimensions.
     """
@@ -227,7 +258,7 @@ def _dense_weight(sizes: tuple[str, str], kernel: str | None = None) -> list[onn
         helper.make_node("ScatterElements", ["zeros", "indices", "values"], ["blocks"], axis=0),
         helper.make_node("Reshape", ["blocks", "rows_shape"], ["rows"]),
         helper.make_node("Transpose", ["rows"], ["channels"], perm=[0, 2, 1]),
-        helper.make_node("Reshape", ["channels", "weight_shape"], ["W"]),
+        helper.make_node("Reshape", ["channels", "weight_shape"], [output]),
     ]
 
 

@@ -168,6 +168,31 @@ def test_a_foreign_onnx_file_goes_through_every_verb_that_takes_one(invoke: Invo
     assert len(json.loads(text)["results"]) == 2
 
 
+def test_the_opset_of_a_foreign_file_stays_unless_another_is_asked_for(invoke: Invoke, tmp_path: Path) -> None:
+    source = linear_onnx(tmp_path / "theirs.onnx")
+    for flags, expected in (((), 17), (("--opset", 15), 15), (("--set", "export.opset=16"), 16)):
+        code, out, _ = invoke("export", source, "--out", tmp_path / str(expected), "--json", *flags)
+        assert (code, json.loads(out)["metrics"]["opset"]) == (0, expected)
+
+
+def test_a_universal_file_is_a_source_as_any_other(invoke: Invoke, tmp_path: Path) -> None:
+    """It goes through the verbs, and what comes out agrees with what it was made from."""
+    source = linear_onnx(tmp_path / "theirs.onnx")
+    assert invoke("export", source, "--target", "universal", "--out", tmp_path / "once")[0] == 0
+    universal = tmp_path / "once" / "model.universal.onnx"
+    assert invoke("export", universal, "--out", tmp_path / "twice")[0] == 0
+    files = [tmp_path / "twice" / f"model.{target}.onnx" for target in ("dense", "portable", "universal")]
+    code, out, _ = invoke("validate", *files, universal, "--against", source, "--json")
+    assert (code, json.loads(out)["passed"]) == (0, True)
+    code, out, _ = invoke("inspect", universal)
+    assert code == 0
+    assert re.search(r"w\.weight +SparseLinear +auto +64x32 .* csr ", out)
+    code, out, _ = invoke("bench", universal, files[0], "--seconds", "0.05", "--json")
+    assert (code, [row["note"] for row in json.loads(out)["results"] if not row["samples"]]) == (0, [])
+    code, out, _ = invoke("convert", universal, "--out", tmp_path / "converted", "--json")
+    assert (code, json.loads(out)["metrics"]["bytes_before"]) == (0, 64 * 32 * 4)
+
+
 def test_validate_exits_with_1_when_outputs_differ(invoke: Invoke, tmp_path: Path) -> None:
     first, second = linear_onnx(tmp_path / "a.onnx", 0.9), linear_onnx(tmp_path / "b.onnx", 0.5)
     code, text, _ = invoke("validate", second, "--against", first, "--json")

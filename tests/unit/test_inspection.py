@@ -233,6 +233,55 @@ def test_the_weights_of_an_onnx_file_are_those_that_export_counts(tmp_path: Path
     assert found["operators"]["MatMul"] == 3
 
 
+def test_a_universal_file_shows_the_format_and_mode_of_each_layer(tmp_path: Path) -> None:
+    """As many bytes as the formulas of the encoding say; the bodies of the operators are not counted as used."""
+    random = np.random.default_rng(4)
+    kernel = (random.random((32, 16, 3, 3)) * (random.random((32, 16, 3, 3)) < 0.1)).astype(np.float32)
+    matrix = in_blocks((64, 32), 4, 1)
+    depthwise = random.random((32, 1, 3, 3)).astype(np.float32)
+    point = (random.random((32, 32, 1, 1)) * (random.random((32, 32, 1, 1)) < 0.1)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "kernel"], ["a"]),
+        helper.make_node("Conv", ["a", "depthwise"], ["b"], group=32),
+        helper.make_node("Conv", ["b", "point"], ["c"]),
+        helper.make_node("Relu", ["c"], ["d"]),
+        helper.make_node("GlobalAveragePool", ["d"], ["e"]),
+        helper.make_node("Flatten", ["e"], ["f"]),
+        helper.make_node("Gemm", ["f", "matrix"], ["g"], transB=1),
+        helper.make_node("MatMul", ["g", "last"], ["y"]),
+    ]
+    constants = {"kernel": kernel, "depthwise": depthwise, "point": point, "matrix": matrix}
+    constants["last"] = random.random((64, 3)).astype(np.float32)
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 16, "h", "w"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    made = from_onnx(tmp_path / "m.onnx", Export(targets=("universal",)), tmp_path / "export")
+    found = inspect(made.file("model.universal.onnx"))
+    layers = rows(found)
+    assert {name: (row["op"], row["format"], row["mode"]) for name, row in layers.items()} == {
+        "kernel.weight": ("SparseConv", "csr", "auto"),
+        "depthwise": ("DepthwiseConv", "dense", None),
+        "point.weight": ("SparseConvRelu", "csr", "auto"),
+        "matrix.weight": ("SparseLinear", "bsr 4x1", "auto"),
+        "last": ("MatMul", "dense", None),
+    }
+    counts = {f"{name}.weight": int(np.count_nonzero(constants[name])) for name in ("kernel", "point", "matrix")}
+    assert {name: layers[name]["nnz"] for name in counts} == counts
+    assert layers["point.weight"]["bytes"] == 5 * counts["point.weight"]  # no gap is wider than a byte
+    assert layers["matrix.weight"]["bytes"] == 17 * counts["matrix.weight"] // 4
+    assert layers["matrix.weight"]["patterns"] == ["2x1", "4x1"]
+    assert (found["functions"], found["opset"]) == (4, {"ai.onnx": 17, "sparsepipe": 1})
+    assert found["operators"] == {
+        **{f"sparsepipe.{name}": 1 for name in ("SparseConv", "DepthwiseConv", "SparseConvRelu", "SparseLinear")},
+        **dict.fromkeys(("GlobalAveragePool", "Flatten", "MatMul"), 1),
+    }
+
+
 def test_an_export_artefact_shows_its_smallest_file(tmp_path: Path) -> None:
     with draft(tmp_path / "export", "export", Settings(), {}) as building:
         onnx.save(onnx_model(), building.folder / "model.portable.onnx")
