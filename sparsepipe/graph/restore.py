@@ -111,11 +111,10 @@ class _Node:
         names = zip(operators.INPUTS[base], node.input, strict=False)
         self.inputs = {name: str(value) for name, value in names if value}
         activation = self._get("activation", bytes, b"none").decode(errors="replace")
-        with_residual = "residual" in self.inputs
-        if activation not in operators.ACTIVATIONS or node.op_type != operators.operator_name(
-            base, activation, residual=with_residual
-        ):
-            raise self.malformed(f"its activation is '{activation}', and it has {'a' if with_residual else 'no'} residual")
+        residual = "residual" in self.inputs
+        known = activation in operators.ACTIVATIONS
+        if not known or node.op_type != operators.operator_name(base, activation, residual=residual):
+            raise self.malformed(f"its activation is '{activation}', and it has {'a' if residual else 'no'} residual")
         self.shape = self._shape()
         self.block, mode = self._get("block", int, 1), self._get("mode", int, 0)
         self.mode = operators.MODES[mode] if 0 <= mode < len(operators.MODES) else str(mode)

@@ -277,7 +277,7 @@ def test_malformed_weights_are_named(name: str, value: Array, reason: str) -> No
 
 def test_operators_of_a_newer_version_are_named() -> None:
     made, constants = small()
-    with pytest.raises(GraphError, match="operators are of version 2, not 1.*install the newest"):
+    with pytest.raises(GraphError, match=r"operators are of version 2, not 1.*install the newest"):
         restore(graph_of(made, constants, version=2), where="file.onnx", limit=LIMIT_BYTES)
     made.op_type = "SparseLinearAdd"
     with pytest.raises(GraphError, match="'SparseLinearAdd' is not known"):

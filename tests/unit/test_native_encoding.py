@@ -18,7 +18,7 @@ Weight = NDArray[np.float32]
 
 @st.composite
 def weights(draw: st.DrawFn) -> tuple[Weight, int]:
-    """A weight of a convolution or a matrix, and the rows of its blocks; many are nearly empty, so that gaps are wide."""
+    """A weight and the rows of its blocks; many weights are nearly empty, so that gaps are wide."""
     block = draw(st.sampled_from([1, 2, 4]))
     rows = block * draw(st.integers(1, 6))
     shape = draw(
