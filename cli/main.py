@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib import import_module
 
 import click
 
 from sparsepipe import launch
-from sparsepipe.errors import SparsepipeError
+from sparsepipe.errors import InterruptedBySignal, SparsepipeError
 
 # verb -> one line for the list of commands. The module `sparsepipe.cli.<verb>` holds the command `command`.
 VERBS = {
@@ -71,8 +72,10 @@ def main() -> None:
             if reporting:
                 error.show()
         launch.leave(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("Interrupted. `sparsepipe train --resume` and `sparsepipe run` go on with a training.", 130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        cause = error.__cause__ if isinstance(error, click.Abort) else error  # click makes one of the other
+        number = cause.number if isinstance(cause, InterruptedBySignal) else signal.SIGINT
+        _fail("Interrupted. `sparsepipe train --resume` and `sparsepipe run` go on with a training.", 128 + number)
     except BrokenPipeError:
         # The reader of our output has gone (`sparsepipe models | head`); that is no error of ours.
         sys.stderr.close()

@@ -174,6 +174,7 @@ def draft(
     if partial.exists() and not resumable:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
+    _remove_temporary(partial)
     building = Draft(partial)
     started = time.monotonic()
     try:
@@ -188,9 +189,7 @@ def draft(
 
 def _finish(building: Draft, folder: Path, stage: str, config: BaseModel, inputs: Mapping[str, str]) -> None:
     partial = building.folder
-    for leftover in partial.rglob(".*"):  # a temporary file of a run that was killed while it wrote
-        if leftover.is_file():
-            leftover.unlink()
+    _remove_temporary(partial)
     outputs = {
         path.relative_to(partial).as_posix(): digest_file(path)
         for path in sorted(partial.rglob("*"))
@@ -214,6 +213,13 @@ def _finish(building: Draft, folder: Path, stage: str, config: BaseModel, inputs
         shutil.rmtree(aside)
     else:
         os.replace(partial, folder)
+
+
+def _remove_temporary(folder: Path) -> None:
+    """Remove the temporary files of a run that was killed while it wrote."""
+    for leftover in folder.rglob(".*"):
+        if leftover.is_file():
+            leftover.unlink()
 
 
 @contextmanager

@@ -47,6 +47,18 @@ class GraphError(SparsepipeError):
     """An ONNX file cannot be read, rewritten or run."""
 
 
+class InterruptedBySignal(KeyboardInterrupt):  # noqa: N818 (it is no error)
+    """Ctrl-C, or the system's wish that this process ends.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
 class MissingExtraError(SparsepipeError):
     """An optional dependency is not installed."""
 

@@ -103,8 +103,8 @@ class Training(Section):
     """Fraction of the training split held out, by seed, to select on."""
     select: Literal["last", "best"] = "best"
     """Which epoch's weights are kept; `best` is by validation accuracy once the masks are final."""
-    checkpoint_every: PositiveInt = 1
-    """Epochs between checkpoints."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between checkpoints; 0 writes one every half minute, less often where writing takes long."""
     dense_twin: bool = False
     """Train the same recipe with `method = "dense"` too, as the baseline of the result table."""
 

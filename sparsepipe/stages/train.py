@@ -7,6 +7,7 @@ is read once, at the very end, with the selected weights. An interrupted trainin
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -34,6 +35,10 @@ log = logging.getLogger("sparsepipe")
 
 FREE_TO_CHANGE = {"train.threads", "train.device", "train.checkpoint_every"}
 """Settings that a resumed training may change: they do not decide what is computed."""
+
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the system says where a file does not fit on the disk, into the user's quota, or under a limit."""
 
 
 class TrainConfig(Section):
@@ -125,9 +130,17 @@ def _train(
         with draft(out, "train", config, sources, resumable=True) as building:
             fabric.broadcast({"identity": identity, "state": state})
             trainer.train(config, fabric, building, identity, state)
-    except BaseException:
-        if not trainer.checkpoint.exists(partial):  # nothing that could be resumed
+    except BaseException as error:
+        resumable = trainer.checkpoint.exists(partial)
+        if not resumable:
             shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise ArtefactError(
+                f"The result of the training could not be written ({error.strerror}).",
+                where=error.filename or str(partial),
+                advice="Make room and train again"
+                + (" with `--resume`: it goes on from the last checkpoint that could be written." if resumable else "."),
+            ) from error
         raise
     return Artefact.read(out, "train")
 

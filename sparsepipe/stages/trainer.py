@@ -11,7 +11,7 @@ import torch
 
 from sparsepipe import data
 from sparsepipe.artefact import Draft
-from sparsepipe.errors import ArtefactError
+from sparsepipe.errors import ArtefactError, InterruptedBySignal
 from sparsepipe.formats.masks import save_masks
 from sparsepipe.formats.tensors import write_tensors
 from sparsepipe.progress import bar
@@ -25,6 +25,7 @@ from sparsepipe.training import checkpoint, device
 from sparsepipe.training.interrupt import stop_request
 from sparsepipe.training.loop import Epoch, Score
 from sparsepipe.training.metrics import FILE, MetricsLog
+from sparsepipe.training.saver import Saver
 from sparsepipe.training.seeds import generator
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def train(
         }
         if building is not None:
             _write(training, building, masks, selected, multiples, scores)
-            (building.folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
+            checkpoint.remove_older(building.folder)
 
 
 def _restore(training: Assembly, state: Mapping[str, Any], where: str) -> None:
@@ -122,23 +123,21 @@ def _run(training: Assembly, building: Draft | None, identity: Mapping[str, Any]
         The inference FLOPs multiple of each epoch that is logged.
 
     Raises:
-        KeyboardInterrupt: it was asked to stop; the state is saved.
+        InterruptedBySignal: it was asked to stop; the state is saved.
     """
     loop, settings = training.loop, training.config.train
+    saver = Saver(building.folder if building else None, loop.step, settings.checkpoint_every)
     note = "first epoch"
 
     def save() -> bool:
-        state = {"identity": dict(identity), "loop": loop.state_dict()}  # for which all processes are needed
-        return building is not None and _save(building, state)
+        if metrics is not None:
+            metrics.sync()
+        return saver.save(loop.step, lambda: {"identity": dict(identity), "loop": loop.state_dict()})
 
     def on_epoch(epoch: Epoch) -> None:
-        if metrics is not None:
-            log_epoch(epoch, metrics)
-        if epoch.number % settings.checkpoint_every == 0 or epoch.number == settings.epochs:
-            save()
-
-    def log_epoch(epoch: Epoch, metrics: MetricsLog) -> None:
         nonlocal note
+        if metrics is None:
+            return
         record = _record(training, epoch, _multiples(metrics))
         metrics.write(record)
         note = f"epoch {epoch.number}/{settings.epochs}, loss {epoch.train.loss:.3f}, "
@@ -151,27 +150,20 @@ def _run(training: Assembly, building: Draft | None, identity: Mapping[str, Any]
         bar(f"training {training.config.model.name} ({training.config.method.name})", remaining) as progress,
         stop_request() as request,
     ):
-        loop.run(on_step=lambda: progress.advance(1, note), on_epoch=on_epoch, stop=lambda: request.made)
-    if request.made:
-        what = "all is saved" if save() else "this was not saved"
-        log.warning("Stopped after step %d of %d; %s.", loop.step, loop.total_steps, what)
-        raise KeyboardInterrupt
-    return [] if metrics is None else _multiples(metrics)
-
-
-def _save(building: Draft, state: Mapping[str, Any]) -> bool:
-    """Write a checkpoint; where there is no room for it, say so, and leave the one before it as the newest."""
-    try:
-        checkpoint.save(building.folder, state)
-    except OSError as error:
-        log.warning(
-            "The checkpoint of step %d could not be written (%s); %s.",
-            state["loop"]["step"],
-            error.strerror or error,
-            "the one before it is kept" if checkpoint.exists(building.folder) else "there is none before it",
+        loop.run(
+            on_step=lambda: progress.advance(1, note),
+            on_epoch=on_epoch,
+            stop=lambda: request.made,
+            save_due=lambda: saver.due(loop.step),
+            save=save,
         )
-        return False
-    return True
+        saved = save()
+        (stopped,) = loop.agree(lambda: request.made)
+    if stopped:
+        what = "all is saved" if saved else "this was not saved"
+        log.warning("Stopped after step %d of %d; %s.", loop.step, loop.total_steps, what)
+        raise InterruptedBySignal(request.number)
+    return [] if metrics is None else _multiples(metrics)
 
 
 def _multiples(metrics: MetricsLog) -> list[float]:

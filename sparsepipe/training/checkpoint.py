@@ -1,8 +1,8 @@
 """Checkpoints: the whole state of a training in one safetensors file.
 
 Tensors are stored by their path in the state ("optimizer/state/0/momentum_buffer"); everything else is JSON in the
-file's metadata. A file is written under a temporary name, and the one before it is kept, so that at any moment at
-least one checkpoint can be read.
+file's metadata, with a checksum over all of it. A file is written under a temporary name, and the one before it is
+kept, so that at any moment at least one checkpoint can be read, also after a power failure.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sparsepipe.errors import ArtefactError
 
 FILE = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
+DAMAGED = "checkpoint.damaged.safetensors"
 VERSION = "1"
 
 log = logging.getLogger("sparsepipe")
@@ -52,6 +53,7 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
         # Only now, with the new state safe on disk, does the old one step aside.
         if newest.exists():
             os.replace(newest, folder / PREVIOUS)
+    _sync_names(folder)
 
 
 def exists(folder: Path) -> bool:
@@ -61,6 +63,9 @@ def exists(folder: Path) -> bool:
 
 def load(folder: Path) -> dict[str, Any] | None:
     """The newest state of `folder` that can be read, on the CPU; None if there never was one.
+
+    A newest file that cannot be read is put aside, and the previous one takes its name: the next `save` would otherwise
+    put the damaged one in the place of the only good one.
 
     Raises:
         ArtefactError: there are checkpoints, but none can be read.
@@ -77,6 +82,9 @@ def load(folder: Path) -> dict[str, Any] | None:
         if path.name == PREVIOUS:
             reason = "; ".join(reasons) or f"{FILE} is missing"
             log.warning("The newest checkpoint cannot be used (%s); going on from the one before it.", reason)
+            if reasons:
+                os.replace(folder / FILE, folder / DAMAGED)
+            os.replace(path, folder / FILE)
         return state
     if reasons:
         raise ArtefactError(
@@ -85,6 +93,21 @@ def load(folder: Path) -> dict[str, Any] | None:
             advice="Delete this folder and train from the start.",
         )
     return None
+
+
+def remove_older(folder: Path) -> None:
+    """Leave only the newest checkpoint."""
+    for name in (PREVIOUS, DAMAGED):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _sync_names(folder: Path) -> None:
+    """Wait until the names of the files are on the disk, as `fsync` of a file waits for its content alone."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sparsepipe.errors import InterruptedBySignal
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -15,17 +17,19 @@ class StopRequest:
     """Whether someone asked to stop (Ctrl-C, or the system with SIGTERM)."""
 
     def __init__(self) -> None:
+        self.number = signal.SIGINT
+        """The signal that made the request."""
         self.made = False
 
     def _make(self, number: int, frame: FrameType | None) -> None:
         if self.made:  # asked twice: do not wait for the step to end
-            raise KeyboardInterrupt
-        self.made = True
+            raise InterruptedBySignal(number)
+        self.made, self.number = True, signal.Signals(number)
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request while the block runs; a second one raises KeyboardInterrupt at once."""
+    """Turn SIGINT and SIGTERM into a request while the block runs; a second one raises InterruptedBySignal at once."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # signals can be handled in the main thread only
         yield request

@@ -22,8 +22,8 @@ from sparsepipe.training.rates import Rate
 FINITE_CHECK_EVERY = 20
 """Steps between two checks of the loss on a device where reading it waits for the device."""
 
-STOP_CHECK_EVERY = 10
-"""Steps between two times at which several processes agree on stopping, on a device where that waits for it."""
+AGREE_EVERY = 10
+"""Steps between two times at which several processes agree on stopping or saving, where that waits for the device."""
 
 DIVERGED_ADVICE = "Try a lower optimizer.lr, a longer schedule.warmup, or train.precision = 'fp32'."
 
@@ -124,6 +124,7 @@ class Loop:
         self._rate = rate
         self._epochs = epochs
         self._label_smoothing = label_smoothing
+        self._agree_every = AGREE_EVERY if fabric.world_size > 1 and fabric.device.type != "cpu" else 1
         self._network, self._optimizer = fabric.setup(model, optimizer, move_to_device=False)
         self._losses = torch.zeros(training.steps, device=fabric.device)
         self._correct = torch.zeros((), dtype=torch.int64, device=fabric.device)
@@ -139,13 +140,19 @@ class Loop:
         on_step: Callable[[], None],
         on_epoch: Callable[[Epoch], None],
         stop: Callable[[], bool] = lambda: False,
+        save_due: Callable[[], bool] = lambda: False,
+        save: Callable[[], object] = lambda: None,
     ) -> None:
         """Train to the end, or until `stop`.
 
+        What any process answers to `stop` or `save_due` holds for all.
+
         Args:
             on_step: called after every step.
-            on_epoch: called after every epoch; the state may be saved there.
+            on_epoch: called after every epoch.
             stop: asked before every step; once it returns True, training ends there, and the state can be saved.
+            save_due: asked before every step whether to save the state now.
+            save: called then.
 
         Raises:
             DivergedError: the loss is not finite any more.
@@ -156,8 +163,12 @@ class Loop:
             epoch, first = divmod(self.step, self._training.steps)
             self._network.train()
             for inputs, labels in self._training.epoch(epoch, first):
-                if self._agreed(stop):
-                    return
+                if self.step % self._agree_every == 0:
+                    stopping, saving = self.agree(stop, save_due)
+                    if stopping:
+                        return
+                    if saving:
+                        save()
                 self._train(inputs, labels)
                 self.seconds = time.monotonic() - self._started
                 on_step()
@@ -168,6 +179,13 @@ class Loop:
         """Score of the network as it is now; every process has to call this."""
         self._share_buffers()
         return evaluate(self._fabric, self.model, batches)
+
+    def agree(self, *questions: Callable[[], bool]) -> list[bool]:
+        """Whether any process says yes, for each question; every process has to call this."""
+        if self._fabric.world_size == 1:
+            return [ask() for ask in questions]
+        votes = torch.tensor([float(ask()) for ask in questions], device=self._fabric.device)
+        return [total > 0 for total in _sum_over_processes(self._fabric, votes).tolist()]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the training depends on: nested dicts of tensors and plain values.
@@ -229,15 +247,6 @@ class Loop:
                 values = buffer.contiguous()  # the backends take dense memory in C order only
                 distributed.broadcast(values, src=0)
                 buffer.copy_(values)
-
-    def _agreed(self, stop: Callable[[], bool]) -> bool:
-        """Whether any process was asked to stop; all hear it before the same step."""
-        if self._fabric.world_size == 1:
-            return stop()
-        if self._fabric.device.type != "cpu" and self.step % STOP_CHECK_EVERY:
-            return False
-        asked = torch.tensor(float(stop()), device=self._fabric.device)
-        return bool(_sum_over_processes(self._fabric, asked))
 
     def _train(self, inputs: Tensor, labels: Tensor) -> None:
         for group in self.optimizer.param_groups:

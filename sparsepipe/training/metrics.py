@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
 FILE = "metrics.jsonl"
 EVENTS = "tensorboard"
+
+log = logging.getLogger("sparsepipe")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -47,6 +52,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """Appends one record an epoch.
 
+    A full disk does not end the training: there is a warning, and what could not be written is when there is room.
+
     Args:
         folder: where `metrics.jsonl` and the folder `tensorboard` lie.
         step: the step that training starts from; what an interrupted run logged after it is forgotten.
@@ -60,19 +67,38 @@ class MetricsLog:
         self._path = folder / FILE
         self.records = [record for record in read(self._path) if record["step"] <= step]
         """All epochs so far, in order."""
-        write_text(self._path, "".join(map(_line, self.records)))
-        self._events = _summary_writer(folder / EVENTS, step)
+        self._rewrite()
+        self._events = _Events(folder / EVENTS, step)
+        self._failing = False
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one epoch. `record` holds `step`, numbers, None for what is unknown, and dicts of numbers."""
         self.records.append(dict(record))
+        self._events.pending.append(record)
+        try:
+            self._append(record)
+            self._events.write()
+        except OSError as error:
+            if not self._failing:
+                log.warning("The log of step %d could not be written (%s).", record["step"], error.strerror or error)
+            self._failing = True
+        else:
+            self._failing = False
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        if self._failing:  # the file may end in half a line
+            self._rewrite()
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
-        for name, value in record.items():
-            for tag, number in value.items() if isinstance(value, Mapping) else ((None, value),):
-                if number is not None and name != "step":
-                    self._events.add_scalar(f"{name}/{tag}" if tag else name, number, record["step"])
-        self._events.flush()
+
+    def _rewrite(self) -> None:
+        write_text(self._path, "".join(map(_line, self.records)))
+
+    def sync(self) -> None:
+        """Wait until the records are on the disk: a checkpoint that comes after them counts on them."""
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -80,7 +106,53 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._failing:
+            with suppress(OSError):  # what has room now; writing the result will tell if nothing has
+                self._rewrite()
         self._events.close()
+
+
+class _Events:
+    """Records as TensorBoard events; what a full disk kept out is written once there is room.
+
+    TensorBoard's writer cannot be used any more once it has failed, so another one takes its place.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._folder = folder
+        self.pending: list[Mapping[str, Any]] = []
+        """Records that `write` has to write."""
+        self._writer: SummaryWriter | None = _summary_writer(folder, step)
+
+    def write(self) -> None:
+        """Write what is pending.
+
+        Raises:
+            OSError: some of it could not be written; all of it stays pending.
+        """
+        try:
+            if self._writer is None:
+                self._writer = _summary_writer(self._folder, self.pending[0]["step"] - 1)
+            for record in self.pending:
+                _add_scalars(self._writer, record)
+            self._writer.flush()
+        except OSError:
+            self.close()
+            raise
+        self.pending.clear()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+        self._writer = None
+
+
+def _add_scalars(writer: SummaryWriter, record: Mapping[str, Any]) -> None:
+    for name, value in record.items():
+        for tag, number in value.items() if isinstance(value, Mapping) else ((None, value),):
+            if number is not None and name != "step":
+                writer.add_scalar(f"{name}/{tag}" if tag else name, number, record["step"])
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,13 @@ def config(*overrides: str) -> train.TrainConfig:
         "data": "small:small_images",
         "method": {"name": "dst-ee", "sparsity": 0.6, "update_every": 3, "c": 1e-3},
         "augment": {"crop": 1, "flip": True},
-        "train": {"epochs": EPOCHS, "batch_size": 16, "threads": 1, "validation": 0.2},
+        "train": {
+            "epochs": EPOCHS,
+            "batch_size": 16,
+            "threads": 1,
+            "validation": 0.2,
+            "checkpoint_every": STEPS_PER_EPOCH,
+        },
     }
     return train.TrainConfig.from_recipe(parse(table, overrides))
 
@@ -358,7 +364,7 @@ def test_training_validation_and_test_samples_are_disjoint(tmp_path: Path, monke
         (kill, STEPS, ()),
         (kill, 14, ("method=rigl", "optimizer={name='adamw', lr=0.01}")),
         (kill, 11, ("method=gmp",)),
-        (kill, 17, ("method=magnitude-oneshot", "train.checkpoint_every=2")),
+        (kill, 17, ("method=magnitude-oneshot", "train.checkpoint_every=5")),
         (kill, 20, ("method=set", "method.pattern='2x1'", "train.precision=bf16")),
         (interrupt, 1, ()),
         (interrupt, 9, ()),
@@ -414,6 +420,58 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(
         resumed = run(tmp_path / "train", resume=True)
     assert "going on from the one before" in caplog.text
     assert "Resuming after step 12 of 24" in caplog.text
+    assert_same_result(resumed, finished)
+
+
+@pytest.fixture
+def largest_file() -> Iterator[Callable[[int], None]]:
+    """Limits the bytes of any file that this process writes, as a disk does that is almost full; 0 is no limit."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(count: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (count or before[0], before[1]))
+
+    yield limit
+    limit(0)
+
+
+def test_training_goes_on_while_the_disk_has_no_room_for_checkpoints(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    finished: Artefact,
+    largest_file: Callable[[int], None],
+) -> None:
+    size = finished.file(checkpoint.FILE).stat().st_size
+    at_step(monkeypatch, 11, lambda: largest_file(size // 2))
+    at_step(monkeypatch, 23, lambda: largest_file(0))
+    with caplog.at_level(logging.INFO, "sparsepipe"):
+        artefact = run(tmp_path / "train")
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(told) == 2
+    assert "checkpoint of step 12 could not be written" in told[0]
+    assert "that of step 6 is kept" in told[0]
+    assert "that of step 24 is" in told[1]
+    assert_same_result(artefact, finished)
+
+
+def test_a_disk_that_is_full_to_the_end_costs_the_steps_since_the_last_checkpoint(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    finished: Artefact,
+    largest_file: Callable[[int], None],
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(ArtefactError) as caught:
+        at_step(patch, 11, lambda: largest_file(600))  # not even for another line of the log
+        run(tmp_path / "train")
+    largest_file(0)
+    assert "could not be written (File too large)" in str(caught.value)
+    assert "--resume" in str(caught.value)
+    with caplog.at_level(logging.INFO, "sparsepipe"):
+        resumed = run(tmp_path / "train", resume=True)
+    assert "Resuming after step 6 of 24" in caplog.text
     assert_same_result(resumed, finished)
 
 
@@ -492,7 +550,7 @@ def test_settings_that_change_no_result_may_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Artefact
 ) -> None:
     interrupted(tmp_path / "train", monkeypatch)
-    resumed = run(tmp_path / "train", "train.checkpoint_every=3", "train.device=cpu", resume=True)
+    resumed = run(tmp_path / "train", "train.checkpoint_every=0", "train.device=cpu", resume=True)
     assert_same_result(resumed, finished)
 
 

@@ -44,6 +44,7 @@ epochs = 4
 batch_size = 16
 threads = 1
 device = "cpu"
+checkpoint_every = 40
 """
 COMMAND = ["-c", "from sparsepipe.cli.main import main; main()", "train"]
 

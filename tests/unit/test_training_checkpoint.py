@@ -176,3 +176,17 @@ def test_a_value_that_cannot_be_kept_is_refused_by_its_path(tmp_path: Path) -> N
 def test_tensors_whose_paths_are_equal_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two tensors at a/b"):
         checkpoint.save(tmp_path, {"a": {"b": torch.zeros(1)}, "a/b": torch.ones(1)})
+
+
+def test_a_damaged_file_never_takes_the_place_of_the_good_one(tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, state(step))
+    (tmp_path / checkpoint.FILE).write_bytes(b"damaged")
+    checkpoint.load(tmp_path)
+    # A process that dies right after the old file stepped aside leaves the previous one alone.
+    checkpoint.save(tmp_path, state(3))
+    (tmp_path / checkpoint.FILE).unlink()
+    assert checkpoint.load(tmp_path)["step"] == 1  # type: ignore[index]
+    assert (tmp_path / checkpoint.DAMAGED).read_bytes() == b"damaged"
+    checkpoint.remove_older(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.FILE]

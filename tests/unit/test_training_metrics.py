@@ -50,6 +50,27 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path: Path) -> None:
     assert [entry["epoch"] for entry in read(tmp_path / FILE)] == [1, 2]
 
 
+def test_what_a_full_disk_kept_out_is_written_once_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsLog(tmp_path, 0) as metrics:
+        metrics.write(record(1))
+        try:  # room for half a line
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / FILE).stat().st_size + 20, before[1]))
+            metrics.write(record(2))
+            metrics.write(record(3))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        metrics.write(record(4))
+    assert [entry["epoch"] for entry in read(tmp_path / FILE)] == [1, 2, 3, 4]
+    events = EventAccumulator(str(tmp_path / EVENTS)).Reload()  # type: ignore[no-untyped-call]
+    assert [event.step for event in events.Scalars("train_loss")] == [10, 20, 30, 40]
+    (told,) = [entry.getMessage() for entry in caplog.records if entry.name == "sparsepipe"]
+    assert told == "The log of step 20 could not be written (File too large)."
+
+
 @pytest.mark.parametrize("line", ["[1, 2]", '{"epoch": 2}', '{"step": "10"}', "7", "null"])
 def test_a_line_that_is_no_record_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / FILE).write_text(json.dumps(record(1)) + "\n" + line + "\n")
