@@ -47,7 +47,7 @@ class GraphError(SparsepipeError):
     """An ONNX file cannot be read, rewritten or run."""
 
 
-class InterruptedBySignal(KeyboardInterrupt):  # noqa: N818 (it is no error)
+class InterruptedBySignal(KeyboardInterrupt):
     """Ctrl-C, or the system's wish that this process ends.
 
     Args:

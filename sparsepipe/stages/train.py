@@ -138,8 +138,9 @@ def _train(
             raise ArtefactError(
                 f"The result of the training could not be written ({error.strerror}).",
                 where=error.filename or str(partial),
-                advice="Make room and train again"
-                + (" with `--resume`: it goes on from the last checkpoint that could be written." if resumable else "."),
+                advice="Make room and train again with `--resume`: it goes on from the last checkpoint written."
+                if resumable
+                else "Make room and train again.",
             ) from error
         raise
     return Artefact.read(out, "train")
