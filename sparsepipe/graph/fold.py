@@ -31,6 +31,7 @@ from sparsepipe.graph.index import (
 )
 from sparsepipe.graph.tidy import tidy
 
+FREE_WEIGHTS_SINCE = 4  # IR version
 DEFAULT_EPSILON = 1e-5  # of BatchNormalization in the ONNX standard
 Array = NDArray[Any]
 
@@ -52,13 +53,17 @@ def fold(model: ModelProto) -> tuple[ModelProto, list[Unfolded]]:
 
     A folded layer's output takes the name of the batch normalisation's output. A layer is folded only if it alone
     uses its weight and only the batch normalisation uses its output. Arithmetic is in float64, the result is stored
-    in the weight's own type; zeros stay exactly +0.0.
+    in the weight's own type; zeros stay exactly +0.0. In files from before IR version 4, where every weight had to be
+    an input of the network, too, weights are no inputs afterwards.
 
     Returns:
         The folded model, and the batch normalisations that could not be folded.
     """
     result = copy(model)
     graph = result.graph
+    if result.ir_version < FREE_WEIGHTS_SINCE:
+        _drop_weights_from_inputs(graph)
+        result.ir_version = FREE_WEIGHTS_SINCE
     _drop_pass_through(graph)
     unfolded = _fold_batch_norms(graph)
     tidy(graph)
@@ -188,6 +193,12 @@ def _replace(graph: GraphProto, found: Index, layer: NodeProto, weight: Array, b
     graph.initializer.append(numpy_helper.from_array(bias, new))
     del layer.input[2:]
     layer.input.append(new)
+
+
+def _drop_weights_from_inputs(graph: GraphProto) -> None:
+    weights = {tensor.name for tensor in graph.initializer}
+    for value in [value for value in graph.input if value.name in weights]:
+        graph.input.remove(value)
 
 
 def _drop_pass_through(graph: GraphProto) -> None:

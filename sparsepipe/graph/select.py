@@ -32,9 +32,14 @@ WEIGHT_INPUTS: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "FusedConv": ((1,),),
     "FusedGemm": ((1, 0),),
     "FusedMatMul": ((1, 0),),
+    "QGemm": ((3,),),
+    "DynamicQuantizeMatMul": ((1,),),
+    "MatMulIntegerToFloat": ((1,),),
+    "Attention": ((1,),),
+    "QAttention": ((1,),),
 }
 """Operators with weights: for each weight the inputs that may be it, likeliest first. Any input of Einsum may be one.
-The fused operators are onnxruntime's."""
+The last eight are onnxruntime's."""
 NO_WEIGHTS = frozenset({TensorProto.STRING, TensorProto.BOOL, TensorProto.INT64})
 """Types of tables that are no weights: Gather looks up words, flags and positions, too."""
 WEIGHT_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft")
