@@ -94,11 +94,14 @@ class Schedule(Section):
 class Training(Section):
     epochs: PositiveInt = 20
     batch_size: PositiveInt = 128
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the passes through the network; weights and optimizer are in fp32. fp16 scales the loss."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads; 0 takes all."""
     label_smoothing: Fraction = 0.0
+    ema: Fraction = 0.0
+    """Decay of a moving average of the weights, which is then what is validated, selected and saved; 0 keeps none."""
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of the training split held out, by seed, to select on."""
     select: Literal["last", "best"] = "best"

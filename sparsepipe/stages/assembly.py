@@ -113,6 +113,7 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
         rate=rate,
         epochs=settings.epochs,
         label_smoothing=settings.label_smoothing,
+        ema=settings.ema,
     )
     samples = {"train": len(rest), "validation": len(held_out), "test": len(dataset.test)}
     return Assembly(config, dataset, samples, macs, loop, validation, normalise, fabric)

@@ -204,12 +204,12 @@ def _record(training: Assembly, epoch: Epoch, earlier: list[float]) -> dict[str,
 def _select(training: Assembly, masks: MaskSet) -> int:
     """Put the selected weights into the network, exact zeros where masks are off; returns their epoch."""
     loop, settings = training.loop, training.config.train
-    epoch = settings.epochs
+    epoch, weights = settings.epochs, loop.candidate.state_dict()
     if settings.select == "best" and loop.best is not None:
-        loop.model.load_state_dict(loop.best["weights"])
-        epoch = loop.best["epoch"]
+        epoch, weights = loop.best["epoch"], loop.best["weights"]
     elif settings.select == "best":
         log.warning("The masks became final only after the last epoch, so its weights are selected.")
+    loop.model.load_state_dict(weights)
     with torch.no_grad():
         for name, mask in masks.items():
             loop.model.get_parameter(name).masked_fill_(~mask, 0)

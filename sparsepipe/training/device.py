@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from torch import distributed
 
 from sparsepipe import launch
 from sparsepipe.errors import RecipeError, SparsepipeError
 
-PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 _LOST = re.compile("gloo|nccl|Connection (closed|reset)", re.IGNORECASE)
 """What the messages of the backends hold when a peer is gone; most come as plain RuntimeError."""
 
@@ -48,7 +48,8 @@ def fabric(device: str, precision: str) -> Fabric:
 
     Args:
         device: auto (CUDA where there is one), cpu or cuda.
-        precision: fp32, or bf16 (weights and optimizer stay in fp32).
+        precision: of the passes through the network: fp32, bf16, or fp16 with a scaled loss. Weights and optimizer stay
+            in fp32.
 
     Raises:
         RecipeError: CUDA is asked for, and there is none; there are more processes on this host than CUDA devices.
@@ -74,10 +75,19 @@ def fabric(device: str, precision: str) -> Fabric:
         devices=processes,
         num_nodes=launch.world_size() // processes,
         strategy="ddp" if launch.world_size() > 1 else "auto",
-        precision=PRECISIONS[precision],  # type: ignore[arg-type]
+        plugins=[_precision(precision, accelerator)],
     )
     found.launch()
     return found
+
+
+def _precision(name: str, device: str) -> Precision:
+    if name == "fp32":
+        return Precision()
+    if name == "bf16":
+        return MixedPrecision("bf16-mixed", device)
+    # Given the name alone, Fabric takes bf16 instead on a CPU.
+    return MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))
 
 
 class ConnectionLostError(SparsepipeError):

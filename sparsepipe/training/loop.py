@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from sparsepipe.errors import SparsepipeError
 from sparsepipe.sparsity.sparsifier import Sparsifier
+from sparsepipe.training.average import Average
 from sparsepipe.training.batches import Batch, TrainingBatches
 from sparsepipe.training.rates import Rate
 
@@ -24,6 +25,9 @@ FINITE_CHECK_EVERY = 20
 
 AGREE_EVERY = 10
 """Steps between two times at which several processes agree on stopping or saving, where that waits for the device."""
+
+LEAST_SCALE = 2.0**-30
+"""The scaler of the loss halves its scale for each step that overflows; below this no scale will help."""
 
 DIVERGED_ADVICE = "Try a lower optimizer.lr, a longer schedule.warmup, or train.precision = 'fp32'."
 
@@ -92,6 +96,10 @@ class Loop:
         rate: multiple of `lr` at each step.
         epochs: passes over the training samples.
         label_smoothing: share of the target that is spread over all classes.
+        ema: decay of a moving average of the network, which is then what is validated and kept; 0 for none.
+
+    Raises:
+        ModelError: there is to be an average, but the network cannot be copied.
     """
 
     def __init__(
@@ -107,6 +115,7 @@ class Loop:
         rate: Rate,
         epochs: int,
         label_smoothing: float = 0.0,
+        ema: float = 0.0,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -117,6 +126,7 @@ class Loop:
         """Spent on training so far, interrupted runs included."""
         self.best: dict[str, Any] | None = None
         """The epoch of highest validation accuracy among those with final masks: number, accuracy, loss, weights."""
+        self.average = Average(model, sparsifier, ema) if ema else None
         self._fabric = fabric
         self._training = training
         self._validation = validation
@@ -129,6 +139,11 @@ class Loop:
         self._losses = torch.zeros(training.steps, device=fabric.device)
         self._correct = torch.zeros((), dtype=torch.int64, device=fabric.device)
         self._started = time.monotonic()
+
+    @property
+    def candidate(self) -> nn.Module:
+        """The network that is validated and kept: the average if there is one."""
+        return self.average.network if self.average else self.model
 
     @property
     def total_steps(self) -> int:
@@ -177,8 +192,7 @@ class Loop:
 
     def evaluate(self, batches: Iterable[Batch]) -> Score:
         """Score of the network as it is now; every process has to call this."""
-        self._share_buffers()
-        return evaluate(self._fabric, self.model, batches)
+        return self._evaluate(self.model, batches)
 
     def agree(self, *questions: Callable[[], bool]) -> list[bool]:
         """Whether any process says yes, for each question; every process has to call this."""
@@ -198,7 +212,8 @@ class Loop:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self._fabric.device) if self._on_cuda else None,
         }
-        self._share_buffers()
+        self._share_buffers(self.model)
+        self._share_buffers(self.candidate)
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -206,6 +221,8 @@ class Loop:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "sparsifier": self.sparsifier.state_dict(),
+            "average": self.average and self.average.state_dict(),
+            "precision": self._fabric.strategy.precision.state_dict(),
             "processes": self._gathered(own),
         }
 
@@ -221,6 +238,9 @@ class Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         self._lay_out_optimizer_state()
         self.sparsifier.load_state_dict(state["sparsifier"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self._fabric.strategy.precision.load_state_dict(state["precision"])
         torch.set_rng_state(own["random"])
         if self._on_cuda and own["random_cuda"] is not None:
             torch.cuda.set_rng_state(own["random_cuda"], self._fabric.device)
@@ -237,13 +257,17 @@ class Loop:
         distributed.all_gather_object(everyone, own)
         return everyone
 
-    def _share_buffers(self) -> None:
+    def _evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> Score:
+        self._share_buffers(network)
+        return evaluate(self._fabric, network, batches)
+
+    def _share_buffers(self, network: nn.Module) -> None:
         """Give all processes the buffers of the first, as DDP does before a forward pass in training.
 
         Each process feeds its own batches to its batch norms, but the network that is kept is that of process 0.
         """
         if self._fabric.world_size > 1:
-            for buffer in self.model.buffers():
+            for buffer in network.buffers():
                 values = buffer.contiguous()  # the backends take dense memory in C order only
                 distributed.broadcast(values, src=0)
                 buffer.copy_(values)
@@ -259,7 +283,10 @@ class Loop:
         if loss.device.type == "cpu" or position % FINITE_CHECK_EVERY == 0:
             self._check_finite(self.step // self._training.steps)
         self._fabric.backward(loss)
+        taken = self.sparsifier.step
         self._optimizer.step()
+        if self.average and self.sparsifier.step > taken:  # not one that the scaler of the loss skipped
+            self.average.update()
         self._correct += (logits.detach().argmax(1) == labels).sum()
         self.step += 1
 
@@ -270,10 +297,17 @@ class Loop:
         loss_sum, correct = _sum_over_processes(self._fabric, totals).tolist()
         samples = steps * self._training.global_size
         train = Score(loss_sum / (steps * self._fabric.world_size), int(correct), samples)
-        validation = self.evaluate(self._validation)
+        validation = self._evaluate(self.candidate, self._validation)
         if not isfinite(validation.loss):
             raise DivergedError(
                 f"The validation loss became {validation.loss}.", where=f"epoch {epoch + 1}", advice=DIVERGED_ADVICE
+            )
+        scale = self._fabric.strategy.precision.state_dict().get("scale", 1.0)
+        if scale < LEAST_SCALE:
+            raise DivergedError(
+                f"The gradients overflow fp16 at any scale of the loss (now {scale}), so that all steps are skipped.",
+                where=f"epoch {epoch + 1}",
+                advice=DIVERGED_ADVICE,
             )
         if self.sparsifier.masks_final:
             self._keep_if_best(epoch + 1, validation)
@@ -286,7 +320,7 @@ class Loop:
     def _keep_if_best(self, number: int, score: Score) -> None:
         """Keep the weights if the accuracy is higher than ever, or as high with a lower loss."""
         if self.best is None or (score.accuracy, -score.loss) > (self.best["accuracy"], -self.best["loss"]):
-            weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            weights = {name: value.detach().clone() for name, value in self.candidate.state_dict().items()}
             self.best = {"epoch": number, "accuracy": score.accuracy, "loss": score.loss, "weights": weights}
 
     def _check_finite(self, epoch: int) -> None:

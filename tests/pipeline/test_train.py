@@ -272,13 +272,35 @@ def test_the_dense_method_may_select_any_epoch(tmp_path: Path) -> None:
     assert artefact.metrics["inference_flops_multiple"] == artefact.metrics["training_flops_multiple"] == 1
 
 
-def test_bf16_trains_with_weights_in_fp32(tmp_path: Path, finished: Artefact) -> None:
-    artefact = run(tmp_path / "train", "train.precision=bf16")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_with_weights_in_fp32(tmp_path: Path, finished: Artefact, precision: str) -> None:
+    artefact = run(tmp_path / "train", f"train.precision={precision}")
     weights = load_file(artefact.file(WEIGHTS_FILE))
     assert {value.dtype for value in weights.values()} == {torch.float32, torch.int64}
     losses = [metrics.read(run.file(metrics.FILE))[-1]["train_loss"] for run in (artefact, finished)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.2)
+
+
+def test_with_an_average_its_weights_are_selected_with_exact_zeros(tmp_path: Path, finished: Artefact) -> None:
+    for select in ("best", "last"):
+        artefact = run(tmp_path / select, "train.ema=0.9", f"train.select={select}")
+        weights, masks = load_file(artefact.file(WEIGHTS_FILE)), load_masks(artefact.file(MASKS_FILE))
+        state = checkpoint.load(artefact.folder)
+        assert state is not None
+        kept = {"best": state["loop"]["best"]["weights"], "last": state["loop"]["average"]["network"]}[select]
+        plain = load_file(finished.file(WEIGHTS_FILE))
+        for name, value in weights.items():
+            mask = torch.from_numpy(masks[name]) if name in masks else torch.tensor(True)
+            assert torch.equal(value, kept[name] * mask), name
+            assert name.endswith("num_batches_tracked") or not torch.equal(value, plain[name])
+        for name, mask in masks.items():
+            assert not weights[name].numpy()[~mask].view(np.int32).any(), "not +0.0"
+        record = metrics.read(artefact.file(metrics.FILE))[artefact.metrics["epoch_selected"] - 1]
+        assert artefact.metrics["validation_accuracy"] == record["validation_accuracy"]
+        # The average looks on: the network trains, and chooses its masks, as without one.
+        assert artefact.file(MASKS_FILE).read_bytes() == finished.file(MASKS_FILE).read_bytes()
+        assert record["train_loss"] == metrics.read(finished.file(metrics.FILE))[record["epoch"] - 1]["train_loss"]
 
 
 def test_the_same_recipe_gives_the_same_bits_and_another_seed_others(tmp_path: Path, finished: Artefact) -> None:
@@ -366,6 +388,7 @@ def test_training_validation_and_test_samples_are_disjoint(tmp_path: Path, monke
         (kill, 11, ("method=gmp",)),
         (kill, 17, ("method=magnitude-oneshot", "train.checkpoint_every=5")),
         (kill, 20, ("method=set", "method.pattern='2x1'", "train.precision=bf16")),
+        (kill, 15, ("method=dsr", "train.precision=fp16", "train.ema=0.9", "train.checkpoint_every=4")),
         (interrupt, 1, ()),
         (interrupt, 9, ()),
         (interrupt, 12, ("method=dense",)),

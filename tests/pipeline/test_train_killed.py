@@ -31,7 +31,10 @@ RECIPE = {
     "data": "killed_training:images",
     "method": {"name": "dst-ee", "sparsity": 0.6, "update_every": 3, "c": 1e-3},
     "augment": {"crop": 1, "flip": True},
-    "train": {"epochs": 4, "batch_size": 16, "threads": 1, "validation": 0.2, "checkpoint_every": 2},
+    "train": {
+        **{"epochs": 4, "batch_size": 16, "threads": 1, "validation": 0.2, "checkpoint_every": 2},
+        **{"precision": "fp16", "ema": 0.9},
+    },
 }
 KILLS = 20
 LAST_CHANGE = 120
@@ -194,3 +197,23 @@ def test_a_kill_before_every_single_change_to_a_file_changes_no_bit(
             assert not server.train(folder).killed
         assert_same_result(folder, straight)
     assert 60 < killed < LAST_CHANGE - 1
+
+
+METHODS = [
+    ("method=snfs", "optimizer={name='adamw', lr=0.01}"),
+    ("method=dsr", "method.pattern='2x1'", "optimizer.nesterov=false"),
+    ("method=gmp", "schedule.warmup=1", "train.precision='bf16'"),
+    ("method=magnitude-oneshot", "train.select='last'"),
+    ("method=set", "method.distribution='uniform'", "train.label_smoothing=0.1"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", METHODS)
+def test_kills_change_no_bit_with_an_average_a_scaler_and_any_method(
+    server: Server, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    options = ("augment.cutout=2", *options)
+    straight = tmp_path / "straight"
+    assert not server.train(straight, *options).killed
+    assert kill_at_random(server, straight, tmp_path, KILLS, *options) > KILLS / 4

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from sparsepipe.errors import RecipeError  # noqa: E402
 from sparsepipe.sparsity.method import Method  # noqa: E402
 from sparsepipe.sparsity.methods.dense import Dense  # noqa: E402
 from sparsepipe.sparsity.methods.gmp import GMP  # noqa: E402
+from sparsepipe.sparsity.methods.set import SET  # noqa: E402
 from sparsepipe.sparsity.sparsifier import Sparsifier  # noqa: E402
 from sparsepipe.spec import Preprocessing  # noqa: E402
 from sparsepipe.training import device, rates  # noqa: E402
@@ -50,12 +53,19 @@ def validation() -> EvaluationBatches:
     return EvaluationBatches(source(split(20, 1), CPU), NORMALISE, batch_size=7)
 
 
-def loop(model: nn.Module, method: Method | None = None, lr: float = 0.2, smoothing: float = 0.1) -> Loop:
+def loop(
+    model: nn.Module,
+    method: Method | None = None,
+    lr: float = 0.2,
+    smoothing: float = 0.1,
+    precision: str = "fp32",
+    ema: float = 0.0,
+) -> Loop:
     batches = training()
     total = EPOCHS * batches.steps
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=1e-2)
     return Loop(
-        device.fabric("cpu", "fp32"),
+        device.fabric("cpu", precision),
         model,
         optimizer,
         Sparsifier(model, optimizer, method or Dense(), total_steps=total),
@@ -65,6 +75,7 @@ def loop(model: nn.Module, method: Method | None = None, lr: float = 0.2, smooth
         rate=rates.cosine(total),
         epochs=EPOCHS,
         label_smoothing=smoothing,
+        ema=ema,
     )
 
 
@@ -185,6 +196,91 @@ def test_state_loads_into_a_fresh_loop_in_the_memory_format_of_the_weights() -> 
     finish(second)
     for ours, theirs in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_average_is_what_is_validated_and_kept() -> None:
+    running, plain = loop(network(), ema=0.9), loop(network())
+    epochs, without = finish(running), finish(plain)
+    assert running.average is not None
+    # The network itself is trained as without an average.
+    for ours, theirs in zip(running.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [epoch.train for epoch in epochs] == [epoch.train for epoch in without]
+    assert epochs[-1].validation == evaluate(device.fabric("cpu", "fp32"), running.average.network, validation())
+    assert epochs[-1].validation != without[-1].validation
+    assert running.best is not None
+    running.model.load_state_dict(running.best["weights"])
+    assert running.evaluate(validation()) == epochs[running.best["epoch"] - 1].validation
+
+
+def scaled(monkeypatch: pytest.MonkeyPatch, first: float) -> None:
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=first))
+
+
+def test_a_step_that_the_scaler_skips_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled(monkeypatch, 2.0**22)
+    running = loop(network(), SET(sparsity=0.5, update_every=2, stop_at=1.0), precision="fp16", ema=0.9)
+    seen: list[tuple[float, int, int, bool]] = []
+    before = [parameter.detach().clone() for parameter in running.model.parameters()]
+
+    def look() -> None:
+        nonlocal before
+        after = [parameter.detach().clone() for parameter in running.model.parameters()]
+        moved = any(not torch.equal(ours, theirs) for ours, theirs in zip(before, after, strict=True))
+        before = after
+        state = running.state_dict()
+        rounds = running.sparsifier.mask_set.rounds
+        seen.append((state["precision"]["scale"], state["average"]["updates"], rounds, moved))
+
+    running.run(on_step=look, on_epoch=lambda epoch: None)
+    scales = [2.0**22, *(entry[0] for entry in seen)]
+    taken = [after == before for before, after in pairwise(scales)]  # the scaler halves its scale where it skips
+    assert 2 <= taken.count(False) <= 10, "2^22 times the gradients of this network overflows, and less does not"
+    assert [entry[3] for entry in seen] == taken
+    counts = list(accumulate(map(int, taken)))
+    assert [entry[1] for entry in seen] == counts
+    first = seen[0][2]
+    assert [entry[2] - first for entry in seen] == [min(count, 14) // 2 for count in counts]
+    assert running.sparsifier.step == counts[-1]
+    assert running.step == running.total_steps
+
+
+def test_fp16_trains_nearly_as_fp32_with_weights_in_fp32() -> None:
+    half, full = loop(network(), precision="fp16"), loop(network())
+    losses = [[epoch.train.loss for epoch in finish(running)] for running in (half, full)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
+
+
+def test_gradients_that_overflow_at_any_scale_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.layer(x)
+            if self.training:
+                logits.register_hook(lambda gradient: gradient * float("inf"))
+            return logits
+
+    scaled(monkeypatch, 2.0**-28)
+    with pytest.raises(DivergedError, match="overflow fp16 at any scale"):
+        finish(loop(Failing(), precision="fp16"))
+
+
+def test_state_resumes_the_average_and_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled(monkeypatch, 2.0**22)
+    first, second = (loop(network(), SET(sparsity=0.5, update_every=2), precision="fp16", ema=0.9) for _ in range(2))
+    finish(first, stop=lambda: first.step >= 7)
+    second.load_state_dict(first.state_dict())
+    epochs = [finish(running) for running in (first, second)]
+    assert [epoch.validation for epoch in epochs[0]] == [epoch.validation for epoch in epochs[1]]
+    for name, value in first.candidate.state_dict().items():
+        assert torch.equal(value, second.candidate.state_dict()[name])
+    assert first.state_dict()["precision"] == second.state_dict()["precision"]
+    assert first.state_dict()["average"]["updates"] == first.sparsifier.step
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_what_to_try() -> None:
