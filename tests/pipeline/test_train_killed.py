@@ -32,8 +32,13 @@ RECIPE = {
     "method": {"name": "dst-ee", "sparsity": 0.6, "update_every": 3, "c": 1e-3},
     "augment": {"crop": 1, "flip": True},
     "train": {
-        **{"epochs": 4, "batch_size": 16, "threads": 1, "validation": 0.2, "checkpoint_every": 2},
-        **{"precision": "fp16", "ema": 0.9},
+        "epochs": 4,
+        "batch_size": 16,
+        "threads": 1,
+        "validation": 0.2,
+        "checkpoint_every": 2,
+        "precision": "fp16",
+        "ema": 0.9,
     },
 }
 KILLS = 20
