@@ -16,6 +16,7 @@ BELONGS = {
     "pattern": ("--model", "--suite"),
     "input": ("--model",),
     "network": ("--suite",),
+    "force": ("--suite",),
 }
 """Options that only some forms of the command have."""
 
@@ -60,7 +61,12 @@ def _listed(convert: Callable[[str], Any], separator: str = ",") -> Callable[...
 @click.option("--batch", multiple=True, callback=_listed(int), metavar="LIST", help="Batch sizes. Default: 1.")
 @click.option("--seconds", type=float, help="Measuring time for each file at each setting. Default: 6.")
 @click.option("--pin/--no-pin", default=None, help="Pin each process to as many cores as it has threads.")
-@click.option("--out", type=click.Path(path_type=Path), help="Also write the result into this folder.")
+@click.option(
+    "--out", type=click.Path(path_type=Path),
+    help="Also write the result into this folder. With --suite a JSON file: it is written row by row, and a second "
+    "call goes on with the rows that it lacks.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="With --suite: measure what the file --out holds already anew.")
 @common.overrides_option
 @common.output_options
 def command(
@@ -68,6 +74,7 @@ def command(
     model: str | None,
     suite: str | None,
     out: Path | None,
+    force: bool,
     overrides: tuple[str, ...],
     as_json: bool,
     **options: Any,
@@ -84,7 +91,7 @@ def command(
     sparsepipe bench --suite kernels      the speed table of the kernels, beside dense and int8 onnxruntime
     """
     options["input"] = options.pop("input_")
-    form = _form(onnx, model, suite, options)
+    form = _form(onnx, model, suite, out, {**options, "force": force})
     shared = {key: options[key] for key in ("threads", "batch", "seconds", "pin")}
     config = common.section(onnx[0] if onnx else None, "bench", overrides, shared)
     if form == "--model":
@@ -99,7 +106,7 @@ def command(
         assert suite is not None
         chosen = {"sparsity": options["sparsity"], "pattern": options["pattern"], "networks": options["network"]}
         kernels = _extended(suites.Kernels, config, chosen)
-        result = suites.SUITES[suite](kernels) if out is None else suites.record(suite, kernels, out).metrics
+        result = suites.SUITES[suite](kernels, out, force=force)
     else:
         from sparsepipe.stages import bench
 
@@ -110,7 +117,9 @@ def command(
         bench_tables.SHOW[form](result)
 
 
-def _form(onnx: Sequence[Path], model: str | None, suite: str | None, options: Mapping[str, Any]) -> str:
+def _form(
+    onnx: Sequence[Path], model: str | None, suite: str | None, out: Path | None, options: Mapping[str, Any]
+) -> str:
     """Which of the three forms of the command was given."""
     given = [name for name, value in (("files", onnx), ("--model", model), ("--suite", suite)) if value]
     if not given:
@@ -123,6 +132,8 @@ def _form(onnx: Sequence[Path], model: str | None, suite: str | None, options: M
             raise click.UsageError(f"--{option} belongs to {' or '.join(forms)}.")
     if options["input"] and options["batch"]:
         raise click.UsageError("--input names the batch size, too, as its first number; leave --batch out.")
+    if suite and out is not None and out.suffix != ".json":
+        raise click.UsageError("With --suite, --out names a file: FILE.json.")
     if suite and options["batch"]:
         raise click.UsageError("--batch does not belong to --suite: its networks have batch sizes of their own.")
     return given[0]

@@ -78,49 +78,13 @@ def what_if(result: Row) -> None:
 
 
 def suite(result: Row) -> None:
-    """The table of speed, and what each file needs in a process of its own."""
-    networks = result["networks"]
-    sparse = [(network, file) for network in networks for file in network["files"] if file["kind"] == "sparse"]
-    sparsities = list(dict.fromkeys(file["sparsity"] for _, file in sparse))
-    cells = {(network["network"], file["pattern"], file["sparsity"]): _gain(file) for network, file in sparse}
-    common.print_table(
-        ["network", "dense ms", "int8", "pattern", *(f"{sparsity:.4g}" for sparsity in sparsities)],
-        [
-            [
-                network["title"],
-                network["files"][0]["cpu"]["best_decile_ms"],
-                _gain(network["files"][1]),
-                pattern,
-                *(cells[network["network"], pattern, sparsity] for sparsity in sparsities),
-            ]
-            for network in networks
-            for pattern in dict.fromkeys(file["pattern"] for file in network["files"] if file["kind"] == "sparse")
-        ],
-        title="Times faster than dense onnxruntime, 1 thread, CPU time: best decile (median of rounds)",
-    )
-    lines = [(network["title"], row) for network in networks for file in network["files"] for row in file["processes"]]
-    common.print_table(
-        ["network", "file", "threads", "p50 ms", "speed-up", "threads gain", "load", "memory", "size"],
-        [
-            [
-                title,
-                row["file"],
-                row["threads"],
-                _interval(row["latency_ms"]["p50"]),
-                _interval(row["speedup"]),
-                *(_number(row["relative"][key]) for key in ("threads_speedup", "load", "session_memory", "file")),
-            ]
-            for title, row in lines
-        ],
-        title="In processes of their own, wall time; load time, memory of the session and file size in times of dense",
-    )
-    errors = [file["max_relative_error"] for _, file in sparse]
-    click.echo(f"Largest difference of sparse outputs from dense onnxruntime: {max(errors):.1e} of the largest output.")
-    click.echo(f"int8: {result['int8']}. {result['method']}")
-    _noise([row for _, row in lines])
-    for place, row in lines:
-        if not row["samples"]:
-            click.echo(f"{place}, {row['file']}, {_setting(row)}: {row['note']}")
+    """The tables of speed, and what each file needs in a process of its own."""
+    from sparsepipe.reporting import speed
+
+    for table in (*speed.tables(result), speed.needs(result)):
+        common.print_table(table.headers, table.rows, title=table.title)
+    for remark in speed.remarks(result):
+        click.echo(remark)
 
 
 SHOW = {"files": files, "--model": what_if, "--suite": suite}
@@ -141,12 +105,6 @@ def _setting(row: Row) -> str:
 
 def _beside(row: Row, key: str) -> str:
     return f"{common.size_text(row['sparse'][key])} of {common.size_text(row['dense'][key])}"
-
-
-def _gain(file: Row) -> str:
-    cpu = file["cpu"]
-    median = cpu["speedup"]["value"] if cpu["speedup"] else None
-    return f"{_number(cpu['speedup_best_decile'])} ({_number(median)})"
 
 
 def _number(value: float | None) -> str:

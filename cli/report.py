@@ -10,12 +10,47 @@ from sparsepipe.cli import common
 
 
 @click.command("report")
-@click.argument("source", type=common.existing_path(file_okay=False))
+@click.argument("source", type=common.existing_path())
 @click.option("--out", type=click.Path(path_type=Path), help="Output folder. Default: report/ in the run folder.")
 @click.option("--title", help="Title of the page. Default: name of the run folder.")
+@click.option(
+    "--into", type=common.existing_path(dir_okay=False), metavar="FILE.md",
+    help="For the result of a suite: put its tables between the lines <!-- NAME --> and <!-- /NAME --> of this "
+    "document, NAME being the name of the result's file.",
+)  # fmt: skip
 @common.output_options
-def command(source: Path, out: Path | None, title: str | None, as_json: bool) -> None:
-    """Write one self-contained HTML page about everything that a run folder holds."""
+def command(source: Path, out: Path | None, title: str | None, into: Path | None, as_json: bool) -> None:
+    """Write one self-contained HTML page about everything that a run folder holds.
+
+    SOURCE may also be the JSON file of `bench --suite`; its tables are printed as Markdown.
+
+    \b
+    sparsepipe report runs/quickstart
+    sparsepipe report examples/results/kernels.json --into README.md
+    """
+    if source.is_file():
+        _tables(source, into)
+    elif into is not None:
+        raise click.UsageError("--into belongs to the result of a suite, a JSON file.")
+    else:
+        _page(source, out, title, as_json)
+
+
+def _tables(source: Path, into: Path | None) -> None:
+    from sparsepipe.artefact import write_text
+    from sparsepipe.reporting import markdown, speed
+    from sparsepipe.stages import suite
+
+    text = speed.markdown(suite.read(source))
+    if into is None:
+        click.echo(text)
+    else:
+        document = markdown.with_block(into.read_text(encoding="utf-8"), source.name, text, where=str(into))
+        write_text(into, document)
+        click.echo(str(into))
+
+
+def _page(source: Path, out: Path | None, title: str | None, as_json: bool) -> None:
     from sparsepipe.artefact import find
     from sparsepipe.errors import ArtefactError
     from sparsepipe.stages import report

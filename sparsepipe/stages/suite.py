@@ -1,41 +1,33 @@
-"""Suites: tables of speed that one command reproduces."""
+"""Suites: tables of speed that one command reproduces, row by row, and goes on with where it was interrupted."""
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsepipe.artefact import Artefact, draft, write_json
+from sparsepipe.artefact import digest_file, read_json, write_json
 from sparsepipe.benchmark import networks
 from sparsepipe.benchmark.int8 import METHOD as INT8_METHOD
-from sparsepipe.benchmark.int8 import quantise
-from sparsepipe.benchmark.interleaved import Timing, interleave
-from sparsepipe.benchmark.results import MILLISECONDS_PER_NANOSECOND
-from sparsepipe.benchmark.statistics import as_dict
-from sparsepipe.errors import RecipeError
+from sparsepipe.errors import ArtefactError, RecipeError
 from sparsepipe.graph.prune import block_shape
-from sparsepipe.progress import Bar, bar
+from sparsepipe.progress import bar
 from sparsepipe.recipe import Bench, Fraction
-from sparsepipe.runtime.compare import Tally, finite
-from sparsepipe.runtime.inputs import inputs_of, random_inputs
-from sparsepipe.runtime.sessions import run, session
-from sparsepipe.stages import bench
-from sparsepipe.stages.variants import export_dense, export_sparse
+from sparsepipe.runtime.library import library_path
+from sparsepipe.stages import bench, suite_row
 
-RESULT_FILE = "suite.json"
-SCHEMA_VERSION = 1
-SEED = 0
-CALIBRATION_CALLS = 4
-STEPS = 20  # of the progress bar, for the calls that take turns in one process
-DENSE, INT8 = "dense", "int8"
+log = logging.getLogger("sparsepipe")
+
+SCHEMA_VERSION = 2
 METHOD = (
-    "cpu: all files of a network in one process with one thread, blocks of calls in random order, CPU time of the "
+    "cpu: all files of a row in one process with one thread, blocks of calls in random order, CPU time of the "
     "thread; ratios of best deciles, and of medians of rounds with 95% bootstrap intervals. processes: each file in a "
     "process of its own, one running at a time, wall time; memory is resident memory above that before loading."
 )
+COMPARABLE = ("cpu", "architecture", "isa", "versions", "kernel_library")
+"""What rows must share to stand in one table."""
 
 
 class Kernels(Bench):
@@ -46,15 +38,22 @@ class Kernels(Bench):
     networks: tuple[str, ...] = tuple(networks.NETWORKS)
 
 
-def kernels(config: Kernels) -> dict[str, Any]:
+def kernels(config: Kernels, out: Path | None = None, *, force: bool = False) -> dict[str, Any]:
     """The speed of the kernels on whole networks with random weights, beside dense and int8 onnxruntime.
 
+    Args:
+        config: networks, patterns, sparsities, threads and time.
+        out: a JSON file that is written after each row. Rows of the same settings that it holds already are not
+            measured again; other rows stay in it.
+        force: start the file anew.
+
     Returns:
-        `networks`, each with the files `dense`, `int8` and one for each sparsity and pattern, the `method`, and the
+        `rows`, one for each network and pattern (`suite_row.measure`), the `method`, the `settings` and the
         `environment`.
 
     Raises:
         RecipeError: no such network.
+        ArtefactError: `out` holds something else, or rows of other settings or of another machine or version.
         GraphError: no such pattern, or a sparse file computes something else than the dense one.
     """
     for pattern in config.pattern:
@@ -66,145 +65,87 @@ def kernels(config: Kernels) -> dict[str, Any]:
             where="networks",
             advice=f"It has: {', '.join(networks.NETWORKS)}.",
         )
-    steps = len(config.sparsity) * len(config.pattern) + 1 + STEPS + bench.rounds(_with_batch(config, 1))
-    measured: list[dict[str, Any]] = []
-    runtimes: dict[str, dict[str, Any]] = {}
-    with bar("Suite", steps * len(config.networks)) as running:
-        for name in config.networks:
+    result = _empty(config)
+    if out is not None and out.exists() and not force:
+        result["rows"] = _earlier(out, result)
+    rows: dict[tuple[str, str], dict[str, Any]] = {(row["network"], row["pattern"]): row for row in result["rows"]}
+    wanted = [(name, pattern) for name in config.networks for pattern in config.pattern]
+    missing = [key for key in wanted if _sparsities(rows.get(key)) != list(config.sparsity)]
+    if len(missing) < len(wanted):
+        log.info("%d of %d rows are in %s already.", len(wanted) - len(missing), len(wanted), out)
+    steps = suite_row.steps(len(config.sparsity), config.model_copy(update={"batch": (1,)}))
+    with bar("Suite", steps * len(missing)) as running:
+        for name in dict.fromkeys(name for name, _ in missing):
             with tempfile.TemporaryDirectory(prefix="sparsepipe-") as folder:
-                row, found = _network(name, config, Path(folder), running)
-            measured.append(row)
-            runtimes |= {str(one): one for one in found}
+                running.advance(0, note=f"{name}: building")
+                base = suite_row.prepare(name, Path(folder))
+                for pattern in [pattern for network, pattern in missing if network == name]:
+                    rows[name, pattern] = suite_row.measure(
+                        base, pattern, config.sparsity, config, Path(folder), running.advance
+                    )
+                    result["rows"] = [rows[key] for key in sorted(rows, key=_place)]
+                    if out is not None:
+                        write_json(out, result)
+    return result
+
+
+SUITES: Mapping[str, Callable[..., dict[str, Any]]] = {"kernels": kernels}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The result of a suite that a JSON file holds.
+
+    Raises:
+        ArtefactError: it is not there, is not JSON, or holds something else.
+    """
+    result = read_json(path)
+    if not isinstance(result, dict) or result.get("suite") not in SUITES:
+        raise ArtefactError("The file holds no result of a suite.", where=str(path))
+    if result.get("schema_version") != SCHEMA_VERSION:
+        raise ArtefactError(
+            f"The file has version {result.get('schema_version')} of the format, not {SCHEMA_VERSION}.",
+            where=str(path),
+            advice="Measure again with --force.",
+        )
+    return result
+
+
+def _empty(config: Kernels) -> dict[str, Any]:
+    described = bench.environment(config)
+    library = library_path()
+    settings = {key: described["settings"][key] for key in ("seconds", "threads", "pin", "rounds", "cold_starts")}
+    shared = {key: value for key, value in described.items() if key not in ("settings", "measured", "load_average")}
     return {
         "schema_version": SCHEMA_VERSION,
         "suite": "kernels",
         "method": METHOD,
         "int8": INT8_METHOD,
-        "networks": measured,
-        "environment": {**bench.environment(config), "runtimes": list(runtimes.values())},
+        "settings": settings,
+        "environment": {**shared, "kernel_library": digest_file(Path(library)) if library else None},
+        "rows": [],
     }
 
 
-SUITES: Mapping[str, Callable[[Kernels], dict[str, Any]]] = {"kernels": kernels}
+def _earlier(out: Path, fresh: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file, which must have been measured as those to come will be."""
+    before = read(out)
+    differ = [key for key in fresh["settings"] if before["settings"].get(key) != fresh["settings"][key]]
+    differ += [key for key in COMPARABLE if before["environment"].get(key) != fresh["environment"][key]]
+    if differ:
+        raise ArtefactError(
+            f"It holds rows that were measured otherwise: not the same {', '.join(differ)}.",
+            where=str(out),
+            advice="Name another file, or measure all anew with --force.",
+        )
+    return list(before["rows"])
 
 
-def record(name: str, config: Kernels, out: Path) -> Artefact:
-    """Run the suite `name`, and keep the result in the folder `out`."""
-    with draft(out, "suite", config, {}) as building:
-        result = SUITES[name](config)
-        write_json(building.folder / RESULT_FILE, result)
-        building.metrics.update(result)
-    return Artefact.read(out)
+def _sparsities(row: Mapping[str, Any] | None) -> list[float] | None:
+    """The sparsities of a row, in its order."""
+    return None if row is None else [file["sparsity"] for file in row["files"] if file["kind"] == suite_row.SPARSE]
 
 
-def _with_batch(config: Kernels, batch: int) -> Kernels:
-    return config.model_copy(update={"batch": (batch,)})
-
-
-def _network(name: str, config: Kernels, folder: Path, running: Bar) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """All files of one network."""
-    network = networks.NETWORKS[name]
-    model = networks.build(name, seed=SEED)
-    batch = network.input_shape[0]
-    dense = export_dense(model, folder / DENSE)
-    inputs = inputs_of(session(dense))
-    feeds = random_inputs(inputs, batch, SEED)
-    int8 = folder / f"{INT8}.onnx"
-    quantise(dense, int8, [random_inputs(inputs, batch, SEED + call) for call in range(CALIBRATION_CALLS)])
-    running.advance(note=f"{name}: exporting")
-    variants = []
-    for pattern in config.pattern:
-        for sparsity in config.sparsity:
-            place = folder / f"{pattern}-{sparsity}"
-            variants.append(export_sparse(model, pattern, sparsity, place, feeds))
-            running.advance(note=f"{name}: exporting")
-    paths = [dense, int8, *(variant.path for variant in variants)]
-    timings = _interleaved(paths, feeds, config.seconds, name, running)
-    race = bench.take_turns(
-        paths,
-        [DENSE, INT8, *(variant.label for variant in variants)],
-        0,
-        _with_batch(config, batch),
-        lambda note: running.advance(note=f"{name}: {note}"),
-    )
-    facts: list[dict[str, Any]] = [
-        {"kind": DENSE},
-        {"kind": INT8, "max_relative_error": _error(dense, int8, feeds)},
-        *({"kind": "sparse", **variant.facts()} for variant in variants),
-    ]
-    files = []
-    for index, (fact, timing) in enumerate(zip(facts, timings, strict=True)):
-        own, base = (race.results[start :: len(paths)] for start in (index, 0))
-        processes = [
-            {**row, "relative": _relative(row, dense_row, own[0])} for row, dense_row in zip(own, base, strict=True)
-        ]
-        files.append({**fact, "cpu": _cpu(timing, timings[0]), "processes": processes})
-    described = {"network": name, "title": network.title, "input": list(network.input_shape), "files": files}
-    return described, race.runtimes
-
-
-def _interleaved(
-    paths: Sequence[Path], feeds: Mapping[str, Any], seconds: float, name: str, running: Bar
-) -> list[Timing]:
-    done = 0
-
-    def show(share: float) -> None:
-        nonlocal done
-        reached = int(share * STEPS)
-        running.advance(reached - done, note=f"{name}: one thread, in turn")
-        done = reached
-
-    sessions = [session(path) for path in paths]
-    calls = [partial(one.run, None, dict(feeds)) for one in sessions]
-    timings = interleave(calls, seconds * len(calls), seed=SEED, progress=show)
-    running.advance(STEPS - done)
-    return timings
-
-
-def _cpu(timing: Timing, dense: Timing) -> dict[str, Any]:
-    return {
-        "best_decile_ms": timing.best_decile * MILLISECONDS_PER_NANOSECOND,
-        "median_ms": timing.median * MILLISECONDS_PER_NANOSECOND,
-        "calls": sum(len(taken) for taken in timing.rounds),
-        "speedup_best_decile": dense.best_decile / timing.best_decile,
-        "speedup": as_dict(timing.speedup_over(dense, SEED)),
-    }
-
-
-def _relative(row: Mapping[str, Any], dense: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, float | None]:
-    """What a file needs in times of the dense one with as many threads, and its speed in times of `first`.
-
-    Args:
-        row: of the file.
-        dense: of the dense file, measured beside it.
-        first: of the file at the first number of threads.
-    """
-    return {
-        "load": _ratio(row["load_ms"], dense["load_ms"]),
-        "session_memory": _ratio(_session_bytes(row), _session_bytes(dense)),
-        "file": _ratio(row["file_bytes"], dense["file_bytes"]),
-        "threads_speedup": _ratio(_p50(first), _p50(row)),
-    }
-
-
-def _ratio(first: float | None, second: float | None) -> float | None:
-    return first / second if first is not None and second else None
-
-
-def _session_bytes(row: Mapping[str, Any]) -> int | None:
-    """Resident memory that loading and running the file added to the process."""
-    return (
-        None if row["rss_bytes"] is None or row["idle_rss_bytes"] is None else row["rss_bytes"] - row["idle_rss_bytes"]
-    )
-
-
-def _p50(row: Mapping[str, Any]) -> float | None:
-    estimate = row["latency_ms"]["p50"]
-    return estimate["value"] if estimate else None
-
-
-def _error(dense: Path, other: Path, feeds: Mapping[str, Any]) -> float | None:
-    """Largest difference of the outputs relative to the largest of the dense file; None where it is not finite."""
-    tally = Tally()
-    tally.add(run(session(dense), feeds), run(session(other), feeds))
-    return finite(tally.max_relative)
+def _place(key: tuple[str, str]) -> tuple[int, int, str]:
+    """Rows stand in the order of the registry of networks, unstructured zeros before blocks."""
+    name, pattern = key
+    return list(networks.NETWORKS).index(name), *(block_shape(pattern)[0], pattern)

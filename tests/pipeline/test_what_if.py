@@ -17,11 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 from sparsepipe.artefact import Artefact
 from sparsepipe.benchmark import harness
 from sparsepipe.cli.bench import command
-from sparsepipe.errors import GraphError, ModelError, RecipeError
+from sparsepipe.errors import GraphError, ModelError
 from sparsepipe.graph.load import load
 from sparsepipe.graph.resize import resize
-from sparsepipe.stages import suite, whatif
-from sparsepipe.stages.suite import Kernels
+from sparsepipe.stages import whatif
 from sparsepipe.stages.whatif import WhatIf
 
 
@@ -152,35 +151,6 @@ except MissingExtraError as error:
     assert 'pip install "sparsepipe[train]"' in done.stdout
 
 
-def test_the_suite_measures_a_network_with_int8_and_two_kinds_of_timing(tmp_path: Path) -> None:
-    config = Kernels(networks=("resnet20",), sparsity=(0.9, 0.95), pattern=("4x1",), threads=(1, 2), seconds=0.2)
-    result = suite.record("kernels", config, tmp_path / "out").metrics
-    (network,) = result["networks"]
-    assert network["title"] == "ResNet-20 CIFAR"
-    files: list[dict[str, Any]] = network["files"]
-    assert [(file["kind"], file.get("sparsity")) for file in files] == [
-        ("dense", None), ("int8", None), ("sparse", 0.9), ("sparse", 0.95),
-    ]  # fmt: skip
-    for file in files:
-        assert 0 < file["cpu"]["best_decile_ms"] <= file["cpu"]["median_ms"]
-        assert file["cpu"]["speedup"]["low"] <= file["cpu"]["speedup"]["value"] <= file["cpu"]["speedup"]["high"]
-        assert [row["threads"] for row in file["processes"]] == [1, 2]
-        assert all(row["samples"] > 0 for row in file["processes"])
-        assert file["processes"][0]["relative"]["threads_speedup"] in (1.0, None)
-    dense, int8, *sparse = files
-    assert dense["cpu"]["speedup_best_decile"] == 1.0
-    assert dense["processes"][0]["relative"]["file"] == 1.0
-    assert 0 < int8["max_relative_error"] < 0.5
-    assert all(file["max_relative_error"] < 1e-5 for file in sparse)
-    assert all(file["processes"][0]["relative"]["file"] < 0.5 for file in (int8, *sparse))
-    assert result["environment"]["cpu"]
-    assert result["environment"]["versions"]["onnxruntime"]
-    assert "CPU time" in result["method"]
-    assert json.loads(Artefact.read(tmp_path / "out", "suite").file("suite.json").read_text())["suite"] == "kernels"
-    with pytest.raises(RecipeError, match="resnet50"):
-        suite.kernels(Kernels(networks=("resnet9",)))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -188,6 +158,8 @@ def test_the_suite_measures_a_network_with_int8_and_two_kinds_of_timing(tmp_path
         (["FILE", "--model", "resnet8"], "ONNX files and --model exclude one another"),
         (["--model", "resnet8", "--suite", "kernels"], "--model and --suite exclude one another"),
         (["FILE", "--suite", "kernels"], "ONNX files and --suite exclude one another"),
+        (["--suite", "kernels", "--out", "folder"], "--out names a file"),
+        (["FILE", "--force"], "--force belongs to --suite"),
         (["FILE", "--sparsity", "0.9"], "--sparsity belongs to --model or --suite"),
         (["FILE", "--pattern", "4x1"], "--pattern belongs to --model or --suite"),
         (["--suite", "kernels", "--input", "1x3x32x32"], "--input belongs to --model"),
@@ -228,12 +200,10 @@ def test_lists_may_be_written_with_commas_or_by_repeating_the_option(
     assert (seen[0].threads, seen[0].input) == ((1, 2), (4, 3, 8, 8))
 
 
-@pytest.mark.parametrize("form", ["--model", "--suite"])
-def test_the_tables_print(form: str, dense_file: Path) -> None:
+def test_the_table_prints(dense_file: Path) -> None:
     words = ["--sparsity", "0.9", "--pattern", "4x1", "--seconds", "0.05"]
-    start = ["--model", str(dense_file), "--input", "1x3x8x8"] if form == "--model" else ["--suite", "kernels"]
-    done = CliRunner().invoke(command, [*start, *words, *([] if form == "--model" else ["--network", "resnet20"])])
+    done = CliRunner().invoke(command, ["--model", str(dense_file), "--input", "1x3x8x8", *words])
     assert done.exit_code == 0, done.exception
     assert "4x1" in done.stdout
     assert "of the largest output" in done.stdout
-    assert ("image 1x3x8x8" if form == "--model" else "ResNet-20 CIFAR") in done.stdout
+    assert "image 1x3x8x8" in done.stdout
