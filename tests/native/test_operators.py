@@ -92,6 +92,8 @@ def convolutions(draw: st.DrawFn) -> dict[str, Any]:
     strides = [1] * rank if plain else draw(st.lists(st.integers(1, 3), min_size=rank, max_size=rank))
     dilations = [1] * rank if plain else draw(st.lists(st.integers(1, 3), min_size=rank, max_size=rank))
     pads = [0] * 2 * rank if plain else draw(st.lists(st.integers(0, 4), min_size=2 * rank, max_size=2 * rank))
+    if draw(st.booleans()):  # as networks have it: a map of the same size
+        dilations, pads = [1] * rank, [size // 2 for size in kernel] * 2
     extents = [dilations[i] * (kernel[i] - 1) + 1 - pads[i] - pads[rank + i] for i in range(rank)]
     sizes = [max(1, extents[i]) + draw(st.integers(0, 40)) for i in range(rank)]
     return {
@@ -106,7 +108,7 @@ def convolutions(draw: st.DrawFn) -> dict[str, Any]:
         "bias": draw(st.booleans()),
         "residual": draw(st.booleans()),
         "batch": draw(st.integers(1, 3)),
-        "mode": draw(st.integers(0, 4)),
+        "mode": draw(st.integers(0, 5)),
         "threads": draw(st.integers(1, 2)),
         "seed": draw(st.integers(0, 2**16)),
     }
@@ -155,6 +157,10 @@ BIG = {
 @example(BIG | {"shape": (64, 256, 1, 1), "sizes": [16, 16], "pads": [0, 0, 0, 0], "density": 0.3})
 @example(BIG | {"shape": (64, 128, 3, 3), "sizes": [29, 31], "strides": [2, 2], "block": 4})
 @example(BIG | {"shape": (8, 4, 3, 3), "sizes": [40, 300], "block": 2})
+@example(BIG | {"shape": (8, 24, 3, 3), "sizes": [7, 7], "mode": 5, "activation": "silu", "threads": 1})
+@example(BIG | {"shape": (8, 24, 3, 3), "sizes": [14, 14], "strides": [2, 2], "mode": 5, "block": 4, "threads": 1})
+@example(BIG | {"shape": (16, 24, 3, 3), "sizes": [28, 30], "mode": 5, "block": 2, "batch": 2, "threads": 1})
+@example(BIG | {"shape": (8, 24, 5, 5), "sizes": [20, 12], "mode": 5, "pads": [2, 2, 2, 2], "threads": 1})
 @settings(max_examples=40)
 @given(case=convolutions())
 def test_convolution(session: Any, model: Any, isa: str, case: dict[str, Any]) -> None:

@@ -19,12 +19,15 @@ struct Epilogue {
 
 // One tile: `vectors` vectors of output positions, for the block rows [row_begin, row_end).
 // A block row is `block` consecutive output channels. An entry of the weight is an int32 offset (in floats,
-// from x) followed by `block` floats; the entries of block row i are [row_start[i], row_start[i + 1]).
+// from x) followed by `block` floats; the entries of block row i are [row_start[i * groups], row_start[(i + 1) *
+// groups]), group by group. Between two groups all sums move down by one position (zero moves into the last one), so
+// that kernel columns share one copy of the input.
 struct RowsArgs {
   const float* x;
   const char* entries;
   const std::uint32_t* row_start;
   std::int64_t row_begin, row_end;
+  std::int32_t groups;
   float* partial;  // [row_end - row_begin][block][vectors * lanes] sums between blocks of input channels
   bool first, last;  // of those blocks
   float* y;                // channel `row_begin * block` of the output tile
@@ -33,6 +36,9 @@ struct RowsArgs {
   const std::int32_t* target;  // [vectors] offset in y of each vector ...
   const std::int32_t* count;   // ... and how many of its lanes are stored
   bool whole;                  // all lanes are stored, one vector after the other
+  // Where pitch > 0, a row of output positions takes `pitch` floats of the sums instead of whole vectors: `positions`
+  // are stored of each of `position_rows` rows, one after the other from target[0] on.
+  std::int32_t pitch, positions, position_rows;
   Epilogue epilogue;           // bias points to channel 0
   bool prefetch_output;  // y and residual do not fit the L2 cache
   // Planes of the tile after this one, to prefetch while this one computes: so many with each row.
@@ -68,6 +74,17 @@ struct PackArgs {
   std::int32_t copy_floats;  // a copy may write up to the next multiple of 4, 8 or lanes
 };
 
+// Packs a tile of each of `channels` planes of one padded copy: `copy_floats` floats (whole vectors) for each of `rows`,
+// at its target: `lead` zeros, `count` floats of the plane, zeros.
+struct PackRowsArgs {
+  const float* input;
+  std::int64_t input_stride, channels;
+  float* output;
+  std::int64_t output_stride;
+  const StageRow* rows;
+  std::int32_t row_count, lead, copy_floats;
+};
+
 // `rows` output rows of one channel of a depthwise convolution, from a stage that pack_stage filled.
 struct DepthwiseArgs {
   const float* stage;
@@ -94,6 +111,7 @@ struct Isa {
   void (*pack_flat)(const float* input, std::int64_t input_stride, std::int64_t channels, std::int64_t count,
                     float* output, std::int64_t output_stride);
   void (*pack_stage)(const PackArgs&);
+  void (*pack_rows)(const PackRowsArgs&);
   void (*depthwise)(const DepthwiseArgs&);
   // output[column * output_stride + row] = input[row * input_stride + column].
   void (*transpose)(const float* input, std::int64_t input_stride, std::int64_t rows, std::int64_t columns,

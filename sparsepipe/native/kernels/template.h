@@ -48,6 +48,18 @@ SPARSEPIPE_INLINE vf load_some(const float* p, int n) {
   return load(buffer);
 #endif
 }
+// p[index + first, index + last) in the lanes [first, last), zeros in the others; nothing else is read.
+SPARSEPIPE_INLINE vf load_between(const float* p, std::int64_t index, int first, int last) {
+  if (last <= first) return vf{};
+#if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
+  const auto mask = static_cast<__mmask16>((0xffffu << first) & (0xffffu >> (16 - last)));
+  return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(mask, p + index));
+#else
+  alignas(64) float buffer[kLanes] = {};
+  for (int i = first; i < last; ++i) buffer[i] = p[index + i];
+  return load(buffer);
+#endif
+}
 SPARSEPIPE_INLINE void store_some(float* p, vf v, int n) {
 #if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), reinterpret_cast<__m512>(v));
@@ -55,6 +67,17 @@ SPARSEPIPE_INLINE void store_some(float* p, vf v, int n) {
   alignas(64) float buffer[kLanes];
   store(buffer, v);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
+#endif
+}
+
+// Lanes 1, 2, ... of a, then lane 0 of b.
+SPARSEPIPE_INLINE vf next_lanes(vf a, vf b) {
+#if SPARSEPIPE_LANES == 16
+  return __builtin_shufflevector(a, b, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
+#elif SPARSEPIPE_LANES == 8
+  return __builtin_shufflevector(a, b, 1, 2, 3, 4, 5, 6, 7, 8);
+#else
+  return __builtin_shufflevector(a, b, 1, 2, 3, 4);
 #endif
 }
 
@@ -136,19 +159,53 @@ SPARSEPIPE_INLINE void multiply(vf (&sum)[R][T], const Entry<R>& entry, const fl
   }
 }
 
-// Sums within bounds: all that the activations but HardSwish, SiLU and GELU are.
+// Sums within bounds: all that the activations but HardSwish, SiLU and GELU are. Those are applied to what is stored.
 struct Bounds {
   vf low, high;
   SPARSEPIPE_INLINE vf operator()(vf x) const { return at_most(at_least(x, low), high); }
 };
-struct Curve {
-  const Epilogue& epilogue;
-  SPARSEPIPE_INLINE vf operator()(vf x) const { return activate(x, epilogue); }
-};
 
-template <int R, int T, typename F>
-SPARSEPIPE_INLINE void finish(const vf (&sum)[R][T], const RowsArgs& a, std::int64_t row, const F& activation) {
+SPARSEPIPE_INLINE void curve(float* y, std::int64_t count, const Epilogue& epilogue) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(y + i, activate(load(y + i), epilogue));
+  if (const int rest = static_cast<int>(count - i); rest) store_some(y + i, activate(load_some(y + i, rest), epilogue), rest);
+}
+
+// Applies HardSwish, SiLU or GELU to the stored outputs of a block row.
+void curves(const RowsArgs& a, std::int64_t row, int block, int vectors) {
+  float* y = a.y + (row - a.row_begin) * block * a.y_stride;
+  for (int r = 0; r < block; ++r, y += a.y_stride) {
+    if (a.pitch) {
+      curve(y + a.target[0], static_cast<std::int64_t>(a.positions) * a.position_rows, a.epilogue);
+    } else if (a.whole) {
+      curve(y + a.target[0], static_cast<std::int64_t>(vectors) * kLanes, a.epilogue);
+    } else {
+      for (int t = 0; t < vectors; ++t) curve(y + a.target[t], a.count[t], a.epilogue);
+    }
+  }
+}
+
+template <int R, int T>
+SPARSEPIPE_INLINE void finish(const vf (&sum)[R][T], const RowsArgs& a, std::int64_t row, const Bounds& bounds) {
   const std::int64_t shift = (row - a.row_begin) * R * a.y_stride;
+  if (a.pitch) {
+    float* y = a.y + shift + a.target[0];
+    const float* residual = a.residual ? a.residual + shift + a.target[0] : nullptr;
+    SPARSEPIPE_UNROLL
+    for (int r = 0; r < R; ++r, y += a.y_stride) {
+      alignas(64) float sums[(T + 1) * kLanes];
+      SPARSEPIPE_UNROLL
+      for (int t = 0; t < T; ++t) store(sums + t * kLanes, sum[r][t]);
+      for (std::int32_t i = 0; i < a.position_rows; ++i) {
+        vf v = load(sums + i * a.pitch);
+        const std::int64_t at = static_cast<std::int64_t>(i) * a.positions;
+        if (residual) v += load_some(residual + at, a.positions);
+        store_some(y + at, bounds(v), a.positions);
+      }
+      if (residual) residual += a.y_stride;
+    }
+    return;
+  }
   if (a.whole) {
     float* y = a.y + shift + a.target[0];
     if (a.residual) {
@@ -156,13 +213,13 @@ SPARSEPIPE_INLINE void finish(const vf (&sum)[R][T], const RowsArgs& a, std::int
       SPARSEPIPE_UNROLL
       for (int r = 0; r < R; ++r, y += a.y_stride, residual += a.y_stride) {
         SPARSEPIPE_UNROLL
-        for (int t = 0; t < T; ++t) store(y + t * kLanes, activation(sum[r][t] + load(residual + t * kLanes)));
+        for (int t = 0; t < T; ++t) store(y + t * kLanes, bounds(sum[r][t] + load(residual + t * kLanes)));
       }
     } else {
       SPARSEPIPE_UNROLL
       for (int r = 0; r < R; ++r, y += a.y_stride) {
         SPARSEPIPE_UNROLL
-        for (int t = 0; t < T; ++t) store(y + t * kLanes, activation(sum[r][t]));
+        for (int t = 0; t < T; ++t) store(y + t * kLanes, bounds(sum[r][t]));
       }
     }
     return;
@@ -176,10 +233,10 @@ SPARSEPIPE_INLINE void finish(const vf (&sum)[R][T], const RowsArgs& a, std::int
       vf v = sum[r][t];
       if (a.count[t] == kLanes) {
         if (residual) v += load(residual + a.target[t]);
-        store(y + a.target[t], activation(v));
+        store(y + a.target[t], bounds(v));
       } else if (a.count[t] > 0) {
         if (residual) v += load_some(residual + a.target[t], a.count[t]);
-        store_some(y + a.target[t], activation(v), a.count[t]);
+        store_some(y + a.target[t], bounds(v), a.count[t]);
       }
     }
     if (residual) residual += a.y_stride;
@@ -194,69 +251,113 @@ constexpr int kChains = R * T >= 8 ? 1 : (R * T >= 4 ? 2 : 4);
 template <int R>
 constexpr int kAhead = R == 1 ? 6 : (R == 2 ? 3 : 2);
 
-template <int R, int T, typename F>
-SPARSEPIPE_INLINE void rows_of(const RowsArgs& a, const F& activation) {
-  constexpr int C = kChains<R, T>;
+// The lines that a later row writes (and adds) are on their way while this one computes: planes lie pages apart, where
+// the hardware does not prefetch.
+template <int R, int T>
+SPARSEPIPE_INLINE void prefetch_output(const RowsArgs& a, std::int64_t row) {
+  const std::int64_t shift = ((row - a.row_begin) + kAhead<R>) * R * a.y_stride;
+  SPARSEPIPE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    float* y = a.y + shift + r * a.y_stride;
+    SPARSEPIPE_UNROLL
+    for (int t = 0; t < T; ++t) __builtin_prefetch(y + a.target[t], 1, 3);
+    if (a.residual) {
+      const float* residual = a.residual + shift + r * a.y_stride;
+      SPARSEPIPE_UNROLL
+      for (int t = 0; t < T; ++t) __builtin_prefetch(residual + a.target[t], 0, 3);
+    }
+  }
+}
+
+// The sums of one block row, as C independent ones.
+template <int R, int T>
+struct Sums {
+  static constexpr int C = kChains<R, T>;
+  vf of[C][R][T];
+
+  SPARSEPIPE_INLINE void clear_from(int first) {
+    SPARSEPIPE_UNROLL
+    for (int c = first; c < C; ++c) {
+      SPARSEPIPE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        SPARSEPIPE_UNROLL
+        for (int t = 0; t < T; ++t) of[c][r][t] = vf{};
+      }
+    }
+  }
+  SPARSEPIPE_INLINE void multiply_all(const Entry<R>* e, const Entry<R>* end, const float* x) {
+    if constexpr (C > 1) {
+      for (; end - e >= C; e += C) {
+        SPARSEPIPE_UNROLL
+        for (int c = 0; c < C; ++c) multiply<R, T>(of[c], e[c], x);
+      }
+    }
+    for (; e != end; ++e) multiply<R, T>(of[0], *e, x);
+  }
+  SPARSEPIPE_INLINE void join() {
+    SPARSEPIPE_UNROLL
+    for (int c = 1; c < C; ++c) {
+      SPARSEPIPE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        SPARSEPIPE_UNROLL
+        for (int t = 0; t < T; ++t) of[0][r][t] += of[c][r][t];
+      }
+    }
+  }
+  SPARSEPIPE_INLINE void move_down() {
+    SPARSEPIPE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      SPARSEPIPE_UNROLL
+      for (int t = 0; t < T; ++t) of[0][r][t] = next_lanes(of[0][r][t], t + 1 < T ? of[0][r][t + 1] : vf{});
+    }
+  }
+};
+
+template <int R, int T, bool kGroups>
+SPARSEPIPE_INLINE void rows_of(const RowsArgs& a, const Bounds& bounds) {
+  const bool curved = a.epilogue.activation > Activation::kClip;
   std::int64_t next = 0;
   const auto* entries = reinterpret_cast<const Entry<R>*>(a.entries);
   for (std::int64_t row = a.row_begin; row < a.row_end; ++row) {
-    vf sum[C][R][T];
+    Sums<R, T> sum;
+    const std::uint32_t* start = a.row_start + (kGroups ? row * a.groups : row);
+    if constexpr (kGroups) {
+      sum.clear_from(0);
+      for (std::int32_t group = 1; group < a.groups; ++group, ++start) {
+        sum.multiply_all(entries + start[0], entries + start[1], a.x);
+        sum.join();
+        sum.clear_from(1);
+        sum.move_down();
+      }
+    } else {
+      sum.clear_from(1);
+    }
     float* partial = a.first && a.last ? nullptr : a.partial + (row - a.row_begin) * (R * T * kLanes);
     SPARSEPIPE_UNROLL
     for (int r = 0; r < R; ++r) {
       const float bias = a.first && a.epilogue.bias ? a.epilogue.bias[row * R + r] : 0.0f;
       SPARSEPIPE_UNROLL
       for (int t = 0; t < T; ++t) {
-        sum[0][r][t] = a.first ? broadcast(bias) : load(partial + (r * T + t) * kLanes);
-        SPARSEPIPE_UNROLL
-        for (int c = 1; c < C; ++c) sum[c][r][t] = vf{};
+        const vf begin = a.first ? broadcast(bias) : load(partial + (r * T + t) * kLanes);
+        sum.of[0][r][t] = kGroups ? sum.of[0][r][t] + begin : begin;
       }
     }
-    if (a.last && a.prefetch_output) {
-      // The lines that a later row writes (and adds) are on their way while this one computes: planes lie pages
-      // apart, where the hardware does not prefetch.
-      const std::int64_t shift = ((row - a.row_begin) + kAhead<R>) * R * a.y_stride;
-      SPARSEPIPE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        float* y = a.y + shift + r * a.y_stride;
-        SPARSEPIPE_UNROLL
-        for (int t = 0; t < T; ++t) __builtin_prefetch(y + a.target[t], 1, 3);
-        if (a.residual) {
-          const float* residual = a.residual + shift + r * a.y_stride;
-          SPARSEPIPE_UNROLL
-          for (int t = 0; t < T; ++t) __builtin_prefetch(residual + a.target[t], 0, 3);
-        }
-      }
-    }
+    if (a.last && a.prefetch_output) prefetch_output<R, T>(a, row);
     for (std::int64_t i = 0; i < a.next_channels_per_row && next < a.next_channels; ++i, ++next) {
       const float* line = a.next + next * a.next_stride;
       SPARSEPIPE_UNROLL
       for (int t = 0; t < T; ++t) __builtin_prefetch(line + t * kLanes, 0, 2);
     }
-    const Entry<R>* e = entries + a.row_start[row];
-    const Entry<R>* const end = entries + a.row_start[row + 1];
-    if constexpr (C > 1) {
-      for (; end - e >= C; e += C) {
-        SPARSEPIPE_UNROLL
-        for (int c = 0; c < C; ++c) multiply<R, T>(sum[c], e[c], a.x);
-      }
-    }
-    for (; e != end; ++e) multiply<R, T>(sum[0], *e, a.x);
-    SPARSEPIPE_UNROLL
-    for (int c = 1; c < C; ++c) {
-      SPARSEPIPE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        SPARSEPIPE_UNROLL
-        for (int t = 0; t < T; ++t) sum[0][r][t] += sum[c][r][t];
-      }
-    }
+    sum.multiply_all(entries + start[0], entries + start[1], a.x);
+    sum.join();
     if (a.last) {
-      finish<R, T>(sum[0], a, row, activation);
+      finish<R, T>(sum.of[0], a, row, bounds);
+      if (curved) curves(a, row, R, T);
     } else {
       SPARSEPIPE_UNROLL
       for (int r = 0; r < R; ++r) {
         SPARSEPIPE_UNROLL
-        for (int t = 0; t < T; ++t) store(partial + (r * T + t) * kLanes, sum[0][r][t]);
+        for (int t = 0; t < T; ++t) store(partial + (r * T + t) * kLanes, sum.of[0][r][t]);
       }
     }
   }
@@ -265,10 +366,14 @@ SPARSEPIPE_INLINE void rows_of(const RowsArgs& a, const F& activation) {
 template <int R, int T>
 void rows_of(const RowsArgs& a) {
   const Epilogue& e = a.epilogue;
-  if (e.activation > Activation::kClip) return rows_of<R, T>(a, Curve{e});
   const bool clip = e.activation == Activation::kClip;
   const float low = clip ? e.low : (e.activation == Activation::kRelu ? 0.0f : -__builtin_inff());
-  return rows_of<R, T>(a, Bounds{broadcast(low), broadcast(clip ? e.high : __builtin_inff())});
+  const Bounds bounds{broadcast(low), broadcast(clip ? e.high : __builtin_inff())};
+  if (a.groups > 1) {
+    rows_of<R, T, true>(a, bounds);
+  } else {
+    rows_of<R, T, false>(a, bounds);
+  }
 }
 
 // Tiles that fit the register file: R * T sums, the R broadcast weights and, unless it is a memory operand, an input.
@@ -420,6 +525,33 @@ void pack_stage(const PackArgs& a) {
       copy_runs<(kLanes > 4 ? 8 : 4)>(a, stage, to);
     } else {
       copy_runs<kLanes>(a, stage, to);
+    }
+  }
+}
+
+void pack_rows(const PackRowsArgs& a) {
+  for (std::int64_t c = 0; c < a.channels; ++c) {
+    const float* plane = a.input + c * a.input_stride;
+    float* to = a.output + c * a.output_stride;
+    for (std::int32_t i = 0; i < a.row_count; ++i) {
+      const StageRow& row = a.rows[i];
+      float* out = to + row.target;
+      const float* from = plane + row.source;
+      const std::int32_t end = row.count > 0 ? a.lead + row.count : 0;
+      for (std::int32_t column = 0; column < a.copy_floats; column += kLanes, out += kLanes) {
+        const std::int32_t first = a.lead > column ? a.lead - column : 0;
+        const std::int32_t last = end - column;
+        if (first == 0 && last >= kLanes) {
+          store(out, load(from + (column - a.lead)));
+          continue;
+        }
+        const vf v = load_between(from, column - a.lead, first, last < kLanes ? last : kLanes);
+        if (a.copy_floats >= kLanes) {
+          store(out, v);
+        } else {
+          store_some(out, v, a.copy_floats);
+        }
+      }
     }
   }
 }
@@ -632,6 +764,7 @@ void vector(const float* x, const std::uint16_t* index16, const std::uint32_t* i
                         SPARSEPIPE_NAMESPACE::rows,                                                         \
                         SPARSEPIPE_NAMESPACE::pack_flat,                                                    \
                         SPARSEPIPE_NAMESPACE::pack_stage,                                                   \
+                        SPARSEPIPE_NAMESPACE::pack_rows,                                                    \
                         SPARSEPIPE_NAMESPACE::depthwise,                                                    \
                         SPARSEPIPE_NAMESPACE::transpose,                                                    \
                         SPARSEPIPE_NAMESPACE::vector};                                                      \

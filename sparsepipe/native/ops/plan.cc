@@ -42,6 +42,7 @@ const Core& core(int lanes) {
 constexpr double kEntry = 0.8;   // reading the offset and the weight of an entry
 constexpr double kLeast = 1.7;   // an entry costs at least this: sums wait for one another
 constexpr double kRow = 28;      // a row: mostly its mispredicted end
+constexpr double kGroup = 20;    // a group of kernel positions of a row after its first: its end is mispredicted too
 constexpr double kPartial = 1.3; // loading and storing a vector of sums between blocks of channels
 
 }  // namespace
@@ -59,7 +60,7 @@ Blocking best_blocking(const SparseWeight& weight, const TileLayout& layout, con
     const double floats = layout.tap.size() == 1 ? vectors * lanes : static_cast<double>(layout.channel_stride);
     const double bytes = 4.0 * static_cast<double>(channels) * floats;
     const double load = bytes <= 0.9 * caches().l1 ? c.l1 : (bytes <= 0.7 * caches().l2 ? c.l2 : c.beyond);
-    const double row = kRow + (blocks > 1 ? kPartial * sums : 0.0);
+    const double row = kRow + (blocks > 1 ? kPartial * sums : 0.0) + (layout.groups - 1) * (kGroup + cost.shift * sums);
     const double entry = std::max(kLeast, kEntry + std::max(sums * c.fma, vectors * cost.load * load));
     const double cycles = entries * entry + rows * (static_cast<double>(blocks) * row + cost.finish * sums) +
                           static_cast<double>(layout.channels) * cost.pack_channel;
@@ -72,32 +73,40 @@ PackedWeight::PackedWeight(const SparseWeight& weight, const TileLayout& layout,
     : rows_(weight.rows),
       channels_(layout.channels),
       block_channels_(block_channels),
-      blocks_((layout.channels + block_channels - 1) / block_channels) {
+      blocks_((layout.channels + block_channels - 1) / block_channels),
+      groups_(layout.groups) {
   const auto taps = static_cast<std::int64_t>(layout.tap.size());
   const std::size_t size = sizeof(std::int32_t) + static_cast<std::size_t>(weight.block) * sizeof(float);
   entries_.resize(weight.entries() * size);
-  row_start_.resize(static_cast<std::size_t>(blocks_ * (rows_ + 1)));
+  row_start_.resize(static_cast<std::size_t>(blocks_ * (rows_ * groups_ + 1)));
   std::vector<std::uint32_t> cursor(weight.row_start.begin(), weight.row_start.end() - 1);
   std::uint32_t written = 0;
   for (std::int64_t block = 0; block < blocks_; ++block) {
-    std::uint32_t* start = row_start_.data() + block * (rows_ + 1);
+    std::uint32_t* start = row_start_.data() + block * (rows_ * groups_ + 1);
     const std::int64_t first = first_channel(block);
     const std::int64_t end = last_channel(block) * taps;
     for (std::int64_t row = 0; row < rows_; ++row) {
-      start[row] = written;
-      std::uint32_t& e = cursor[static_cast<std::size_t>(row)];
-      for (; e < weight.row_start[static_cast<std::size_t>(row) + 1] && weight.column(e) < end; ++e) {
-        const std::int64_t column = weight.column(e);
-        const auto offset = static_cast<std::int32_t>((column / taps - first) * layout.channel_stride +
-                                                      layout.tap[static_cast<std::size_t>(column % taps)]);
-        char* to = entries_.data() + written * size;
-        std::memcpy(to, &offset, sizeof offset);
-        std::memcpy(to + sizeof offset, weight.values.data() + static_cast<std::size_t>(e) * weight.block,
-                    size - sizeof offset);
-        ++written;
+      std::uint32_t& from = cursor[static_cast<std::size_t>(row)];
+      std::uint32_t to = from;
+      while (to < weight.row_start[static_cast<std::size_t>(row) + 1] && weight.column(to) < end) ++to;
+      for (int group = 0; group < groups_; ++group) {
+        start[row * groups_ + group] = written;
+        for (std::uint32_t e = from; e < to; ++e) {
+          const std::int64_t column = weight.column(e);
+          const auto tap = static_cast<std::size_t>(column % taps);
+          if (groups_ > 1 && layout.group[tap] != group) continue;
+          const auto offset =
+              static_cast<std::int32_t>((column / taps - first) * layout.channel_stride + layout.tap[tap]);
+          char* entry = entries_.data() + written * size;
+          std::memcpy(entry, &offset, sizeof offset);
+          std::memcpy(entry + sizeof offset, weight.values.data() + static_cast<std::size_t>(e) * weight.block,
+                      size - sizeof offset);
+          ++written;
+        }
       }
+      from = to;
     }
-    start[rows_] = written;
+    start[rows_ * groups_] = written;
   }
 }
 

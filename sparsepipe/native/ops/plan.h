@@ -18,6 +18,8 @@ struct TileLayout {
   std::int64_t channels = 0;        // input channels (features of a linear layer)
   std::int64_t channel_stride = 0;  // floats between the tiles of consecutive channels
   std::vector<std::int32_t> tap;    // offset of each kernel position within a channel's tile
+  std::vector<std::int32_t> group;  // of each kernel position: sums move one position between groups; empty: one group
+  int groups = 1;
   int vectors = 0;
 };
 
@@ -26,6 +28,7 @@ struct Cost {
   double pack_channel = 0;  // packing one channel of one tile
   double load = 1;          // loading one vector of a tile that is in the L1 cache: 2 where it straddles lines
   double finish = 0.8;      // storing one vector of the output
+  double shift = 0;         // moving one vector of sums from a group of kernel positions to the next
 };
 
 struct Blocking {
@@ -41,7 +44,7 @@ const Caches& caches();
 // The cheapest split of the input channels for one tile, and what it costs.
 Blocking best_blocking(const SparseWeight& weight, const TileLayout& layout, const Cost& cost, int lanes);
 
-// The weight in the order in which the kernels read it: for each block of input channels, row by row.
+// The weight in the order in which the kernels read it: for each block of input channels, row by row, group by group.
 class PackedWeight {
  public:
   PackedWeight(const SparseWeight& weight, const TileLayout& layout, std::int64_t block_channels);
@@ -50,10 +53,14 @@ class PackedWeight {
   std::int64_t first_channel(std::int64_t block) const { return block * block_channels_; }
   std::int64_t last_channel(std::int64_t block) const;
   const char* entries() const { return entries_.data(); }
-  const std::uint32_t* row_start(std::int64_t block) const { return row_start_.data() + block * (rows_ + 1); }
+  int groups() const { return groups_; }
+  const std::uint32_t* row_start(std::int64_t block) const {
+    return row_start_.data() + block * (rows_ * groups_ + 1);
+  }
 
  private:
   std::int64_t rows_, channels_, block_channels_, blocks_;
+  int groups_;
   std::vector<char> entries_;
   std::vector<std::uint32_t> row_start_;
 };

@@ -2,10 +2,12 @@
 //
 // Every output tile is a few vectors of positions of all output channels. Per nonzero of the weight the kernel
 // multiplies one tile of the input, shifted by the kernel position, so the input is packed so that each shift starts
-// at a cache line:
+// at a cache line (or its sums are shifted):
 //   direct   1x1, stride 1, planes of whole vectors: the tensor itself is read
 //   flat     1x1, stride 1: runs of the plane are copied, the last one zero-padded
 //   rows     output rows padded to whole vectors; one copy per kernel column, rows shared by the kernel rows
+//   shift    output rows padded to whole vectors, in one copy; the sums of a kernel column move by a position before
+//            those of the column to its left are added
 //   columns  one copy per kernel position of the tile's positions, without padding between rows
 #include <algorithm>
 #include <cmath>
@@ -22,7 +24,7 @@ using kernels::Copy;
 using kernels::Isa;
 using kernels::StageRow;
 
-enum class Mode : int { kChoose = 0, kDirect = 1, kFlat = 2, kRows = 3, kColumns = 4 };
+enum class Mode : int { kChoose = 0, kDirect = 1, kFlat = 2, kRows = 3, kColumns = 4, kShift = 5 };
 
 struct Attributes : Window {
   std::int64_t in, out;
@@ -36,21 +38,25 @@ struct Geometry {
   int lanes;
   int vectors;                          // of a tile
   std::int64_t tiles = 0;               // of an image
-  std::int64_t tile_rows = 0;           // kRows: output rows of a tile
+  std::int64_t tile_rows = 0;           // by_rows: output rows of a tile
   std::int64_t row_vectors = 0;         // kRows: vectors of one row of a tile
-  std::int64_t column_tiles = 1;        // kRows: tiles side by side
+  std::int64_t pitch = 0;               // by_rows: floats from one row of a tile to the next
+  std::int64_t column_tiles = 1;        // by_rows: tiles side by side
   std::vector<std::int64_t> slot_row;   // input row of each stage row, relative to that of output row 0, position 0
   std::int64_t phase_stride = 0;        // floats of one column phase of a stage row
   std::int64_t stage_pitch = 0;         // floats of a stage row
   TileLayout layout;
   Cost cost;
 
+  bool by_rows() const { return mode == Mode::kRows || mode == Mode::kShift; }
   std::int64_t tile_floats() const { return static_cast<std::int64_t>(vectors) * lanes; }
+  // by_rows: output rows of one tile.
+  std::int64_t rows_of(std::int64_t tile) const {
+    return std::min(tile_rows, out_height - tile / column_tiles * tile_rows);
+  }
   // Vectors of one tile: fewer in the last one.
   int vectors_of(std::int64_t tile) const {
-    if (mode == Mode::kRows) {
-      return static_cast<int>(std::min(tile_rows, out_height - tile / column_tiles * tile_rows) * row_vectors);
-    }
+    if (by_rows()) return static_cast<int>(ceil_div(rows_of(tile) * pitch, lanes));
     const std::int64_t all = ceil_div(out_height * out_width, lanes);
     return static_cast<int>(std::min<std::int64_t>(vectors, all - tile * vectors));
   }
@@ -139,6 +145,7 @@ Geometry columns_geometry(const Attributes& a, Geometry g, int vectors) {
 Geometry rows_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, std::int64_t row_vectors) {
   g.tile_rows = tile_rows;
   g.row_vectors = row_vectors;
+  g.pitch = row_vectors * g.lanes;
   g.vectors = static_cast<int>(tile_rows * row_vectors);
   g.column_tiles = ceil_div(ceil_div(g.out_width, g.lanes), row_vectors);
   g.tiles = ceil_div(g.out_height, tile_rows) * g.column_tiles;
@@ -157,6 +164,49 @@ Geometry rows_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, 
   g.cost.pack_channel = 10 + static_cast<double>(slots) * (4 + 2.5 * wide * static_cast<double>(a.stride_w)) +
                         static_cast<double>(a.kernel_w * slots) * (1 + 2.5 * wide);
   g.cost.finish = 1.5;
+  return g;
+}
+
+// The floats that a row of sums needs, with the positions that move into it: whole vectors, or half of one where the
+// map is small. The last of these positions may be the first of the next row, where both are padding.
+std::int64_t shift_pitch(const Attributes& a, const Geometry& shape) {
+  const std::int64_t shared = a.stride_w == 1 && a.left > 0 && a.right > 0 && a.kernel_w > 1;
+  const std::int64_t needed = shape.out_width + (a.kernel_w - 1) / a.stride_w - shared;
+  const std::int64_t half = shape.lanes / 2;
+  return needed <= half && half >= 8 ? half : ceil_div(needed, shape.lanes) * shape.lanes;
+}
+
+// The sums of kernel column k belong k / stride positions further left, in column phase k % stride.
+Geometry shift_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, std::int64_t pitch) {
+  g.tile_rows = tile_rows;
+  g.pitch = pitch;
+  g.vectors = static_cast<int>(ceil_div(tile_rows * pitch, g.lanes));
+  g.tiles = ceil_div(g.out_height, tile_rows);
+  size_stage(a, g, tile_rows, pitch);
+  const auto slots = static_cast<std::int64_t>(g.slot_row.size());
+  const std::int64_t phases = std::min(a.stride_w, a.kernel_w);
+  const std::int64_t most_shift = (a.kernel_w - 1) / a.stride_w;
+  g.layout.channels = a.in;
+  g.layout.vectors = g.vectors;
+  g.layout.channel_stride = phases * slots * pitch;
+  g.layout.groups = static_cast<int>(most_shift + 1);
+  for (std::int64_t i = 0; i < a.kernel_h; ++i) {
+    for (std::int64_t j = 0; j < a.kernel_w; ++j) {
+      const std::int64_t slot = j % a.stride_w * slots + slot_of(g, i * a.dilation_h);
+      g.layout.tap.push_back(static_cast<std::int32_t>(slot * pitch));
+      g.layout.group.push_back(static_cast<std::int32_t>(most_shift - j / a.stride_w));
+    }
+  }
+  const double moves = 2.5 * static_cast<double>(ceil_div(pitch, g.lanes));  // of a row
+  const auto rows = static_cast<double>(slots);
+  g.cost.pack_channel = 10 + rows * (2 + moves);
+  if (a.stride_w > 1) {
+    g.cost.pack_channel += rows * (2 + moves * static_cast<double>(a.stride_w - 1)) +
+                           static_cast<double>(phases) * rows * (1 + moves);
+  }
+  if (pitch % g.lanes) g.cost.load = 1 + 0.7 * static_cast<double>(a.kernel_h / 2) / static_cast<double>(a.kernel_h);
+  g.cost.finish = pitch % g.lanes ? 4 : 1.5;
+  g.cost.shift = 1;
   return g;
 }
 
@@ -235,19 +285,28 @@ class SparseConv final : public Kernel {
       if (flat) each_size(Mode::kFlat, flat_geometry);
       return;
     }
-    if (a_.mode != Mode::kColumns) {
+    const auto each_height = [&](Mode mode, std::int64_t most_rows, std::int64_t pitch, const auto& make) {
       Geometry g = shape;
-      g.mode = Mode::kRows;
-      const std::int64_t wide = ceil_div(shape.out_width, shape.lanes);
-      const std::int64_t row_vectors = ceil_div(wide, ceil_div(wide, most));
+      g.mode = mode;
       std::int64_t before = 0;
-      for (std::int64_t rows = std::min(shape.out_height, most / row_vectors); rows >= 1; --rows) {
+      for (std::int64_t rows = std::min(shape.out_height, most_rows); rows >= 1; --rows) {
         const std::int64_t even = ceil_div(shape.out_height, ceil_div(shape.out_height, rows));
-        if (even != before) consider(rows_geometry(a_, g, even, row_vectors));
+        if (even != before) consider(make(a_, g, even, pitch));
         before = even;
       }
+    };
+    const std::int64_t pitch = shift_pitch(a_, shape);
+    const bool shifts = a_.dilation_w == 1 && pitch <= most * shape.lanes;
+    const bool any = a_.mode != Mode::kRows && a_.mode != Mode::kColumns && !(a_.mode == Mode::kShift && shifts);
+    if (any || a_.mode == Mode::kRows) {
+      const std::int64_t wide = ceil_div(shape.out_width, shape.lanes);
+      const std::int64_t row_vectors = ceil_div(wide, ceil_div(wide, most));
+      each_height(Mode::kRows, most / row_vectors, row_vectors, rows_geometry);
     }
-    if (a_.mode != Mode::kRows) each_size(Mode::kColumns, columns_geometry);
+    if (shifts && (any || a_.mode == Mode::kShift)) {
+      each_height(Mode::kShift, most * shape.lanes / pitch, pitch, shift_geometry);
+    }
+    if (any || a_.mode == Mode::kColumns) each_size(Mode::kColumns, columns_geometry);
   }
 
   std::shared_ptr<const Plan> make_plan(const Geometry& shape, std::int64_t batch) const {
@@ -282,29 +341,43 @@ class SparseConv final : public Kernel {
   };
 
   void prepare(const Geometry& g, std::int64_t tile, TilePacking& packing) const {
-    const bool by_rows = g.mode == Mode::kRows;
     const std::int64_t first_position = tile * g.tile_floats();
-    const std::int64_t first_row = by_rows ? tile / g.column_tiles * g.tile_rows : first_position / g.out_width;
-    const std::int64_t first_column = by_rows ? tile % g.column_tiles * g.row_vectors * g.lanes : 0;
+    const std::int64_t first_row = g.by_rows() ? tile / g.column_tiles * g.tile_rows : first_position / g.out_width;
+    const std::int64_t first_column = g.by_rows() ? tile % g.column_tiles * g.pitch : 0;
     const std::int64_t from = first_column * a_.stride_w - a_.left;  // input column of stage column 0
     const std::int64_t source = std::max<std::int64_t>(from, 0);
     const std::int64_t lead = source - from;
     const auto slots = static_cast<std::int64_t>(g.slot_row.size());
     // Input columns that some kernel position reads.
-    const std::int64_t columns = by_rows ? g.row_vectors * g.lanes : g.out_width;
+    const std::int64_t columns = g.by_rows() ? g.pitch : g.out_width;
     const std::int64_t span = (columns - 1) * a_.stride_w + (a_.kernel_w - 1) * a_.dilation_w + 1;
     const std::int64_t count = std::max<std::int64_t>(0, std::min(g.width - source, span - lead));
     packing.rows.clear();
     packing.copies.clear();
     for (std::int64_t s = 0; s < slots; ++s) {
       const std::int64_t row = first_row * a_.stride_h - a_.top + g.slot_row[static_cast<std::size_t>(s)];
+      if (g.mode == Mode::kShift && a_.stride_w == 1) {  // straight to the tile, zeros included
+        const bool inside = row >= 0 && row < g.height;
+        packing.rows.push_back({static_cast<std::int32_t>(inside ? row * g.width : 0),
+                                static_cast<std::int32_t>(s * columns),
+                                static_cast<std::int32_t>(inside ? std::min(count, columns - lead) : 0)});
+        continue;
+      }
       if (row < 0 || row >= g.height || count == 0) continue;  // stays zero
       packing.rows.push_back({static_cast<std::int32_t>(row * g.width + source),
                               static_cast<std::int32_t>(s * g.stage_pitch), static_cast<std::int32_t>(count)});
     }
     std::int64_t copy_floats = 0;
-    if (by_rows) {
-      copy_floats = g.row_vectors * g.lanes;
+    if (g.mode == Mode::kShift) {
+      copy_floats = columns;
+      for (std::int64_t phase = 0; phase < std::min(a_.stride_w, a_.kernel_w); ++phase) {
+        for (std::int64_t s = 0; s < slots; ++s) {
+          packing.copies.push_back({static_cast<std::int32_t>(s * g.stage_pitch + phase * g.phase_stride),
+                                    static_cast<std::int32_t>((phase * slots + s) * columns)});
+        }
+      }
+    } else if (g.mode == Mode::kRows) {
+      copy_floats = columns;
       for (std::int64_t j = 0; j < a_.kernel_w; ++j) {
         for (std::int64_t s = 0; s < slots; ++s) {
           packing.copies.push_back({static_cast<std::int32_t>(s * g.stage_pitch + stage_column(a_, g, j)),
@@ -360,6 +433,11 @@ class SparseConv final : public Kernel {
                      std::min(g.tile_floats(), plane - position), to, g.layout.channel_stride);
       return;
     }
+    if (g.mode == Mode::kShift && a_.stride_w == 1) {
+      isa_.pack_rows({image + first * plane, plane, last - first, to, g.layout.channel_stride, packing.rows.data(),
+                      static_cast<std::int32_t>(packing.rows.size()), packing.args.lead, packing.args.copy_floats});
+      return;
+    }
     packing.args.input = image + first * plane;
     packing.args.channels = last - first;
     packing.args.output = to;
@@ -368,18 +446,27 @@ class SparseConv final : public Kernel {
 
   // Where the tile's vectors go in an output plane.
   struct Targets {
+    std::int32_t pitch, positions, position_rows;
     std::int32_t target[kernels::kMaxVectors];
     std::int32_t count[kernels::kMaxVectors];
     bool whole;
   };
   static Targets targets(const Geometry& g, std::int64_t tile) {
     Targets t{};
+    if (g.by_rows() && g.pitch % g.lanes) {
+      t.pitch = static_cast<std::int32_t>(g.pitch);
+      t.positions = static_cast<std::int32_t>(g.out_width);
+      t.position_rows = static_cast<std::int32_t>(g.rows_of(tile));
+      for (int v = 0; v < g.vectors; ++v) t.target[v] = static_cast<std::int32_t>(tile * g.tile_rows * g.out_width);
+      return t;
+    }
     t.whole = true;
     for (int v = 0; v < g.vectors_of(tile); ++v) {
       std::int64_t position, count;
-      if (g.mode == Mode::kRows) {
-        const std::int64_t row = tile / g.column_tiles * g.tile_rows + v / g.row_vectors;
-        const std::int64_t column = (tile % g.column_tiles * g.row_vectors + v % g.row_vectors) * g.lanes;
+      if (g.by_rows()) {
+        const std::int64_t row_vectors = g.pitch / g.lanes;
+        const std::int64_t row = tile / g.column_tiles * g.tile_rows + v / row_vectors;
+        const std::int64_t column = (tile % g.column_tiles * row_vectors + v % row_vectors) * g.lanes;
         position = row * g.out_width + column;
         count = row < g.out_height ? g.out_width - column : 0;
       } else {
@@ -426,6 +513,7 @@ class SparseConv final : public Kernel {
         pack(g, packing, x + index / g.tiles * a_.in * in_plane, index % g.tiles, first, last,
              shared + index * tile_size + first * g.layout.channel_stride);
       });
+      std::fill_n(shared + tiles * tile_size, g.lanes, 0.0f);
     }
 
     call.parallel(static_cast<std::size_t>(tiles * chunks), [&](std::size_t task) {
@@ -440,6 +528,7 @@ class SparseConv final : public Kernel {
       args.row_begin = chunks > 1 ? plan.row_bounds[static_cast<std::size_t>(chunk)] : 0;
       args.row_end = chunks > 1 ? plan.row_bounds[static_cast<std::size_t>(chunk) + 1] : weight_.rows;
       args.entries = plan.weight.entries();
+      args.groups = plan.weight.groups();
       args.y_stride = out_plane;
       const std::int64_t shift = (image * a_.out + args.row_begin * weight_.block) * out_plane;
       args.y = y + shift;
@@ -447,6 +536,9 @@ class SparseConv final : public Kernel {
       args.target = where.target;
       args.count = where.count;
       args.whole = where.whole;
+      args.pitch = where.pitch;
+      args.positions = where.positions;
+      args.position_rows = where.position_rows;
       args.epilogue = epilogue_;
       args.prefetch_output = prefetch_output;
       const std::int64_t blocks = plan.weight.blocks();
@@ -474,6 +566,7 @@ class SparseConv final : public Kernel {
           float* packed =
               mine.tile.at_least(static_cast<std::size_t>((last - first) * g.layout.channel_stride + kSlack));
           pack(g, packing, source, tile, first, last, packed);
+          std::fill_n(packed + (last - first) * g.layout.channel_stride, g.lanes, 0.0f);  // what follows the last row
           args.x = packed;
         }
         args.row_start = plan.weight.row_start(b);

@@ -139,6 +139,7 @@ class SparseLinear final : public Kernel {
       const std::int64_t blocks = plan.weight.blocks();
       kernels::RowsArgs args{};
       args.entries = plan.weight.entries();
+      args.groups = 1;
       args.y_stride = width;
       args.whole = true;
       std::int32_t target[kernels::kMaxVectors];
