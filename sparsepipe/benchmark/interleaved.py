@@ -1,4 +1,4 @@
-"""Several calls timed in one process and one thread, in turn, by the CPU time of the thread.
+"""Several calls timed in one process and one thread, in turn, by the CPU time of the thread or another clock.
 
 CPU time leaves out what the machine gave to other processes, and calls in turn share what is left of a disturbance: the
 clock's frequency, caches and memory that neighbours use. So ratios hold on a shared machine, where wall time does not.
@@ -30,7 +30,7 @@ BEST = 0.1
 
 @dataclass(frozen=True)
 class Timing:
-    """Nanoseconds of CPU time of the calls of each round. Rounds with the same index stood beside each other."""
+    """Nanoseconds of the calls of each round. Rounds with the same index stood beside each other."""
 
     rounds: tuple[Samples, ...]
 
@@ -58,6 +58,7 @@ def interleave(
     *,
     rounds: int = FEWEST_ROUNDS,
     seed: int = 0,
+    clock: Callable[[], int] = time.thread_time_ns,
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[Timing]:
     """Time all calls side by side.
@@ -70,6 +71,7 @@ def interleave(
         seconds: wall time for all of them together; the round that is on is finished.
         rounds: at least so many rounds are run, even if they take longer.
         seed: of the order.
+        clock: nanoseconds; `time.perf_counter_ns` for calls that wait for a device.
         progress: called after each round with the share of the work that is done, at most 1.
 
     Returns:
@@ -77,14 +79,14 @@ def interleave(
     """
     random = np.random.default_rng(seed)
     started = time.perf_counter()
-    counts = [_calls_of_a_block(call) for call in calls]
+    counts = [_calls_of_a_block(call, clock) for call in calls]
     samples: list[list[Samples]] = [[] for _ in calls]
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         while calls and (len(samples[0]) < rounds or time.perf_counter() - started < seconds):
             for index in random.permutation(len(calls)):
-                samples[index].append(_block(calls[index], counts[index]))
+                samples[index].append(_block(calls[index], counts[index], clock))
             spent = (time.perf_counter() - started) / seconds if seconds > 0 else 1.0
             progress(min(spent, len(samples[0]) / rounds if rounds else 1.0, 1.0))
     finally:
@@ -93,15 +95,14 @@ def interleave(
     return [Timing(tuple(taken)) for taken in samples]
 
 
-def _calls_of_a_block(call: Callable[[], Any]) -> int:
+def _calls_of_a_block(call: Callable[[], Any], clock: Callable[[], int]) -> int:
     """Warm up, and find how many calls fill a block."""
-    fastest = max(float(_block(call, WARM_UP_CALLS).min()), 1.0)
+    fastest = max(float(_block(call, WARM_UP_CALLS, clock).min()), 1.0)
     return int(np.clip(round(BLOCK_NS / fastest), FEWEST_CALLS, MOST_CALLS))
 
 
-def _block(call: Callable[[], Any], count: int) -> Samples:
-    """Nanoseconds of CPU time of `count` calls after one that does not count."""
-    clock = time.thread_time_ns
+def _block(call: Callable[[], Any], count: int, clock: Callable[[], int]) -> Samples:
+    """Nanoseconds of `count` calls after one that does not count."""
     taken = np.empty(count)
     call()
     for index in range(count):
