@@ -11,7 +11,7 @@ from sparsepipe.cli import common
 @click.argument("pattern", default="*")
 @common.output_options
 def command(pattern: str, as_json: bool) -> None:
-    """List the training methods, with their source and whether they meet an exact sparsity."""
+    """List the training methods, and how they can spread weights over layers."""
     from sparsepipe.sparsity import registry
 
     found = registry.available(pattern)
@@ -24,5 +24,8 @@ def command(pattern: str, as_json: bool) -> None:
             ["method", "exact sparsity", "what", "source"],
             [[info.name, info.exact, info.summary, info.source] for info in found],
         )
+        if pattern == "*":
+            common.print_table(["distribution", "how the weights are spread over layers"], registry.SPREADS.items())
+            common.print_table(["redistribution", "who gets what was dropped"], registry.EXCHANGES.items())
     else:
         click.echo(f"No method matches '{pattern}'. `sparsepipe methods` lists all.", err=True)

@@ -241,7 +241,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
             raise RecipeError(f"'{'.'.join(parts[: position + 1])}' is a value, not a section.", where=f"--set {key}")
         table = inner
     current = table.get(parts[-1])
-    if isinstance(current, dict) and isinstance(value, str):
+    if len(parts) == 1 and isinstance(current, dict) and isinstance(value, str):  # a choice keeps its other keys
         current["name"] = value
     else:
         table[parts[-1]] = value

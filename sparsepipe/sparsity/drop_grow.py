@@ -38,8 +38,7 @@ class DropGrow(SparseFromStart):
         drop_schedule: cosine or linear (to 0 at the stop), or constant.
         stop_at: fraction of all steps from which on the masks stay as they are.
         exclude_just_dropped: grow what was just dropped only where nothing else is left.
-        drop_scope: `layer` drops the share from each layer, `global` the lowest of all layers that trade, by mean
-            magnitude over the weights of a group.
+        drop_scope: `layer` drops the share from each layer, `global` the lowest of all layers that trade.
         redistribution: `none`, or what decides how many of the dropped weights each layer gets: `score` (mean grow
             score of its active weights), `magnitude` (their mean magnitude), `nonzeros` (how many survived the drop),
             `global` (the best inactive weights of all layers together).
@@ -178,11 +177,10 @@ class DropGrow(SparseFromStart):
         """What is left without the lowest share `fraction`, rounded down, of the active groups, whatever their rows."""
         if len(layers) == 1 or self.drop_scope == "layer":
             return [_without_lowest(score, mask, mask, fraction) for score, mask in zip(drops, active, strict=True)]
-        means = [score / layer.size for score, layer in zip(drops, layers, strict=True)]
         # The best group of each layer stays: a layer without any would cut the network in two.
-        spared = [top_k(score, mask.any(dim=1).long(), mask) for score, mask in zip(means, active, strict=True)]
-        flat = torch.cat(means, dim=1), torch.cat(list(active), dim=1), torch.cat(spared, dim=1)
-        kept = _without_lowest(flat[0], flat[1], flat[1] & ~flat[2], fraction)
+        spared = [top_k(score, mask.any(dim=1).long(), mask) for score, mask in zip(drops, active, strict=True)]
+        score, mask, best = (torch.cat(list(each), dim=1) for each in (drops, active, spared))
+        kept = _without_lowest(score, mask, mask & ~best, fraction)
         return list(torch.split(kept, [layer.groups for layer in layers], dim=1))
 
     def _missing(self, turnovers: Sequence[Turnover]) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """Redistribution: how the weights dropped in an update are shared out among the layers that may trade them.
 
 A rule gives each layer a share; `DropGrow` turns the shares into whole numbers of groups whose sum is exactly what was
-dropped. Layers trade only with layers whose groups hold as many weights, so the total nnz is exact for any pattern.
+dropped. Layers trade only with layers whose groups hold as many weights, so the total nnz is exact for any pattern, and
+scores of groups compare between the layers as they are.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ Redistribution = Callable[[Sequence[Turnover]], list[float]]
 
 def by_score(turnovers: Sequence[Turnover]) -> list[float]:
     """In proportion to the mean grow score of the active weights: with |momentum|, sparse momentum's rule (SNFS)."""
-    return [float(each.grow_score[each.active].mean()) / each.layer.size for each in turnovers]
+    return [float(each.grow_score[each.active].mean()) for each in turnovers]
 
 
 def by_magnitude(turnovers: Sequence[Turnover]) -> list[float]:
     """In proportion to the mean drop score, |w|, of the active weights."""
-    return [float(each.drop_score[each.active].mean()) / each.layer.size for each in turnovers]
+    return [float(each.drop_score[each.active].mean()) for each in turnovers]
 
 
 def by_nonzeros(turnovers: Sequence[Turnover]) -> list[float]:

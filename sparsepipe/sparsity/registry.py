@@ -93,6 +93,24 @@ METHODS: dict[str, MethodInfo] = {
 }
 
 
+SPREADS: dict[str, str] = {
+    "uniform": "the same density in every layer; the first convolution stays dense",
+    "er": "density in proportion to (outputs + inputs) / (outputs x inputs)",
+    "erk": "the same with the kernel's height and width (the default)",
+    "global": "the largest magnitudes of the whole network",
+    "{GLOB = DENSITY, ...}": 'relative densities of your own, the first match wins: {"stem*" = 2.0, "*" = 1.0}',
+}
+"""Values of the option `distribution`: how the weights that are kept are spread over the layers."""
+EXCHANGES: dict[str, str] = {
+    "none": "each layer grows as much as it dropped (the default, but for snfs and dsr)",
+    "score": "in proportion to the mean grow score of a layer's active weights; with |momentum| the rule of snfs",
+    "magnitude": "in proportion to their mean magnitude",
+    "nonzeros": "in proportion to what survived the drop, the rule of dsr",
+    "global": "to the best inactive weights of all layers together",
+}
+"""Values of the option `redistribution`: where methods that drop and grow put what all layers dropped."""
+
+
 def available(glob: str = "*") -> list[MethodInfo]:
     """Methods whose name matches `glob`."""
     return [info for info in METHODS.values() if fnmatchcase(info.name, glob)]

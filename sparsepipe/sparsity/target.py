@@ -113,7 +113,7 @@ class Target:
         given = distribution if isinstance(distribution, Mapping) else {}
         target = cls(
             options.number("sparsity", sparsity, high=1, below=True),
-            GIVEN if given else options.choice("distribution", distribution, NAMES),
+            GIVEN if given else _named(distribution),
             tuple((str(glob), options.positive(f"distribution.{glob}", value)) for glob, value in given.items()),
             parse(pattern),
             tuple(Override.read(entry) for entry in overrides),
@@ -215,6 +215,15 @@ class Target:
             where="distribution",
             advice='End the table with an entry for all others: "*" = 1.0.',
         )
+
+
+def _named(distribution: Any) -> str:
+    if distribution in NAMES:
+        return str(distribution)
+    raise RecipeError(
+        f"'distribution' must be one of {', '.join(NAMES)}, or a table of relative densities; not {distribution!r}.",
+        advice='A table names layers by globs, and the first match wins: {"stem*" = 2.0, "*" = 1.0}.',
+    )
 
 
 def _matches(glob: str, name: str) -> bool:

@@ -20,6 +20,12 @@ def test_short_form_and_table_mean_the_same() -> None:
     assert parse(model="resnet20") == parse(model={"name": "resnet20"})
 
 
+def test_an_override_replaces_a_table_inside_of_a_section() -> None:
+    for text, value in (("er", "er"), ('{"0" = 2, "*" = 1}', {"0": 2, "*": 1})):
+        changed = parse(f"method.distribution={text}", method={"name": "rigl", "distribution": {"*": 3.0}})
+        assert changed.method.options["distribution"] == value
+
+
 def test_an_override_of_a_named_section_changes_the_name_and_keeps_the_options() -> None:
     changed = parse("method=rigl", method={"name": "dst-ee", "sparsity": 0.9})
     assert changed.method.name == "rigl"

@@ -374,7 +374,9 @@ def test_given_densities_come_from_a_recipe_and_are_part_of_the_identity() -> No
         ({"9": 1, "*": 1}, "No maskable layer is called '9'"),
         ({"*": 0}, r"distribution\.\*"),
         ({"*": "all"}, r"distribution\.\*"),
-        ({}, "distribution"),
+        ({}, r"'distribution' must be one of uniform, er, erk, global, or a table"),
+        ("magnitude", r"must be one of uniform, er, erk, global, or a table.*'magnitude'.*stem"),
+        (0.5, r"must be one of"),
     ],
 )
 def test_bad_relative_densities_are_refused(distribution: dict[str, Any], message: str) -> None:

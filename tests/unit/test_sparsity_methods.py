@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import sparsepipe
 from sparsepipe.errors import RecipeError
-from sparsepipe.sparsity import registry
+from sparsepipe.sparsity import distribution, redistribution, registry
 from sparsepipe.sparsity.flops import count_macs, inference_multiple, training_multiple
 from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.methods.gmp import GMP
@@ -132,6 +132,11 @@ def test_the_registry_lists_every_method_with_its_class() -> None:
     assert [info.name for info in registry.available("*e*")] == ["dst-ee", "set", "magnitude-oneshot", "dense"]
     for name in registry.METHODS:
         assert registry.create(name).name == name
+
+
+def test_listed_distributions_and_redistributions_are_those_that_there_are() -> None:
+    assert [*distribution.NAMES, "{GLOB = DENSITY, ...}"] == list(registry.SPREADS)
+    assert ["none", *redistribution.REDISTRIBUTIONS] == list(registry.EXCHANGES)
 
 
 def test_listing_methods_loads_no_torch() -> None:

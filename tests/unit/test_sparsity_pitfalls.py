@@ -479,6 +479,16 @@ def test_18_updates_stop_and_the_drop_fraction_falls_to_zero() -> None:
     assert fractions[0] == pytest.approx(0.3, abs=1e-3)
 
 
+def test_18_the_step_of_the_stop_itself_has_no_update_with_a_fraction_that_does_not_fall() -> None:
+    bench = Bench(RigL(sparsity=0.8, update_every=10, stop_at=0.7, drop_schedule="constant"), (10, 10), 100)
+    masks = [bench.mask.clone()]
+    for t in range(1, 101):
+        bench.step(randn(10, 10, seed=t))
+        masks.append(bench.mask.clone())
+    changes = [t for t in range(1, 101) if not torch.equal(masks[t], masks[t - 1])]
+    assert changes == [10, 20, 30, 40, 50, 60]
+
+
 @pytest.mark.parametrize("cut", range(1, 20, 2))
 def test_19_a_training_that_resumes_ends_in_the_same_bits(cut: int) -> None:
     def start(seed: int) -> tuple[Any, torch.optim.Optimizer, Sparsifier]:

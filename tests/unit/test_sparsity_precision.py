@@ -184,6 +184,34 @@ def test_weights_that_are_computed_at_each_use_are_told_and_left_dense(caplog: p
     assert "computed anew" in caplog.text
 
 
+def test_fp16_under_a_grad_scaler_grows_the_same_weights_whatever_the_scale_and_repeats_what_it_skips() -> None:
+    """A power of two times a gradient that is a normal number in fp16 loses nothing, so only unscaling can differ."""
+    digests, skipped = [], []
+    for scale in (2.0**4, 2.0**8, 2.0**30):  # the last one overflows until it was halved often enough
+        model = network()
+        optimizer = sgd(model.parameters())
+        sparsifier = Sparsifier(model, optimizer, dst_ee(update_every=2, c=0.05), total_steps=30)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000, backoff_factor=2.0**-11)
+        attempts = 0
+        while sparsifier.step < 12:
+            optimizer.zero_grad()
+            before = sparsifier.mask_set.digest(), sparsifier.step, sparsifier.mask_set.rounds
+            with torch.autocast("cpu", torch.float16):
+                loss = loss_of(model, sparsifier.step)
+            scaler.scale(loss).backward()
+            scale_before = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            attempts += 1
+            if scaler.get_scale() < scale_before:
+                assert (sparsifier.mask_set.digest(), sparsifier.step, sparsifier.mask_set.rounds) == before
+            assert inactive_are_positive_zero(model, sparsifier)
+        skipped.append(attempts - 12)
+        digests.append(sparsifier.mask_set.digest())
+    assert skipped[0] == skipped[1] == 0 < skipped[2]
+    assert digests[0] == digests[1]
+
+
 def test_a_training_in_channels_last_under_autocast_stays_sparse() -> None:
     model = network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = sgd(model.parameters())
