@@ -86,7 +86,8 @@ class Steps:
         for _ in range(self.steps):
             self.masking.append(0)
             self.optimizer.zero_grad()
-            functional.cross_entropy(self.model(self._inputs), self._labels).backward()
+            loss: Any = functional.cross_entropy(self.model(self._inputs), self._labels)
+            loss.backward()
             self.optimizer.step()
         if self._inputs.is_cuda:
             torch.cuda.synchronize()
@@ -185,7 +186,8 @@ def tensor_hooks(
     """A hook of each module multiplies its weight by a float mask before the forward pass, and one its gradient."""
     for name, mask in masks.items():
         owner = name.rpartition(".")[0]
-        weight, factor = model.get_parameter(name), mask.to(torch.float32)
+        weight: Any = model.get_parameter(name)
+        factor = mask.to(torch.float32)
 
         @torch.no_grad()
         def mask_weight(*arguments: Any, weight: Tensor = weight, factor: Tensor = factor) -> None:
@@ -213,10 +215,10 @@ def peak_bytes(steps: Steps) -> int:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         steps()
-        return torch.cuda.max_memory_allocated() - before
+        return int(torch.cuda.max_memory_allocated() - before)
     with _Allocations() as allocations:
         steps()
-    return allocations.peak
+    return int(allocations.peak)
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
