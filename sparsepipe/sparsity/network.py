@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.masks import MaskSet
 from sparsepipe.sparsity.target import Layer
 from sparsepipe.sparsity.weights import Weight
@@ -35,6 +36,8 @@ class Network:
     """Running averages of dense gradients, for methods that keep them; saved and restored with the rest."""
     copies: list[dict[str, Tensor]] = field(default_factory=list)
     """The same weights in other models, as averages of this one, which are kept as sparse."""
+    history: MaskHistory | None = None
+    """What happened to the masks, where somebody wants to know."""
 
     def __post_init__(self) -> None:
         self.masks = MaskSet.dense(self.tensors)
@@ -56,6 +59,8 @@ class Network:
         of the weight's shape, however deep in the optimizer's state; everything else keeps both. State that all
         elements share, as the step count of Adam, goes on.
         """
+        if self.history is not None:
+            self.history.change(name, mask, self.gradients.get(name))
         changed = self.masks[name] ^ mask
         self.masks.change(self.weights[name].parameter, name, mask)
         self._zero(name, weight=changed, state=changed)

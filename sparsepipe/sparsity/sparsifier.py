@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from sparsepipe.errors import ArtefactError, ModelError
 from sparsepipe.sparsity import options
+from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.masks import MaskSet, unpack_mask
 from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.network import Network
@@ -91,6 +92,25 @@ class Sparsifier:
         """Whether the masks will not change any more and the target sparsity is reached."""
         return self.method.masks_final(self._network, self.step)
 
+    @property
+    def history(self) -> MaskHistory | None:
+        """What happened to the masks since `watch`."""
+        return self._network.history
+
+    def watch(self, film: str | None = None) -> MaskHistory:
+        """Follow the masks from now on: churn, survival ages, gradients of inactive weights, frames of one mask.
+
+        It costs 2 bytes for each active weight; the checkpoint carries it on.
+
+        Args:
+            film: name of the layer to keep frames of; by default the sparse layer with most active weights.
+
+        Raises:
+            ModelError: there is no layer of the name `film`.
+        """
+        self._network.history = MaskHistory(self.mask_set, self.step, film)
+        return self._network.history
+
     def on_epoch_end(self, epoch: int) -> None:
         """For loops that have epochs: call it after each (`epoch` from 0)."""
         with torch.no_grad():
@@ -159,6 +179,7 @@ class Sparsifier:
             "averages": {name: average.clone() for name, average in self._network.averages.items()},
             "reasons": dict(masks.reasons),
             "nonzero": {name: self._nonzero(name) for name in masks.counters},
+            "history": None if self.history is None else self.history.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -182,6 +203,11 @@ class Sparsifier:
         self.step = int(state["step"])
         self._network.seed = int(state["seed"])
         self._expected_nonzero = dict(state["nonzero"])
+        if self.history is not None:
+            if state.get("history") is None:  # nobody watched until now
+                self.watch()
+            else:
+                self.history.load_state_dict(state["history"])
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -233,8 +259,11 @@ class Sparsifier:
             self._network.mask_weights()
             rounds = self.mask_set.rounds
             self.method.after_step(self._network, self.step)
-            if self.mask_set.rounds > rounds and rounds % self._check_every == 0:
-                self._replicas.compare(self._network, self.step)
+            if self.mask_set.rounds > rounds:
+                if self.history is not None:
+                    self.history.end_round(self.step, self._network.gradients)
+                if rounds % self._check_every == 0:
+                    self._replicas.compare(self._network, self.step)
         self._network.gradients.clear()
 
     def _refuse_other(self, state: Mapping[str, Any]) -> None:
