@@ -13,6 +13,7 @@ from sparsepipe.recipe import Choice, check
 SPEC_FILE = "model.json"
 WEIGHTS_FILE = "model.safetensors"
 MASKS_FILE = "masks.safetensors"
+FILM_FILE = "mask_film.safetensors"
 
 
 class Preprocessing(BaseModel):

@@ -76,6 +76,23 @@ def training_multiple(inference: float | Sequence[float], dense_gradient_every: 
     return (3 * forward * dense_gradient_every + 2 * forward + 1) / (3 * (dense_gradient_every + 1))
 
 
+def inference_flops(macs: Mapping[str, int], multiple: float) -> float:
+    """FLOPs of the forward pass of one sample, a multiply-accumulate being two (the count of arXiv 1911.11134).
+
+    Args:
+        macs: from `count_macs`.
+        multiple: `inference_multiple`; 1 for the dense network.
+    """
+    return 2 * sum(macs.values()) * multiple
+
+
+def training_flops(macs: Mapping[str, int], multiple: float, samples: int) -> float:
+    """FLOPs of training on `samples` samples, each epoch's counted: three forward passes of the dense network for
+    each, times `training_multiple`.
+    """
+    return 3 * inference_flops(macs, 1.0) * samples * multiple
+
+
 class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the FLOPs that torch states for each operation, by the weight that the operation reads."""
 

@@ -70,7 +70,7 @@ class MaskHistory:
     def __init__(self, masks: MaskSet, step: int = 0, film: str | None = None) -> None:
         if film is not None and film not in masks:
             raise ModelError(f"There is no mask of '{film}'.", where="film", advice=f"Layers: {', '.join(masks)}.")
-        self._masks = masks
+        self.masks = masks
         self._start = self._step = step
         self._first = masks.rounds
         self._born: dict[str, Tensor] = {}
@@ -88,11 +88,11 @@ class MaskHistory:
     @property
     def updates(self) -> int:
         """Mask updates so far."""
-        return self._masks.rounds - self._first
+        return self.masks.rounds - self._first
 
     def change(self, name: str, mask: Tensor, gradient: Tensor | None) -> None:
         """Note that the mask of `name` is about to become `mask`; `gradient` is the dense one, where it is known."""
-        before = self._masks[name]
+        before = self.masks[name]
         if gradient is not None:
             self._gradients[name] = _of_inactive(gradient, before)
         grown = mask & ~before
@@ -108,20 +108,20 @@ class MaskHistory:
         """Note that the update after optimizer step `step` is complete."""
         self._updates += 1
         self._step = step
-        for name in self._masks.counters:
+        for name in self.masks.counters:
             if name not in self._round:  # the update left it as it is
-                active = self._masks[name].count_nonzero()
+                active = self.masks[name].count_nonzero()
                 self._round[name] = torch.stack([torch.zeros_like(active), torch.zeros_like(active), active])
                 if name in gradients:
-                    self._gradients[name] = _of_inactive(gradients[name], self._masks[name])
+                    self._gradients[name] = _of_inactive(gradients[name], self.masks[name])
             before = self._totals.get(name)
             self._totals[name] = self._round[name] if before is None else before + self._round[name]
         self._round.clear()
-        if self.film is None and self._masks.counters:
-            largest = max(self._masks.counters, key=lambda name: self._masks[name].numel())
-            self._start_film(largest, {largest: torch.ones_like(self._masks[largest])})  # it was dense until now
+        if self.film is None and self.masks.counters:
+            largest = max(self.masks.counters, key=lambda name: self.masks[name].numel())
+            self._start_film(largest, {largest: torch.ones_like(self.masks[largest])})  # it was dense until now
         if self.film is not None:
-            self.film.add(self._masks[self.film.layer], self.updates, step)
+            self.film.add(self.masks[self.film.layer], self.updates, step)
 
     def take(self) -> dict[str, Any]:
         """Figures of the updates since this was last called, and of the masks as they are now; JSON-able.
@@ -138,7 +138,7 @@ class MaskHistory:
         """
         totals = {name: counts.tolist() for name, counts in self._totals.items()}
         gradients = {name: values.tolist() for name, values in self._gradients.items()}
-        ages = {name: self.ages(name) for name in self._masks.counters}
+        ages = {name: self.ages(name) for name in self.masks.counters}
         active = sum(before for _, _, before in totals.values())
         figures: dict[str, Any] = {
             "mask_updates": self._updates,
@@ -146,7 +146,7 @@ class MaskHistory:
             "dropped": {name: dropped / before for name, (dropped, _, before) in totals.items() if before},
             "grown": {name: grown / before for name, (_, grown, before) in totals.items() if before},
             "exploration": {
-                name: int(self._masks.ever_active(name).count_nonzero()) / self._masks[name].numel() for name in ages
+                name: int(self.masks.ever_active(name).count_nonzero()) / self.masks[name].numel() for name in ages
             },
             "age_median": {name: quantile(counts, 0.5) for name, counts in ages.items()},
             "age_p90": {name: quantile(counts, 0.9) for name, counts in ages.items()},
@@ -161,14 +161,14 @@ class MaskHistory:
         """Number of active weights of a layer by their age: at index a, those last grown a updates ago."""
         now = min(self.updates, COUNTER_LIMIT)
         if name not in self._born:
-            return [0] * now + [self._masks.nnz_of(name)]
+            return [0] * now + [self.masks.nnz_of(name)]
         counts: list[int] = torch.bincount(now - self._born[name].long(), minlength=now + 1).tolist()
         return counts
 
     def finish(self) -> Film | None:
         """The film, ending with the mask as it is now; None where nothing was ever sparse."""
         if self.film is not None:
-            self.film.finish(self._masks[self.film.layer], self.updates, self._step)
+            self.film.finish(self.masks[self.film.layer], self.updates, self._step)
         return self.film
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class MaskHistory:
         self._start, self._step, self._first = state["start"], state["step"], state["first"]
         self._updates = state["updates"]
         self._born, self._totals, self._gradients = (
-            {name: values.to(self._masks[name].device) for name, values in state[key].items()}
+            {name: values.to(self.masks[name].device) for name, values in state[key].items()}
             for key in ("born", "totals", "gradients")
         )
         self.film = None if state["film"] is None else Film(**deepcopy(state["film"]))

@@ -17,6 +17,7 @@ from sparsepipe.models import registry as models
 from sparsepipe.plugins import failure
 from sparsepipe.sparsity import flops
 from sparsepipe.sparsity import registry as methods
+from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.sparsifier import Sparsifier
 from sparsepipe.training import optimizers, rates
 from sparsepipe.training.augment import Augmentation
@@ -36,6 +37,8 @@ class Assembly:
     config: TrainConfig
     dataset: Dataset
     samples: dict[str, int]
+    samples_per_step: int
+    """Of all processes together."""
     macs: dict[str, int]
     loop: Loop
     validation: EvaluationBatches
@@ -45,6 +48,10 @@ class Assembly:
     @property
     def sparsifier(self) -> Sparsifier:
         return self.loop.sparsifier
+
+    @property
+    def history(self) -> MaskHistory:
+        return self.sparsifier.history or self.sparsifier.watch()
 
     def evaluation(self, split: Split) -> EvaluationBatches:
         return evaluation(split, self.normalise, self.fabric)
@@ -102,11 +109,12 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     macs = flops.count_macs(model, dataset.input_shape)
     method = methods.create(config.method.name, config.method.options)
     validation = evaluation(held_out, normalise, fabric)
+    sparsifier = Sparsifier(model, optimizer, method, total_steps=total, seed=config.seed)
     loop = Loop(
         fabric,
         model,
         optimizer,
-        Sparsifier(model, optimizer, method, total_steps=total, seed=config.seed),
+        sparsifier,
         training=batches,
         validation=validation,
         lr=config.optimizer.lr,
@@ -116,7 +124,8 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
         ema=settings.ema,
     )
     samples = {"train": len(rest), "validation": len(held_out), "test": len(dataset.test)}
-    return Assembly(config, dataset, samples, macs, loop, validation, normalise, fabric)
+    sparsifier.watch()
+    return Assembly(config, dataset, samples, batches.global_size, macs, loop, validation, normalise, fabric)
 
 
 def _check_fit(config: TrainConfig, model: nn.Module, dataset: Dataset, batch: int) -> None:

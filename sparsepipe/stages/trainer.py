@@ -12,6 +12,7 @@ import torch
 from sparsepipe import data
 from sparsepipe.artefact import Draft
 from sparsepipe.errors import ArtefactError, InterruptedBySignal
+from sparsepipe.formats.film import save_film
 from sparsepipe.formats.masks import save_masks
 from sparsepipe.formats.tensors import write_tensors
 from sparsepipe.progress import bar
@@ -19,7 +20,7 @@ from sparsepipe.recipe import digest
 from sparsepipe.sparsity import flops
 from sparsepipe.sparsity.masks import MaskSet
 from sparsepipe.sparsity.method import TargetMethod
-from sparsepipe.spec import MASKS_FILE, WEIGHTS_FILE, ModelSpec
+from sparsepipe.spec import FILM_FILE, MASKS_FILE, WEIGHTS_FILE, ModelSpec
 from sparsepipe.stages.assembly import Assembly, assemble
 from sparsepipe.training import checkpoint, device
 from sparsepipe.training.interrupt import stop_request
@@ -139,7 +140,7 @@ def _run(training: Assembly, building: Draft | None, identity: Mapping[str, Any]
         if metrics is None:
             return
         record = _record(training, epoch, _multiples(metrics))
-        metrics.write(record)
+        metrics.write(record, training.history)
         note = f"epoch {epoch.number}/{settings.epochs}, loss {epoch.train.loss:.3f}, "
         note += f"validation {epoch.validation.accuracy:.2%}"
         log.info("%s, sparsity %.2f%%, %.1f s", note, 100 * record["sparsity"], epoch.seconds)
@@ -181,6 +182,7 @@ def _record(training: Assembly, epoch: Epoch, earlier: list[float]) -> dict[str,
     """What is logged of one epoch; `earlier` are the inference multiples of the epochs before."""
     state = training.sparsifier.metrics()
     multiple = flops.inference_multiple(training.macs, state["density"])
+    spent = flops.training_multiple([*earlier, multiple], training.sparsifier.method.dense_gradient_every)
     return {
         "epoch": epoch.number,
         "step": epoch.step,
@@ -193,10 +195,11 @@ def _record(training: Assembly, epoch: Epoch, earlier: list[float]) -> dict[str,
         "exploration_rate": state["exploration_rate"],
         "drop_fraction": state["drop_fraction"],
         "density": state["density"],
+        **training.history.take(),
+        "inference_flops": flops.inference_flops(training.macs, multiple),
         "inference_flops_multiple": multiple,
-        "training_flops_multiple": flops.training_multiple(
-            [*earlier, multiple], training.sparsifier.method.dense_gradient_every
-        ),
+        "training_flops": flops.training_flops(training.macs, spent, epoch.step * training.samples_per_step),
+        "training_flops_multiple": spent,
         "seconds": epoch.seconds,
     }
 
@@ -240,7 +243,12 @@ def _write(
     weights = loop.model.state_dict()
     write_tensors(building.folder / WEIGHTS_FILE, {name: value.cpu().numpy() for name, value in weights.items()})
     save_masks(building.folder / MASKS_FILE, {name: mask.cpu().numpy() for name, mask in masks.items()})
+    if (film := training.history.finish()) is not None:
+        bits = [frame.numpy() for frame in film.bits]
+        save_film(building.folder / FILM_FILE, film.layer, film.shape, film.rounds, film.steps, bits)
     inference = flops.inference_multiple(training.macs, masks.densities())
+    every = training.sparsifier.method.dense_gradient_every
+    spent = flops.training_multiple(multiples or inference, every)
     building.metrics |= {
         "test_accuracy": test.accuracy,
         "test_correct": test.correct,
@@ -252,10 +260,12 @@ def _write(
         "weights": masks.size,
         "parameters": sum(parameter.numel() for parameter in loop.model.parameters()),
         "exploration_rate": masks.exploration_rate(),
+        "mask_updates": training.history.updates,
+        "inference_flops": flops.inference_flops(training.macs, inference),
         "inference_flops_multiple": inference,
-        "training_flops_multiple": flops.training_multiple(
-            multiples or inference, training.sparsifier.method.dense_gradient_every
-        ),
+        "training_flops": flops.training_flops(training.macs, spent, loop.step * training.samples_per_step),
+        "training_flops_multiple": spent,
+        "dense_gradient_every": every,
         "dense_macs": sum(training.macs.values()),
         "seconds": loop.seconds,
         "processes": training.fabric.world_size,

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
+import torch
 from torch import nn
 
 import sparsepipe
@@ -38,7 +39,7 @@ def network(channels_last: bool = False) -> Any:
 
 @dataclass
 class Record:
-    """What an onlooker sees: each mask before the first update and after every one, and the gradients of those steps."""
+    """What an onlooker sees: each mask before the first update and after every one, and the gradients for each."""
 
     masks: dict[str, list[np.ndarray]] = field(default_factory=dict)
     gradients: list[dict[str, np.ndarray]] = field(default_factory=list)
