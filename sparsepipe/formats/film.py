@@ -64,10 +64,11 @@ def load_film(path: Path) -> Film:
         layer, shape = str(about["layer"]), about["shape"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise FormatError("The metadata do not say which weight this is.", where=str(path)) from error
-    if not isinstance(shape, list) or not all(type(side) is int and 0 < side <= MAX_DIMENSION for side in shape):
+    sides = shape if isinstance(shape, list) and len(shape) >= 2 else [None]
+    if not all(type(side) is int and 0 < side <= MAX_DIMENSION for side in sides):
         raise FormatError(f"{shape!r} is not a shape.", where=str(path))
     size = math.prod(shape)
-    if bits.dtype != np.uint8 or bits.ndim != 2 or bits.shape[1] != -(-size // 8):
+    if bits.dtype != np.uint8 or bits.ndim != 2 or not len(bits) or bits.shape[1] != -(-size // 8):
         raise FormatError(f"There are no frames 'bits' of {size} bits each.", where=str(path))
     if any(each.dtype != np.int64 or each.shape != bits.shape[:1] for each in (updates, steps)):
         raise FormatError("There is not one 'updates' and one 'steps' (int64) for each frame.", where=str(path))

@@ -64,6 +64,16 @@ class Epoch(Record):
     exploration_rate: Number = None
     drop_fraction: Number = None
     density: dict[str, Number] = {}
+    mask_updates: Count = None
+    churn: Number = None
+    age: dict[str, Number] = {}
+    dropped: dict[str, Number] = {}
+    grown: dict[str, Number] = {}
+    exploration: dict[str, Number] = {}
+    age_median: dict[str, Number] = {}
+    age_p90: dict[str, Number] = {}
+    inactive_gradient_norm: dict[str, Number] = {}
+    inactive_gradient_mean: dict[str, Number] = {}
 
 
 class Training(Record):
@@ -79,8 +89,12 @@ class Training(Record):
     weights: Count = None
     parameters: Count = None
     exploration_rate: Number = None
+    mask_updates: Count = None
+    inference_flops: Number = None
     inference_flops_multiple: Number = None
+    training_flops: Number = None
     training_flops_multiple: Number = None
+    dense_gradient_every: Count = None
     dense_macs: Number = None
     seconds: Number = None
     data: dict[str, Any] = {}

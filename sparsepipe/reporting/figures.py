@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from markupsafe import Markup
 
@@ -75,7 +76,6 @@ def _curve(rows: Sequence[Epoch], key: str, label: str, role: plots.Role, *, sec
 
 _PROGRESS = (
     ("exploration_rate", "Exploration rate", "share of the weights that were active at least once until then"),
-    ("drop_fraction", "Drop fraction", "share of the active weights that an update of the masks replaces"),
     ("sparsity", "Sparsity", "share of the maskable weights that are zero"),
 )
 
@@ -87,13 +87,60 @@ def exploration(rows: Sequence[Epoch]) -> Iterable[Figure]:
         known = [value for value in values if value is not None]
         if not any(known) or (key == "sparsity" and len(set(known)) == 1):
             continue
-        steps = [row.epoch if row.step is None else row.step for row in rows]
-        line = plots.Line(title, steps, values, "sparse")
         alt = f"{title}: {meaning}. From {units.percent(known[0])} to {units.percent(known[-1])}."
-        svg = plots.curves(
-            [line], name=f"curve-{key.replace('_', '-')}", alt=alt, x_label="step", y_label=title.lower(), per_cent=True
+        yield _progress(title, [plots.Line(title, _steps(rows), values, "sparse")], alt, title.lower(), per_cent=True)
+    yield from _turnover(rows)
+    yield from _survival(rows)
+
+
+def _turnover(rows: Sequence[Epoch]) -> Iterable[Figure]:
+    """What an update takes away for a while, and what it takes away for good."""
+    lines = [
+        plots.Line(label, _steps(rows), values, role, secondary)
+        for label, key, role, secondary in (
+            ("drop fraction: removed", "drop_fraction", "dense", True),
+            ("churn: removed, and not grown again at once", "churn", "sparse", False),
         )
-        yield Figure(title, Markup(svg), alt)
+        if any(values := [getattr(row, key) for row in rows])
+    ]
+    if lines:
+        alt = (
+            f"Share of the active weights in an update of the masks. Last values: {_last_values(lines, per_cent=True)}."
+        )
+        yield _progress("Churn", lines, alt, "share of active weights", per_cent=True)
+
+
+def _survival(rows: Sequence[Epoch]) -> Iterable[Figure]:
+    """How long weights stay, beside how long they could have stayed."""
+    if not any(row.age for row in rows):
+        return
+    updates = [*accumulate(row.mask_updates or 0 for row in rows)]
+    lines = [
+        plots.Line("never dropped", _steps(rows), updates, "ink", secondary=True),
+        plots.Line("90% are not older", _steps(rows), [row.age.get("p90") for row in rows], "dense"),
+        plots.Line("median", _steps(rows), [row.age.get("median") for row in rows], "sparse"),
+    ]
+    alt = (
+        "Survival age of the active weights: mask updates since a weight was last grown. Last values: "
+        f"{_last_values(lines, per_cent=False)}."
+    )
+    yield _progress("Survival age", lines, alt, "mask updates", per_cent=False)
+
+
+def _steps(rows: Sequence[Epoch]) -> list[int]:
+    return [row.epoch if row.step is None else row.step for row in rows]
+
+
+def _progress(title: str, lines: Sequence[plots.Line], alt: str, y_label: str, *, per_cent: bool) -> Figure:
+    svg = plots.curves(
+        lines,
+        name=f"curve-{title.lower().replace(' ', '-')}",
+        alt=alt,
+        x_label="step",
+        y_label=y_label,
+        per_cent=per_cent,
+    )
+    return Figure(title, Markup(svg), alt)
 
 
 def _last_values(lines: Sequence[plots.Line], *, per_cent: bool) -> str:

@@ -39,6 +39,7 @@ def render(contents: Contents, *, title: str, recipe: str, commands: list[str]) 
         "recipe": recipe,
         "commands": commands,
         "training": views.training(contents),
+        "motion": views.motion(contents),
         "layers": views.layers(contents),
         "masks": views.mask_pictures(contents),
         "sizes": views.sizes(contents),
@@ -76,6 +77,7 @@ _FILTERS = (
     units.ratio_interval,
     units.scientific,
     units.duration,
+    units.flops,
     units.dims,
     units.short_digest,
 )

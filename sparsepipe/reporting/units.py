@@ -10,6 +10,7 @@ from sparsepipe.reporting.contents import Estimate
 MISSING = "–"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _UNPRINTABLE = ("Cc", "Cf", "Cs")
+_FLOP_UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -38,6 +39,16 @@ def size(value: float | None) -> str:
     while scaled >= 999.5 and unit < len(_BYTE_UNITS) - 1:
         scaled, unit = scaled / 1000, unit + 1
     return f"{scaled:.0f}\u202fB" if unit == 0 else f"{_three_digits(scaled)}\u202f{_BYTE_UNITS[unit]}"
+
+
+def flops(value: float | None) -> str:
+    """A number of floating-point operations, three digits: 1.62 GFLOP."""
+    if value is None:
+        return MISSING
+    scaled, unit = float(value), 0
+    while scaled >= 999.5 and unit < len(_FLOP_UNITS) - 1:
+        scaled, unit = scaled / 1000, unit + 1
+    return f"{_three_digits(scaled)}\u202f{_FLOP_UNITS[unit]}"
 
 
 def milliseconds(value: float | None) -> str:

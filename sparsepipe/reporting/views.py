@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsepipe.reporting import figures, masks, units
+from sparsepipe.reporting import figures, film, masks, units
+from sparsepipe.reporting import motion as moving
 from sparsepipe.reporting.contents import Contents, Layer, read_epochs
 
 MAX_LAYERS = 500
@@ -68,8 +69,28 @@ def training(contents: Contents) -> dict[str, Any] | None:
     sparse, dense = (read_epochs(contents.artefacts.get(stage)) for stage in ("train", "train-dense"))
     return {
         "columns": [(label, run) for label, run in (("sparse", contents.train), ("dense twin", contents.dense)) if run],
+        "gradient_every": contents.train.dense_gradient_every if contents.train else None,
         "epochs": {"sparse": len(sparse), "dense twin": len(dense)},
-        "figures": [*figures.learning_curves(sparse, dense), *figures.exploration(sparse)],
+        "figures": [*figures.learning_curves(sparse, dense)],
+    }
+
+
+def motion(contents: Contents) -> dict[str, Any] | None:
+    """How the masks moved during training: curves of all layers, a row for each, and the film of one."""
+    artefact = contents.artefacts.get("train")
+    epochs, shown = read_epochs(artefact), film.read(artefact)
+    names = moving.layers(epochs)
+    curves = [*figures.exploration(epochs)]
+    if not curves and not names and shown is None:
+        return None
+    return {
+        "figures": curves,
+        "layers": names[:MAX_LAYERS],
+        "left_out": max(len(names) - MAX_LAYERS, 0),
+        "columns": moving.columns(epochs, names[:MAX_LAYERS]),
+        "updates": sum(epoch.mask_updates or 0 for epoch in epochs),
+        "film": None if shown is None else film.strip(shown),
+        "glyphs": {role: film.glyph(role) for role in film.GLYPHS},
     }
 
 

@@ -133,16 +133,18 @@ class MaskHistory:
             any time / weights), `age_median` and `age_p90` (updates since an active weight was last grown: the
             smallest age that half, or nine tenths, of them do not exceed), and, where the method uses the dense
             gradient, `inactive_gradient_norm` (L2) and `inactive_gradient_mean` (mean absolute value) over the
-            weights that were inactive in the last update. `churn` is `dropped` of all layers together, None where
-            there was no update.
+            weights that were inactive in the last update. `churn` is `dropped` of all these layers together, None
+            where there was no update, and `age` holds `median` and `p90` over all of them.
         """
         totals = {name: counts.tolist() for name, counts in self._totals.items()}
         gradients = {name: values.tolist() for name, values in self._gradients.items()}
         ages = {name: self.ages(name) for name in self.masks.counters}
+        all_ages = [sum(each) for each in zip(*ages.values(), strict=True)]
         active = sum(before for _, _, before in totals.values())
         figures: dict[str, Any] = {
             "mask_updates": self._updates,
             "churn": sum(dropped for dropped, _, _ in totals.values()) / active if active else None,
+            "age": {"median": quantile(all_ages, 0.5), "p90": quantile(all_ages, 0.9)} if ages else {},
             "dropped": {name: dropped / before for name, (dropped, _, before) in totals.items() if before},
             "grown": {name: grown / before for name, (_, grown, before) in totals.items() if before},
             "exploration": {

@@ -27,6 +27,8 @@ pytest.importorskip("jinja2")
 from sparsepipe import recipe
 from sparsepipe.artefact import Artefact, draft, write_json, write_text
 from sparsepipe.errors import ArtefactError, MissingExtraError
+from sparsepipe.formats.film import save_film
+from sparsepipe.reporting import film
 from sparsepipe.stages import report
 
 HOSTILE = "<script>alert(1)</script>"
@@ -107,10 +109,41 @@ def write_epochs(path: Path, epochs: int, density: Mapping[str, float], *, spars
             "exploration_rate": 0.1 + 0.5 * (1 - math.exp(-epoch / 8)) if sparse else 1.0,
             "drop_fraction": max(0.0, 0.15 * (1 + math.cos(math.pi * epoch / 18))) * (epoch < 18) if sparse else 0.0,
             "density": density,
+            **(motion(epoch, density) if sparse else {}),
             "seconds": 2.1 * epoch,
         }
         lines.append(json.dumps(line))
     write_text(path, "\n".join(lines) + "\n")
+
+
+def motion(epoch: int, density: Mapping[str, float]) -> dict[str, Any]:
+    """What is logged of the masks: updates until epoch 18, one an epoch; the last layer loses nothing."""
+    updated, layers = epoch <= 18, [name for name, value in density.items() if value < 1]
+    churn = {name: 0.2 * (18 - epoch) / 18 if name != layers[-1] else 0.0 for name in layers if updated}
+    gradients = {name: 10.0 ** -(1 + at % 4) for at, name in enumerate(layers) if updated}
+    return {
+        "mask_updates": int(updated),
+        "churn": 0.2 * (18 - epoch) / 18 if updated else None,
+        "age": {"median": epoch // 2, "p90": epoch},
+        "dropped": churn,
+        "grown": churn,
+        "exploration": {name: density[name] * (1 + epoch / 48) for name in layers},
+        "age_median": dict.fromkeys(layers, epoch // 2),
+        "age_p90": dict.fromkeys(layers, epoch),
+        "inactive_gradient_norm": {name: 10 * value for name, value in gradients.items()},
+        "inactive_gradient_mean": {name: None if epoch == 5 else value for name, value in gradients.items()},
+    }
+
+
+FILMED = "layers.2.conv1.weight"
+
+
+def film_frames(mask: np.ndarray) -> list[np.ndarray]:
+    """Three masks: the one given, the first 20 active weights elsewhere, and nothing new."""
+    moved = mask.ravel().copy()
+    moved[np.flatnonzero(moved)[:20]] = False
+    moved[np.flatnonzero(~mask.ravel())[:20]] = True
+    return [mask, moved.reshape(mask.shape), moved.reshape(mask.shape)]
 
 
 def training_metrics(masks: Mapping[str, np.ndarray], *, sparse: bool) -> dict[str, Any]:
@@ -126,8 +159,12 @@ def training_metrics(masks: Mapping[str, np.ndarray], *, sparse: bool) -> dict[s
         "weights": size,
         "parameters": size + 700,
         "exploration_rate": 0.574 if sparse else 1.0,
+        "mask_updates": 18 if sparse else 0,
+        "inference_flops": 81_102_336 * (0.213 if sparse else 1.0),
         "inference_flops_multiple": 0.213 if sparse else 1.0,
+        "training_flops": 3 * 81_102_336 * 3600 * 24 * (0.241 if sparse else 1.0),
         "training_flops_multiple": 0.241 if sparse else 1.0,
+        "dense_gradient_every": 100 if sparse else None,
         "dense_macs": 40_551_168,
         "seconds": 103.7 if sparse else 71.2,
         "data": {"name": "mnist5k", "train": 3600, "validation": 400, "test": 1000},
@@ -284,6 +321,10 @@ def make_run(folder: Path, blocks: int = 9, epochs: int = 24) -> dict[str, Artef
             path / "metrics.jsonl", epochs, {name: float(mask.mean()) for name, mask in masks.items()}, sparse=True
         )
 
+        frames = film_frames(masks[FILMED])
+        bits = [np.packbits(frame.ravel(), bitorder="little") for frame in frames]
+        save_film(path / "mask_film.safetensors", FILMED, frames[0].shape, (0, 8, 16), (0, 256, 512), bits)
+
     def dense_files(path: Path) -> None:
         write_epochs(path / "metrics.jsonl", epochs, dict.fromkeys(masks, 1.0), sparse=False)
 
@@ -355,7 +396,17 @@ def html(run: dict[str, Artefact], tmp_path_factory: pytest.TempPathFactory) -> 
     return write(run, tmp_path_factory.mktemp("full") / "report")
 
 
-SECTIONS = ["Result", "How it was made", "Training", "Layers", "Masks", "Sizes", "Validation", "Speed"]
+SECTIONS = [
+    "Result",
+    "How it was made",
+    "Training",
+    "Masks over training",
+    "Layers",
+    "Masks",
+    "Sizes",
+    "Validation",
+    "Speed",
+]
 
 
 def test_a_whole_run_fills_every_section(html: str) -> None:
@@ -381,7 +432,7 @@ def test_a_whole_run_fills_every_section(html: str) -> None:
     ):
         assert expected in page.text, expected
     figures = [heading for heading in page.headings if heading not in SECTIONS]
-    assert {"Loss", "Accuracy", "Exploration rate", "Drop fraction", "Latency at batch 1"} <= set(figures)
+    assert {"Loss", "Accuracy", "Exploration rate", "Churn", "Survival age", "Latency at batch 1"} <= set(figures)
 
 
 def test_hostile_names_stay_text(html: str) -> None:
@@ -435,7 +486,7 @@ def test_one_stage_alone_gives_a_page_that_says_what_is_left_out(
     page = Page(write({stage: run[stage]}, tmp_path / "report"))
     assert [heading for heading in page.headings if heading in SECTIONS] == SECTIONS
     filled = {
-        "train": {"Training", "Layers", "Masks"},
+        "train": {"Training", "Masks over training", "Layers", "Masks"},
         "train-dense": {"Training"},
         "freeze": {"Layers", "Masks"},
         "convert": {"Layers", "Sizes"},
@@ -453,6 +504,55 @@ def test_equal_artefacts_give_equal_bytes(run: dict[str, Artefact], html: str, t
     assert write(dict(reversed(run.items())), tmp_path / "reversed") == html
 
 
+def test_the_film_shows_what_came_and_went(html: str) -> None:
+    frames = film_frames(make_masks(layer_shapes(9))[FILMED])
+    strips = re.findall(r'<svg class="frame".*?</svg>', html)
+    assert len(strips) == len(frames)
+    for at, strip in enumerate(strips):
+        before, now = frames[max(at - 1, 0)], frames[at]
+        expected = {"kept": before & now, "grown": now & ~before, "dropped": before & ~now}
+        for role, mask in expected.items():
+            (path,) = re.findall(f'<path class="{role}" d="([^"]*)"', strip)
+            inset, squares = film.GLYPHS[role][0], re.findall(r"M(\d+) (\d+)h", path)
+            found = sorted(((int(y) - inset) // film.CELL, (int(x) - inset) // film.CELL) for x, y in squares)
+            window = mask.reshape(mask.shape[0], -1)[: film.ROWS, : film.COLUMNS // 9 * 9]
+            assert found == [tuple(place) for place in np.argwhere(window).tolist()]
+    text = Page(html).text
+    assert "step 256, update 8: 20 grown, 20 dropped" in text
+    assert "step 512, update 16: 0 grown, 0 dropped" in text
+
+
+def test_each_sparse_layer_has_a_row_of_how_its_mask_moved(html: str) -> None:
+    (table,) = re.findall(r'<table class="motion">.*?</table>', html, re.DOTALL)
+    density = {name: float(mask.mean()) for name, mask in make_masks(layer_shapes(9)).items()}
+    sparse = [name for name, value in density.items() if value < 1]
+    rows = re.findall(r"<tr>(<th scope=.row.*?)</tr>", table, re.DOTALL)
+    assert len(rows) == len(sparse)
+    last = motion(24, density)
+    for row, name in zip(rows, sparse, strict=True):
+        text = Page(row).text
+        assert name in text
+        assert f"{100 * last['exploration'][name]:.1f}\u202f%" in text
+        assert ">12<" in row  # median age
+        assert ">24<" in row  # p90
+    assert "grown by an update" not in Page(table).text  # as many as were dropped
+    # The density never changed, the last layer dropped nothing, and gradients stayed as they are.
+    assert table.count('class="spark"') == 4 * len(sparse) - 1
+
+
+def test_flops_are_shown_with_the_formula_and_its_source(html: str) -> None:
+    text = Page(html).text
+    for expected in (
+        "17.3\u202fMFLOP",
+        "81.1\u202fMFLOP",
+        "5.07\u202fTFLOP",
+        "21.0\u202fTFLOP",
+        "arXiv 1911.11134",
+        "ΔT = 100",
+    ):
+        assert expected in text, expected
+
+
 def test_the_picture_of_a_mask_shows_its_bits(html: str) -> None:
     from PIL import Image
 
@@ -466,6 +566,7 @@ def test_the_picture_of_a_mask_shows_its_bits(html: str) -> None:
 
 def test_layers_stand_in_the_order_of_the_network(run: dict[str, Artefact], tmp_path: Path) -> None:
     text = Page(write({"train": run["train"]}, tmp_path / "report")).text
+    text = text[text.index("nonzeros") :]  # the table of densities and what follows
     # In the file of masks they are sorted by name, which would put the head before the layers.
     assert text.index("layers.8.conv2.weight64") < text.index("head $") < text.index("Masks", text.index("head $"))
 

@@ -25,12 +25,13 @@ from sparsepipe.artefact import Artefact  # noqa: E402
 from sparsepipe.data import Dataset, Split, prepare  # noqa: E402
 from sparsepipe.data.split import IntArray, Raw  # noqa: E402
 from sparsepipe.errors import ArtefactError, DataError, MissingExtraError, ModelError, RecipeError  # noqa: E402
+from sparsepipe.formats.film import load_film  # noqa: E402
 from sparsepipe.formats.masks import load_masks  # noqa: E402
 from sparsepipe.models.registry import create  # noqa: E402
 from sparsepipe.progress import Bar  # noqa: E402
 from sparsepipe.recipe import parse  # noqa: E402
 from sparsepipe.sparsity.registry import METHODS  # noqa: E402
-from sparsepipe.spec import MASKS_FILE, SPEC_FILE, WEIGHTS_FILE, ModelSpec  # noqa: E402
+from sparsepipe.spec import FILM_FILE, MASKS_FILE, SPEC_FILE, WEIGHTS_FILE, ModelSpec  # noqa: E402
 from sparsepipe.stages import assembly, train, trainer  # noqa: E402
 from sparsepipe.training import checkpoint, metrics  # noqa: E402
 from sparsepipe.training.loop import DivergedError  # noqa: E402
@@ -49,7 +50,19 @@ LOGGED = {
     "exploration_rate",
     "drop_fraction",
     "density",
+    "mask_updates",
+    "churn",
+    "age",
+    "dropped",
+    "grown",
+    "exploration",
+    "age_median",
+    "age_p90",
+    "inactive_gradient_norm",
+    "inactive_gradient_mean",
+    "inference_flops",
     "inference_flops_multiple",
+    "training_flops",
     "training_flops_multiple",
     "seconds",
 }
@@ -144,7 +157,7 @@ def terminate() -> None:
 
 def assert_same_result(one: Artefact, other: Artefact) -> None:
     """Weights, masks, and the whole state of the training are the same bits; times may differ."""
-    for name in (WEIGHTS_FILE, MASKS_FILE):
+    for name in (WEIGHTS_FILE, MASKS_FILE, FILM_FILE):
         assert one.file(name).read_bytes() == other.file(name).read_bytes(), name
     states = [load_file(artefact.file(checkpoint.FILE)) for artefact in (one, other)]
     assert states[0].keys() == states[1].keys()
@@ -194,7 +207,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
 
 def test_the_artefact_holds_the_files_and_figures_that_later_stages_read(finished: Artefact) -> None:
     outputs = {name.partition("/")[0] for name in finished.manifest.outputs}
-    expected = {SPEC_FILE, WEIGHTS_FILE, MASKS_FILE, metrics.FILE, metrics.EVENTS, checkpoint.FILE}
+    expected = {SPEC_FILE, WEIGHTS_FILE, MASKS_FILE, FILM_FILE, metrics.FILE, metrics.EVENTS, checkpoint.FILE}
     assert outputs == expected
     assert finished.manifest.inputs["data"] == data.fingerprint("small:small_images")
     assert set(finished.metrics) == {
@@ -208,8 +221,12 @@ def test_the_artefact_holds_the_files_and_figures_that_later_stages_read(finishe
         "weights",
         "parameters",
         "exploration_rate",
+        "mask_updates",
+        "inference_flops",
         "inference_flops_multiple",
+        "training_flops",
         "training_flops_multiple",
+        "dense_gradient_every",
         "dense_macs",
         "seconds",
         "processes",
@@ -245,7 +262,28 @@ def test_each_epoch_is_logged_with_all_keys(finished: Artefact) -> None:
     assert [record["step"] for record in records] == [STEPS_PER_EPOCH * epoch for epoch in range(1, EPOCHS + 1)]
     assert all(record["sparsity"] == pytest.approx(0.6, abs=2e-3) for record in records)
     assert set(records[0]["density"]) == {"0.weight", "3.weight", "9.weight"}
-    assert records[-1]["training_flops_multiple"] == finished.metrics["training_flops_multiple"]
+    for key in ("training_flops", "training_flops_multiple", "inference_flops"):
+        assert records[-1][key] == finished.metrics[key]
+
+
+def test_the_masks_are_followed_to_the_end(finished: Artefact) -> None:
+    """Updates come every 3 steps before step 18 of 24, so after steps 3, 6, 9, 12 and 15."""
+    records = metrics.read(finished.file(metrics.FILE))
+    updates = [record["mask_updates"] for record in records]
+    assert updates == [
+        len([step for step in range(3, 18, 3) if start < step <= start + STEPS_PER_EPOCH])
+        for start in range(0, STEPS_PER_EPOCH * EPOCHS, STEPS_PER_EPOCH)
+    ]
+    film, masks = load_film(finished.file(FILM_FILE)), load_masks(finished.file(MASKS_FILE))
+    assert film.steps == (0, 3, 6, 9, 12, 15)
+    assert np.array_equal(film.masks[-1], masks[film.layer])
+    explored = np.logical_or.reduce(film.masks).mean()
+    assert records[-1]["exploration"][film.layer] == pytest.approx(explored)
+    dense = 2 * finished.metrics["dense_macs"]
+    assert finished.metrics["inference_flops"] == pytest.approx(dense * finished.metrics["inference_flops_multiple"])
+    samples = STEPS_PER_EPOCH * EPOCHS * 16
+    spent = 3 * dense * samples * finished.metrics["training_flops_multiple"]
+    assert finished.metrics["training_flops"] == pytest.approx(spent)
 
 
 def test_the_best_epoch_is_selected_among_those_with_final_masks(finished: Artefact) -> None:

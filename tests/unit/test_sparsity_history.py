@@ -93,6 +93,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "rigl": lambda: sparsepipe.RigL(sparsity=0.7, update_every=4),
     "blocks": lambda: sparsepipe.DSTEE(sparsity=0.7, pattern="4x1", update_every=3, distribution="uniform"),
     "set": lambda: sparsepipe.SET(sparsity=0.8, update_every=3),
+    "snfs": lambda: sparsepipe.SNFS(sparsity=0.8, update_every=4),
+    "dsr": lambda: sparsepipe.DSR(sparsity=0.8, update_every=4),
     "gmp": lambda: sparsepipe.GMP(sparsity=0.8, update_every=5),
     "static": lambda: sparsepipe.Static(sparsity=0.8),
 }
@@ -106,7 +108,7 @@ def test_all_figures_equal_those_of_an_onlooker_who_kept_every_mask(name: str, c
     seen = 0
     for updates, figures in record.taken:
         assert figures["mask_updates"] == updates - seen
-        everything = [0, 0]
+        everything, all_ages = [0, 0], []
         for layer in sparse & set(sparsifier.mask_set.counters):
             masks = record.masks[layer][: updates + 1]
             pairs = list(zip(masks[seen:], masks[seen + 1 :], strict=False))
@@ -122,9 +124,13 @@ def test_all_figures_equal_those_of_an_onlooker_who_kept_every_mask(name: str, c
                 continue
             assert figures["exploration"][layer] == pytest.approx(np.logical_or.reduce(masks).mean())
             expected = ages(masks)
+            all_ages.extend(expected)
             for key, share in (("age_median", 0.5), ("age_p90", 0.9)):
                 assert figures[key][layer] == np.quantile(expected, share, method="inverted_cdf")
         assert figures["churn"] == (pytest.approx(everything[0] / everything[1]) if everything[1] else None)
+        if all_ages:
+            for key, share in (("median", 0.5), ("p90", 0.9)):
+                assert figures["age"][key] == np.quantile(all_ages, share, method="inverted_cdf")
         seen = updates
     for layer in sparse:
         counts = sparsifier.history.ages(layer)
@@ -133,7 +139,7 @@ def test_all_figures_equal_those_of_an_onlooker_who_kept_every_mask(name: str, c
         assert any(max(figures["dropped"].values()) > 0 for _, figures in record.taken)
 
 
-@pytest.mark.parametrize("name", ["dst-ee", "rigl", "blocks"])
+@pytest.mark.parametrize("name", ["dst-ee", "rigl", "blocks", "snfs"])
 def test_gradients_are_those_of_the_weights_that_were_inactive_when_they_were_computed(name: str) -> None:
     _, record = train(METHODS[name]())
     seen = 0

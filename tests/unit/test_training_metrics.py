@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("tensorboard")
 
+import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sparsepipe.errors import ArtefactError
+from sparsepipe.sparsity.history import MaskHistory
+from sparsepipe.sparsity.masks import MaskSet
 from sparsepipe.training.metrics import EVENTS, FILE, MetricsLog, read
 
 
@@ -88,3 +94,43 @@ def test_unknown_values_are_null_and_no_event(tmp_path: Path) -> None:
     assert read(tmp_path / FILE)[0]["train_loss"] is None
     events = EventAccumulator(str(tmp_path / EVENTS)).Reload()  # type: ignore[no-untyped-call]
     assert "train_loss" not in events.Tags()["scalars"]
+
+
+def test_ages_and_the_mask_of_the_film_are_shown(tmp_path: Path) -> None:
+    masks = MaskSet({})
+    mask = torch.zeros(4, 2, 3, 3, dtype=torch.bool)
+    mask[0, 0], mask[1, 1, 0, 0] = True, True  # 10 of 72 weights
+    masks.start({"conv.weight": mask.float()}, {"conv.weight": mask})
+    history = MaskHistory(masks)
+    with MetricsLog(tmp_path, 0) as metrics:
+        metrics.show_masks(history, 5)  # nothing happened yet: the first frame
+        metrics.show_masks(history, 7)  # no new frame
+        moved = mask.clone()
+        moved[0, 0, 0, 0], moved[3, 1, 2, 2] = False, True
+        history.change("conv.weight", moved, None)
+        masks.change(mask.float(), "conv.weight", moved)
+        masks.count()
+        history.end_round(9, {})
+        metrics.show_masks(history, 10)
+    events = EventAccumulator(str(tmp_path / EVENTS)).Reload()  # type: ignore[no-untyped-call]
+    assert [event.step for event in events.Images("mask/conv.weight")] == [5, 10]
+    image = np.asarray(Image.open(io.BytesIO(events.Images("mask/conv.weight")[-1].encoded_image_string)))[..., 0]
+    assert np.array_equal(image < 128, moved.reshape(4, 18).numpy())
+    histograms = {event.step: event.histogram_value for event in events.Histograms("age/conv.weight")}
+    assert (histograms[5].num, histograms[5].max) == (10, 0)
+    assert (histograms[10].num, histograms[10].min, histograms[10].max, histograms[10].sum) == (10, 0, 1, 9)
+    assert list(histograms[10].bucket) == [1, 9]
+
+
+def test_a_large_mask_is_shown_by_its_density(tmp_path: Path) -> None:
+    masks = MaskSet({})
+    mask = torch.zeros(512, 2048, dtype=torch.bool)
+    mask[:2, :2] = True
+    masks.start({"fc.weight": mask.float()}, {"fc.weight": mask})
+    with MetricsLog(tmp_path, 0) as metrics:
+        metrics.show_masks(MaskHistory(masks), 1)
+    events = EventAccumulator(str(tmp_path / EVENTS)).Reload()  # type: ignore[no-untyped-call]
+    image = np.asarray(Image.open(io.BytesIO(events.Images("mask/fc.weight")[0].encoded_image_string)))[..., 0]
+    assert image.shape == (256, 1024)
+    assert image[0, 0] == 0
+    assert (np.delete(image.ravel(), 0) == 255).all()
