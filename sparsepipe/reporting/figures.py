@@ -76,6 +76,8 @@ def _curve(rows: Sequence[Epoch], key: str, label: str, role: plots.Role, *, sec
 
 _PROGRESS = (
     ("exploration_rate", "Exploration rate", "share of the weights that were active at least once until then"),
+    ("churn", "Churn", "share of the active weights that an update drops and does not grow again at once"),
+    ("drop_fraction", "Drop fraction", "share of the active weights that the next update would drop"),
     ("sparsity", "Sparsity", "share of the maskable weights that are zero"),
 )
 
@@ -89,25 +91,7 @@ def exploration(rows: Sequence[Epoch]) -> Iterable[Figure]:
             continue
         alt = f"{title}: {meaning}. From {units.percent(known[0])} to {units.percent(known[-1])}."
         yield _progress(title, [plots.Line(title, _steps(rows), values, "sparse")], alt, title.lower(), per_cent=True)
-    yield from _turnover(rows)
     yield from _survival(rows)
-
-
-def _turnover(rows: Sequence[Epoch]) -> Iterable[Figure]:
-    """What an update takes away for a while, and what it takes away for good."""
-    lines = [
-        plots.Line(label, _steps(rows), values, role, secondary)
-        for label, key, role, secondary in (
-            ("drop fraction: removed", "drop_fraction", "dense", True),
-            ("churn: removed, and not grown again at once", "churn", "sparse", False),
-        )
-        if any(values := [getattr(row, key) for row in rows])
-    ]
-    if lines:
-        alt = (
-            f"Share of the active weights in an update of the masks. Last values: {_last_values(lines, per_cent=True)}."
-        )
-        yield _progress("Churn", lines, alt, "share of active weights", per_cent=True)
 
 
 def _survival(rows: Sequence[Epoch]) -> Iterable[Figure]:

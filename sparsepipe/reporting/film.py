@@ -18,7 +18,7 @@ ROWS, COLUMNS = 32, 48
 """The window: so many output channels, and about so many inputs times kernel taps, from the first ones on."""
 CELL = 10
 """Side of one weight in units of the SVG."""
-GLYPHS = {"kept": (3, 4), "grown": (0, 10), "dropped": (2, 6)}
+GLYPHS = {"kept": (2, 6), "grown": (0, 10), "dropped": (1, 8)}
 """How far inside its cell the square of a weight begins, and its side: sizes differ, so that no colour is needed."""
 
 

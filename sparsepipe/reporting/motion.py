@@ -20,9 +20,10 @@ Values = Sequence[float | None]
 
 @dataclass(frozen=True)
 class Cell:
-    """The last known value of a quantity, and its curve over the epochs (None where it never changed)."""
+    """The last known value of a quantity, that of its companion, and its curve (None where it never changed)."""
 
     value: str
+    note: str = ""
     curve: Markup | None = None
 
 
@@ -33,26 +34,40 @@ class Column:
     title: str
     low: str
     high: str
+    log_scale: bool
     cells: Mapping[str, Cell]
 
 
 @dataclass(frozen=True)
 class _Quantity:
+    """A key of the log, and a second one whose last value stands below, with the word before it."""
+
     title: str
     key: str
     show: Callable[[float | None], str]
     log_scale: bool = False
+    note: str = ""
+    note_key: str = ""
+
+
+def _percent(value: float | None) -> str:
+    return units.percent(value, 1)
 
 
 _QUANTITIES = (
-    _Quantity("density", "density", lambda value: units.percent(value, 1)),
-    _Quantity("explored", "exploration", lambda value: units.percent(value, 1)),
-    _Quantity("dropped by an update", "dropped", lambda value: units.percent(value, 1)),
-    _Quantity("grown by an update", "grown", lambda value: units.percent(value, 1)),
-    _Quantity("age, median", "age_median", units.count),
-    _Quantity("age, p90", "age_p90", units.count),
-    _Quantity("mean |gradient|, inactive", "inactive_gradient_mean", units.scientific, log_scale=True),
-    _Quantity("gradient norm, inactive", "inactive_gradient_norm", units.scientific, log_scale=True),
+    _Quantity("density", "density", _percent, log_scale=True),
+    _Quantity("explored", "exploration", _percent, log_scale=True),
+    _Quantity("dropped by an update", "dropped", _percent),
+    _Quantity("grown by an update", "grown", _percent),
+    _Quantity("median age, updates", "age_median", units.count, note="p90", note_key="age_p90"),
+    _Quantity(
+        "gradient norm, inactive",
+        "inactive_gradient_norm",
+        units.scientific,
+        log_scale=True,
+        note="mean",
+        note_key="inactive_gradient_mean",
+    ),
 )
 
 
@@ -69,27 +84,41 @@ def columns(epochs: Sequence[Epoch], names: Sequence[str]) -> list[Column]:
     """
     found = []
     for quantity in _QUANTITIES:
-        table = {name: [getattr(epoch, quantity.key).get(name) for epoch in epochs] for name in names}
+        table = {name: _series(epochs, quantity.key, name) for name in names}
         same = quantity.key == "grown" and all(epoch.grown == epoch.dropped for epoch in epochs)
         if same or all(value is None for values in table.values() for value in values):
             continue
-        found.append(_column(quantity, table))
+        notes = {name: _last(_series(epochs, quantity.note_key, name)) for name in names if quantity.note}
+        found.append(_column(quantity, table, notes))
     return found
 
 
-def _column(quantity: _Quantity, table: Mapping[str, Values]) -> Column:
+def _series(epochs: Sequence[Epoch], key: str, name: str) -> Values:
+    return [getattr(epoch, key).get(name) for epoch in epochs]
+
+
+def _last(values: Values) -> float | None:
+    return next((value for value in reversed(values) if value is not None), None)
+
+
+def _column(quantity: _Quantity, table: Mapping[str, Values], notes: Mapping[str, float | None]) -> Column:
     known = [value for values in table.values() for value in values if value is not None]
     above_zero = [value for value in known if value > 0]
     log_scale = quantity.log_scale and bool(above_zero)
     low, high = (min(above_zero) if log_scale else 0.0), max(known)
     cells = {}
     for name, values in table.items():
-        own = [value for value in values if value is not None]
-        moves = len(set(own)) > 1
-        places = [_place(value, low, high, log_scale=log_scale) for value in values]
-        alt = f"curve from {quantity.show(own[0])} to {quantity.show(own[-1])}" if moves else ""
-        cells[name] = Cell(quantity.show(own[-1] if own else None), sparkline(places, alt) if moves else None)
-    return Column(quantity.title, quantity.show(low), quantity.show(high), cells)
+        note = f"{quantity.note} {quantity.show(notes[name])}" if notes.get(name) is not None else ""
+        cells[name] = Cell(quantity.show(_last(values)), note, _curve(quantity, values, low, high, log_scale=log_scale))
+    return Column(quantity.title, quantity.show(low), quantity.show(high), log_scale, cells)
+
+
+def _curve(quantity: _Quantity, values: Values, low: float, high: float, *, log_scale: bool) -> Markup | None:
+    own = [value for value in values if value is not None]
+    if len(set(own)) < 2:
+        return None
+    alt = f"curve from {quantity.show(own[0])} to {quantity.show(own[-1])}"
+    return sparkline([_place(value, low, high, log_scale=log_scale) for value in values], alt)
 
 
 def _place(value: float | None, low: float, high: float, *, log_scale: bool) -> float | None:
