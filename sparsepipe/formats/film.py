@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsepipe.errors import FormatError
-from sparsepipe.formats.layout import MAX_DIMENSION
+from sparsepipe.formats.layout import MAX_DIMENSION, Array
 from sparsepipe.formats.masks import Mask
 from sparsepipe.formats.tensors import read_tensors, write_tensors
 
@@ -41,7 +41,7 @@ def save_film(
     bits: Sequence[npt.NDArray[np.uint8]],
 ) -> None:
     """Write the frames `bits`, each a packed mask of `shape`."""
-    tensors = {
+    tensors: dict[str, Array] = {
         "bits": np.stack(bits),
         "updates": np.array(updates, dtype=np.int64),
         "steps": np.array(steps, dtype=np.int64),
