@@ -148,8 +148,9 @@ def test_gradients_are_those_of_the_weights_that_were_inactive_when_they_were_co
         for layer, value in figures["inactive_gradient_norm"].items():
             inactive = ~record.masks[layer][updates - 1]
             gradient = record.gradients[updates - 1][layer][inactive].astype(np.float64)
+            mean = np.abs(gradient).mean() if len(gradient) else 0.0  # where weights trade places, a layer may fill up
             assert value == pytest.approx(np.sqrt((gradient**2).sum()), rel=1e-5)
-            assert figures["inactive_gradient_mean"][layer] == pytest.approx(np.abs(gradient).mean(), rel=1e-5)
+            assert figures["inactive_gradient_mean"][layer] == pytest.approx(mean, rel=1e-5)
         seen = updates
 
 

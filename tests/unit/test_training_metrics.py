@@ -103,16 +103,17 @@ def test_ages_and_the_mask_of_the_film_are_shown(tmp_path: Path) -> None:
     masks.start({"conv.weight": mask.float()}, {"conv.weight": mask})
     history = MaskHistory(masks)
     with MetricsLog(tmp_path, 0) as metrics:
-        metrics.show_masks(history, 5)  # nothing happened yet: the first frame
-        metrics.show_masks(history, 7)  # no new frame
+        metrics.write({"step": 5}, history)  # nothing happened yet: the first frame
+        metrics.write({"step": 7}, history)  # no new frame
         moved = mask.clone()
         moved[0, 0, 0, 0], moved[3, 1, 2, 2] = False, True
         history.change("conv.weight", moved, None)
         masks.change(mask.float(), "conv.weight", moved)
         masks.count()
         history.end_round(9, {})
-        metrics.show_masks(history, 10)
-    events = EventAccumulator(str(tmp_path / EVENTS)).Reload()  # type: ignore[no-untyped-call]
+        metrics.write({"step": 10}, history)
+    every = {"histograms": 0, "images": 0}
+    events = EventAccumulator(str(tmp_path / EVENTS), every).Reload()  # type: ignore[no-untyped-call]
     assert [event.step for event in events.Images("mask/conv.weight")] == [5, 10]
     image = np.asarray(Image.open(io.BytesIO(events.Images("mask/conv.weight")[-1].encoded_image_string)))[..., 0]
     assert np.array_equal(image < 128, moved.reshape(4, 18).numpy())
@@ -128,7 +129,7 @@ def test_a_large_mask_is_shown_by_its_density(tmp_path: Path) -> None:
     mask[:2, :2] = True
     masks.start({"fc.weight": mask.float()}, {"fc.weight": mask})
     with MetricsLog(tmp_path, 0) as metrics:
-        metrics.show_masks(MaskHistory(masks), 1)
+        metrics.write({"step": 1}, MaskHistory(masks))
     events = EventAccumulator(str(tmp_path / EVENTS)).Reload()  # type: ignore[no-untyped-call]
     image = np.asarray(Image.open(io.BytesIO(events.Images("mask/fc.weight")[0].encoded_image_string)))[..., 0]
     assert image.shape == (256, 1024)
