@@ -60,6 +60,11 @@ class MaskSet(Mapping[str, Tensor]):
             self.counters[name] = torch.ones_like(weight, dtype=torch.int16)
         self._masks[name].copy_(mask)
 
+    def make_dense(self, weight: Tensor, name: str) -> None:
+        """Take the mask from a weight, as if it never had one."""
+        self._masks[name] = _all_true(weight)
+        del self.counters[name]
+
     def count(self) -> None:
         """End a round of updates: N += mask."""
         self.rounds += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,19 @@ class Network:
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {name: weight.parameter for name, weight in self.weights.items()}
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Put the weights and their optimizer state back to what they are now when the block ends."""
+        tensors = [
+            tensor
+            for parameter in self.tensors.values()
+            for tensor in (parameter, *_tensors(self.optimizer.state.get(parameter, {})))
+        ]
+        kept = [tensor.clone() for tensor in tensors]
+        yield
+        for tensor, value in zip(tensors, kept, strict=True):
+            tensor.copy_(value)
 
     def start(self, masks: Mapping[str, Tensor]) -> None:
         """Begin sparse: `masks` are the first of these weights; state that an optimizer already has is cut to them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.replicas import Replicas, refuse_sharded
 from sparsepipe.sparsity.weights import maskable, same_weights, unwrapped
+
+log = logging.getLogger("sparsepipe")
 
 
 class Sparsifier:
@@ -36,8 +39,10 @@ class Sparsifier:
             get the weights and the seed of the first of them, and from then on choose the same masks.
         check_every: mask updates between two comparisons of the masks over the processes; the first update is always
             compared. Single processes compare nothing.
+        state: go on from this `state_dict()`, with a model and an optimizer that are loaded already.
 
     Raises:
+        ArtefactError: `state` is of another model or of other options, or the model is not loaded.
         ModelError: nothing can be masked, `optimizer` is none of torch's, or the parameters are sharded (FSDP). During
             training: the processes have different masks.
         RecipeError: the target cannot be reached, or an override matches no layer.
@@ -53,6 +58,7 @@ class Sparsifier:
         seed: int = 0,
         process_group: distributed.ProcessGroup | None = None,
         check_every: int = 10,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # the wrappers of Fabric and Accelerate keep it there
         if not isinstance(optimizer, Optimizer):
@@ -71,8 +77,14 @@ class Sparsifier:
         self._prepared = False
         self._expected_nonzero: dict[str, int] = {}
         with torch.no_grad():
-            method.attach(self._network)
-            self._replicas.compare(self._network, 0)
+            if state is None:
+                method.attach(self._network)
+            else:
+                with self._network.preserved():
+                    method.attach(self._network)
+                self.load_state_dict(state)
+                self._check_weights_are_loaded()
+            self._replicas.compare(self._network, self.step)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -160,6 +172,11 @@ class Sparsifier:
             self._network.mask_copies()
         for hook in self._hooks:
             hook.remove()
+        if not self.masks_final:
+            steps, sparsity = f"{self.step} of {self._network.total_steps}", f"{self.mask_set.sparsity:.2%}"
+            log.warning(
+                "Fixed the masks after step %s, before %s is done: %s sparse.", steps, self.method.name, sparsity
+            )
         return self.mask_set
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,11 +202,15 @@ class Sparsifier:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`. Load the model and the optimizer after making the Sparsifier, not before.
 
+        Where they are loaded first, give the state to the constructor instead.
+
         Raises:
             ArtefactError: the state is of another model or of other options; the message names the first difference.
         """
         self._refuse_other(state)
         tensors = self._network.tensors
+        for name in self.mask_set.counters.keys() - state["counters"].keys():
+            self.mask_set.make_dense(tensors[name], name)
         for name, counter in state["counters"].items():
             weight, mask = tensors[name], unpack_mask(name, state["masks"][name], tuple(state["shapes"][name]))
             self.mask_set.change(weight, name, mask.to(weight.device))
@@ -295,4 +316,17 @@ class Sparsifier:
                     f"Only {found} of {count} weights are left in '{name}': the model was loaded too early.",
                     where="sparsifier state",
                     advice="Make the Sparsifier first, then load the model, the optimizer and the Sparsifier.",
+                )
+
+    def _check_weights_are_loaded(self) -> None:
+        """Weights that were saved with the state are zero wherever its masks are."""
+        for name in self.mask_set.counters:
+            weight = self._network.weights[name].parameter
+            found = int((weight * ~self.mask_set[name]).count_nonzero())
+            if found:
+                raise ArtefactError(
+                    f"{found} weights of '{name}' are not zero although the state says that they are inactive.",
+                    where="sparsifier state",
+                    advice="Load model and optimizer from the same checkpoint as the state, before making the "
+                    "Sparsifier with it.",
                 )
