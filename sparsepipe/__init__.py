@@ -25,6 +25,7 @@ _HOME = {
     "GMP": "sparsepipe.sparsity.methods.gmp",
     "MagnitudeOneShot": "sparsepipe.sparsity.methods.magnitude_oneshot",
     "Dense": "sparsepipe.sparsity.methods.dense",
+    "export_onnx": "sparsepipe.stages.export",
     "SparsepipeError": "sparsepipe.errors",
 }
 

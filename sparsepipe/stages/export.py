@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from onnx import ModelProto
@@ -120,6 +120,33 @@ def from_onnx(path: Path, config: recipe.Export, out: Path) -> Artefact:
         model.ir_version = min(model.ir_version, max(opset.smallest_ir_version(model), COMMON_IR_VERSION))
         progress.advance(note="choosing layers")
         return _write(model, {}, config, {"onnx": digest_file(path)}, out, progress.advance)
+
+
+def export_onnx(network: nn.Module, input_shape: tuple[int, ...], out: str | Path, **settings: Any) -> Artefact:
+    """Export a network as it stands in memory, trained in whatever loop; the zeros in its weights are what is sparse.
+
+    Args:
+        network: takes one tensor [batch, *input_shape] and gives one; exported in evaluation mode and not touched.
+        input_shape: shape of one sample, (C, H, W) or (F,).
+        out: the folder to write. What an earlier export wrote there is replaced.
+        settings: keys of a recipe's section `export`: targets, opset.
+
+    Raises:
+        RecipeError: there is no such setting, or its value is not allowed.
+        GraphError: the network cannot be exported, or onnxruntime cannot load the result.
+        ArtefactError: the folder holds something else.
+        MissingExtraError: onnxscript is not installed.
+    """
+    config = recipe.check(recipe.Export, settings, where="export")
+    try:
+        from sparsepipe.graph.build import build
+    except ImportError as error:
+        raise MissingExtraError(error.name or "torch", "train", "Exporting a network") from error
+
+    with bar("Export", STEPS) as progress:
+        model, _ = fold(build(network, tuple(input_shape), opset=config.opset))
+        progress.advance(note="choosing layers")
+        return _write(model, _versions("torch", "onnxscript"), config, {}, Path(out), progress.advance)
 
 
 def file_name(target: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import subprocess
@@ -19,7 +20,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from sparsepipe.artefact import Artefact, draft, read_json
-from sparsepipe.errors import GraphError, ModelError
+from sparsepipe.errors import GraphError, ModelError, RecipeError
 from sparsepipe.recipe import Choice, Conversion, Export
 from sparsepipe.spec import ModelSpec, Preprocessing
 from sparsepipe.stages import convert, export
@@ -194,6 +195,27 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, own_network: Path) ->
         "missing: 9.bias; unexpected: extra; of the wrong shape: 0.weight (4, 2, 3, 3) instead of (8, 2, 3, 3)"
         in str(caught.value)
     )
+
+
+def test_a_network_in_memory_is_exported_with_settings_like_those_of_a_recipe(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    network = torch.nn.Sequential(torch.nn.Linear(8, 40), torch.nn.BatchNorm1d(40), torch.nn.Linear(40, 3))
+    with torch.no_grad():
+        network[2].weight[:, ::2] = 0.0
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    result = export.export_onnx(network, (8,), str(tmp_path / "out"), targets=("dense",), opset=17)
+    assert [path.name for path in sorted(result.folder.glob("*.onnx"))] == ["model.dense.onnx"]
+    assert onnx.load(result.file("model.dense.onnx")).opset_import[0].version == 17
+    assert {layer["name"]: layer["sparsity"] for layer in result.metrics["layers"]}["2.weight"] == 0.5
+    sample = torch.randn(5, 8)
+    with torch.no_grad():
+        expected = copy.deepcopy(network).eval()(sample).numpy()
+    found = onnxruntime.InferenceSession(result.file("model.dense.onnx")).run(None, {"input": sample.numpy()})[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    with pytest.raises(RecipeError, match=r"export: unknown key 'target' \(did you mean 'targets'"):
+        export.export_onnx(network, (8,), tmp_path / "out", target="dense")
 
 
 def foreign(opset: int = 17, op_type: str = "Relu", domain: str = "") -> ModelProto:
