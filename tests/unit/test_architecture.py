@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "sparsepipe"
 ROOMS = (
     "sparsity",
+    "integrations",
     "training",
     "data",
     "formats",
@@ -62,6 +63,11 @@ def test_rooms_know_nothing_of_stages_recipes_or_the_command_line(room: str) -> 
 
 def test_sparsity_imports_no_other_room() -> None:
     for path in files("sparsity"):
+        assert imported_rooms(path) <= {"sparsity", "errors"}, path
+
+
+def test_integrations_import_only_sparsity() -> None:
+    for path in files("integrations"):
         assert imported_rooms(path) <= {"sparsity", "errors"}, path
 
 
