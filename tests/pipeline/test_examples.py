@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,17 +13,6 @@ import pytest
 pytest.importorskip("torch")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def test_the_plain_loop_trains_to_the_asked_sparsity() -> None:
-    specification = importlib.util.spec_from_file_location("plain_loop", EXAMPLES / "plain_loop.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    sparsity, accuracy = module.main(epochs=8)
-    assert sparsity == pytest.approx(0.95, abs=1e-3)
-    assert accuracy > 0.8
 
 
 def test_an_own_network_and_dataset_go_through_the_chain(tmp_path: Path) -> None:
