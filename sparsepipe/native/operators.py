@@ -197,12 +197,12 @@ def standard_nodes(node: onnx.NodeProto, opset: int = 17) -> list[onnx.NodeProto
     bias = ["B"] if "B" in present else []
     if base == "SparseConv":
         conv = helper.make_node("Conv", ["X", "W", *bias], ["y0"], group=1)
-        nodes = [_with(conv, window, AttributeProto.INTS)]
+        nodes = [with_references(conv, window, AttributeProto.INTS)]
         if "residual" in present:
             nodes.append(helper.make_node("Add", ["y0", "residual"], ["y1"]))
     elif base == "DepthwiseConv":
-        conv = _with(helper.make_node("Conv", ["X", "W", *bias], ["y0"]), window, AttributeProto.INTS)
-        nodes = [_with(conv, {"group": "channels"}, AttributeProto.INT)]
+        conv = with_references(helper.make_node("Conv", ["X", "W", *bias], ["y0"]), window, AttributeProto.INTS)
+        nodes = [with_references(conv, {"group": "channels"}, AttributeProto.INT)]
     else:
         nodes = [helper.make_node("MatMul", ["X", "W"], ["y0"])]
         if bias:
@@ -210,16 +210,18 @@ def standard_nodes(node: onnx.NodeProto, opset: int = 17) -> list[onnx.NodeProto
     return nodes + _activation(attributes["activation"], nodes[-1].output[0], opset)
 
 
-def _with(node: onnx.NodeProto, sources: Mapping[str, str], kind: AttributeProto.AttributeType) -> onnx.NodeProto:
+def with_references(
+    node: onnx.NodeProto, sources: Mapping[str, str], kind: AttributeProto.AttributeType
+) -> onnx.NodeProto:
     """``node`` with attributes (its name -> the function's name) that the caller of the function sets."""
     for name, source in sources.items():
         node.attribute.add(name=name, ref_attr_name=source, type=kind)
     return node
 
 
-def _attribute(output: str, field: str, source: str, kind: AttributeProto.AttributeType) -> onnx.NodeProto:
+def attribute_tensor(output: str, field: str, source: str, kind: AttributeProto.AttributeType) -> onnx.NodeProto:
     """A tensor of an attribute of the function."""
-    return _with(helper.make_node("Constant", [], [output]), {field: source}, kind)
+    return with_references(helper.make_node("Constant", [], [output]), {field: source}, kind)
 
 
 def _constant(name: str, value: NDArray[Any]) -> onnx.NodeProto:
@@ -238,10 +240,10 @@ def _dense_weight(output: str, sizes: tuple[str, str], kernel: str | None = None
     dims = {"outputs": sizes[0], "inputs": sizes[1], "r": "block"}
     nodes = [_constant("rest", np.array([-1], np.int64)), _constant("axis0", np.array(0, np.int64))]
     for name, source in dims.items():
-        nodes.append(_attribute(f"{name}_", "value_int", source, AttributeProto.INT))
+        nodes.append(attribute_tensor(f"{name}_", "value_int", source, AttributeProto.INT))
         nodes.append(helper.make_node("Reshape", [f"{name}_", "rest"], [name]))
     if kernel:
-        nodes.append(_attribute("taps", "value_ints", kernel, AttributeProto.INTS))
+        nodes.append(attribute_tensor("taps", "value_ints", kernel, AttributeProto.INTS))
     return [
         *nodes,
         helper.make_node("Concat", ["outputs", "inputs", *(["taps"] if kernel else [])], ["weight_shape"], axis=0),
@@ -276,7 +278,7 @@ def _activation(activation: bytes, value: str, opset: int) -> list[onnx.NodeProt
         case b"hardswish":
             return [helper.make_node("HardSwish", [value], ["Y"])]
         case b"clip":
-            bounds = [_attribute(name, "value_float", name, AttributeProto.FLOAT) for name in ("min", "max")]
+            bounds = [attribute_tensor(name, "value_float", name, AttributeProto.FLOAT) for name in ("min", "max")]
             return [*bounds, helper.make_node("Clip", [value, "min", "max"], ["Y"])]
         case b"silu":
             return [

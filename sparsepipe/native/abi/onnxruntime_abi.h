@@ -30,7 +30,7 @@ struct ApiBase {
 };
 
 enum ErrorCode : int { kOk = 0, kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
-enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kUint16 = 4 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kUint16 = 4, kInt32 = 6 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
 struct CustomOp {

@@ -24,9 +24,20 @@ const Isa* const* compiled() {
   return all;
 }
 
+namespace {
+// Sets that differ for int8 only (qdispatch.cc), and what float32 runs on with them.
+const char* for_float(const char* name) {
+  if (std::strcmp(name, "avx512vnni") == 0) return "avx512";
+  if (std::strcmp(name, "avxvnni") == 0) return "avx2";
+  if (std::strcmp(name, "neondot") == 0) return "neon";
+  return name;
+}
+}  // namespace
+
 const Isa* select(char* error, std::size_t error_size) {
   const char* wanted = std::getenv("SPARSEPIPE_ISA");
   const bool any = wanted == nullptr || *wanted == '\0';
+  if (!any) wanted = for_float(wanted);
   for (const Isa* const* isa = compiled(); *isa; ++isa) {
     if (!any && std::strcmp(wanted, (*isa)->name) != 0) continue;
     if ((*isa)->supported()) return *isa;

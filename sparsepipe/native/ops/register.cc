@@ -6,19 +6,23 @@
 #include <vector>
 
 #include "ops/ops.h"
+#include "ops/quantized.h"
 
 namespace sparsepipe {
 namespace {
 
-using Make = std::unique_ptr<Kernel> (*)(const abi::Functions&, const Node&, const kernels::Isa&);
+constexpr int kResidual = 4;  // of SparseConv; of SparseQConv it is kQResidual
 
-constexpr int kResidual = 4;  // the input of SparseConv that is added
+using Make = std::unique_ptr<Kernel> (*)(const abi::Functions&, const Node&, const kernels::Isa&);
 
 // What the operators of one family share.
 struct Family {
   const char* name;
-  std::size_t inputs, required;
+  std::vector<int> types;  // of the inputs; kUndefined: any
+  std::size_t required;    // of them
+  int output;
   Make make;
+  std::size_t residual;  // the input that is added; 0: none
 };
 
 struct Op : abi::CustomOp {
@@ -35,7 +39,7 @@ void agree(const Op& op, const Node& node) {
     throw Error("attribute 'activation' is '" + activation.substr(0, 40) + "', but the operator " + op.text +
                 " has activation '" + op.activation + "'");
   }
-  if (node.has_input(kResidual) == op.residual) return;
+  if (op.family->residual == 0 || node.has_input(op.family->residual) == op.residual) return;
   throw Error("input 'residual' is " + std::string(op.residual ? "missing" : "given") + ", but the operator " + op.text +
               (op.residual ? " adds one" : " adds none"));
 }
@@ -63,6 +67,7 @@ abi::Status* compute(void* kernel, abi::KernelContext* context) {
 }
 
 // The output may take the memory of the residual: every number of it is read before it is written, by one thread.
+template <int kResidual>
 std::size_t residual_inplace(int** inputs, int** outputs) {
   *inputs = new (std::nothrow) int[1]{kResidual};
   *outputs = new (std::nothrow) int[1]{0};
@@ -83,14 +88,14 @@ Op describe(const Family& family, const char* activation, const char* suffix, bo
   op.version = abi::kApiVersion;
   op.name = [](const abi::CustomOp* o) { return static_cast<const Op*>(o)->text.c_str(); };
   op.execution_provider = [](const abi::CustomOp*) -> const char* { return nullptr; };
-  op.input_count = [](const abi::CustomOp* o) { return static_cast<const Op*>(o)->family->inputs; };
-  op.input_type = [](const abi::CustomOp*, std::size_t i) { return static_cast<int>(i == 2 ? abi::kUndefined : abi::kFloat); };
+  op.input_count = [](const abi::CustomOp* o) { return static_cast<const Op*>(o)->family->types.size(); };
+  op.input_type = [](const abi::CustomOp* o, std::size_t i) { return static_cast<const Op*>(o)->family->types[i]; };
   op.input_characteristic = [](const abi::CustomOp* o, std::size_t i) {
     return static_cast<int>(i < static_cast<const Op*>(o)->family->required ? abi::kRequired : abi::kOptional);
   };
   op.input_memory_type = [](const abi::CustomOp*, std::size_t) { return 0; };
   op.output_count = [](const abi::CustomOp*) -> std::size_t { return 1; };
-  op.output_type = [](const abi::CustomOp*, std::size_t) { return static_cast<int>(abi::kFloat); };
+  op.output_type = [](const abi::CustomOp* o, std::size_t) { return static_cast<const Op*>(o)->family->output; };
   op.output_characteristic = [](const abi::CustomOp*, std::size_t) { return static_cast<int>(abi::kRequired); };
   op.variadic_input_min_arity = [](const abi::CustomOp*) { return 0; };
   op.variadic_input_homogeneity = [](const abi::CustomOp*) { return 0; };
@@ -102,7 +107,7 @@ Op describe(const Family& family, const char* activation, const char* suffix, bo
   op.start_version = [](const abi::CustomOp*) { return 1; };
   op.end_version = [](const abi::CustomOp*) { return 0x7fffffff; };
   if (residual) {
-    op.may_inplace = residual_inplace;
+    op.may_inplace = family.residual == kQResidual ? residual_inplace<kQResidual> : residual_inplace<kResidual>;
     op.release_may_inplace = release_inplace;
   }
   op.text = std::string(family.name) + (residual ? "Add" : "") + suffix;
@@ -112,11 +117,28 @@ Op describe(const Family& family, const char* activation, const char* suffix, bo
   return op;
 }
 
+// Each for uint8 and for int8 tensors: onnxruntime chooses by the type of the inputs.
+const std::vector<Family>& quantized_families() {
+  static const std::vector<Family> families = [] {
+    std::vector<Family> made;
+    for (int type : {abi::kUint8, abi::kInt8}) {
+      std::vector<int> types{type, abi::kFloat, type, abi::kInt8, abi::kUndefined, abi::kFloat, abi::kFloat, type,
+                             abi::kInt32};
+      made.push_back({"SparseQLinear", types, 8, type, make_sparse_qlinear, 0});
+      types.insert(types.end(), {type, abi::kFloat, type, abi::kFloat, type});
+      made.push_back({"SparseQConv", types, 8, type, make_sparse_qconv, kQResidual});
+    }
+    return made;
+  }();
+  return families;
+}
+
 // A file has one fallback body per operator name, so each set of fused steps has a name.
 std::vector<Op> all_operators() {
-  static const Family conv{"SparseConv", 5, 3, make_sparse_conv};
-  static const Family linear{"SparseLinear", 4, 3, make_sparse_linear};
-  static const Family depthwise{"DepthwiseConv", 3, 2, make_depthwise_conv};
+  using abi::kFloat, abi::kUndefined;
+  static const Family conv{"SparseConv", {kFloat, kFloat, kUndefined, kFloat, kFloat}, 3, kFloat, make_sparse_conv, kResidual};
+  static const Family linear{"SparseLinear", {kFloat, kFloat, kUndefined, kFloat}, 3, kFloat, make_sparse_linear, 0};
+  static const Family depthwise{"DepthwiseConv", {kFloat, kFloat, kFloat}, 2, kFloat, make_depthwise_conv, 0};
   const std::pair<const char*, const char*> of_conv[] = {
       {"none", ""}, {"relu", "Relu"}, {"clip", "Clip"}, {"hardswish", "HardSwish"}, {"silu", "Silu"}};
   const std::pair<const char*, const char*> of_linear[] = {
@@ -127,6 +149,12 @@ std::vector<Op> all_operators() {
     ops.push_back(describe(depthwise, activation, suffix, false));
   }
   for (const auto& [activation, suffix] : of_linear) ops.push_back(describe(linear, activation, suffix, false));
+  for (const Family& family : quantized_families()) {
+    for (const auto& [activation, suffix] : {of_conv[0], of_conv[1], of_conv[2]}) {
+      ops.push_back(describe(family, activation, suffix, false));
+      if (family.residual) ops.push_back(describe(family, activation, suffix, true));
+    }
+  }
   return ops;
 }
 

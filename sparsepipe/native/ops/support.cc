@@ -177,13 +177,13 @@ std::optional<Tensor> Call::input(std::size_t index) const {
   return tensor_of(ort_, value);
 }
 
-float* Call::output(const std::vector<std::int64_t>& dims) const {
+void* Call::output_data(const std::vector<std::int64_t>& dims) const {
   abi::Value* value = nullptr;
   check(ort_, ort_.output(context_, 0, dims.data(), dims.size(), &value));
   if (value == nullptr) throw Error("onnxruntime gave no output");
   void* data = nullptr;
   check(ort_, ort_.tensor_data(value, &data));
-  return static_cast<float*>(data);
+  return data;
 }
 
 void Call::parallel(std::size_t count, const std::function<void(std::size_t)>& task) const {

@@ -95,7 +95,8 @@ class Call {
   Call(const abi::Functions& ort, abi::KernelContext* context) : ort_(ort), context_(context) {}
 
   std::optional<Tensor> input(std::size_t index) const;  // nothing where it is absent
-  float* output(const std::vector<std::int64_t>& dims) const;
+  float* output(const std::vector<std::int64_t>& dims) const { return static_cast<float*>(output_data(dims)); }
+  void* output_data(const std::vector<std::int64_t>& dims) const;
   // task(i) for every i < count, on the threads of the session. An exception of a task is thrown here.
   void parallel(std::size_t count, const std::function<void(std::size_t)>& task) const;
 

@@ -35,9 +35,10 @@ std::int64_t extent(std::int64_t size, std::int64_t pads, std::int64_t kernel, s
 
 }  // namespace
 
-Planes read_planes(const Window& window, const Tensor& x, std::int64_t channels, std::int64_t out_channels) {
+Planes read_planes(const Window& window, const Tensor& x, std::int64_t channels, std::int64_t out_channels, int type,
+                   const char* type_name) {
   const std::size_t rank = window.flat ? 3 : 4;
-  if (x.type != abi::kFloat) throw Error("input 'X' must be a float32 tensor");
+  if (x.type != type) throw Error("input 'X' must be a " + std::string(type_name) + " tensor");
   if (x.dims.size() != rank || x.dims[1] != channels) {
     throw Error("input 'X' must have " + std::to_string(rank) + " dimensions and " + std::to_string(channels) +
                 " channels, not shape " + shape_text(x.dims));

@@ -23,7 +23,8 @@ struct Planes {
   std::int64_t batch, height, width, out_height, out_width;
   std::vector<std::int64_t> out_dims;
 };
-Planes read_planes(const Window& window, const Tensor& x, std::int64_t channels, std::int64_t out_channels);
+Planes read_planes(const Window& window, const Tensor& x, std::int64_t channels, std::int64_t out_channels,
+                   int type = abi::kFloat, const char* type_name = "float32");
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 

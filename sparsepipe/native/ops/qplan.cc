@@ -1,0 +1,88 @@
+#include "ops/qplan.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace sparsepipe {
+
+using kernels::kQuad;
+
+PackedQWeight::PackedQWeight(const QWeight& weight, std::int64_t group_bytes, const std::vector<std::int32_t>& tap,
+                             bool wide)
+    : row_start_(&weight.row_start) {
+  const auto block = static_cast<std::size_t>(weight.block);
+  const std::size_t size = sizeof(std::int32_t) + block * kQuad * (wide ? 2 : 1);
+  entries_.resize(weight.entries() * size);
+  char* to = entries_.data();
+  const std::int8_t* values = weight.values.data();
+  for (const std::uint32_t column : weight.column) {
+    const std::int64_t group = column / weight.positions;
+    const auto offset = static_cast<std::int32_t>(group * group_bytes +
+                                                  tap[static_cast<std::size_t>(column % weight.positions)]);
+    std::memcpy(to, &offset, sizeof offset);
+    to += sizeof offset;
+    for (std::size_t r = 0; r < block; ++r, values += kQuad) {
+      if (wide) {
+        const std::int16_t words[kQuad] = {values[0], values[2], values[1], values[3]};
+        std::memcpy(to, words, sizeof words);
+        to += sizeof words;
+      } else {
+        std::memcpy(to, values, kQuad);
+        to += kQuad;
+      }
+    }
+  }
+}
+
+double qtile_cycles(const QWeight& weight, const kernels::QIsa& isa, int vectors) {
+  // Measured on AVX-512 VNNI (NOTES.md): two products a cycle, the end of a row is mispredicted.
+  constexpr double kProduct = 0.5, kLeast = 2.5, kRow = 22, kBytes = 3.2;
+  const double sums = static_cast<double>(weight.block) * vectors;
+  const double entry = std::max(kLeast, kProduct * sums);
+  const double requantized = kBytes * weight.block * (vectors + 1);
+  (void)isa;
+  return static_cast<double>(weight.entries()) * entry + static_cast<double>(weight.rows) * (kRow + requantized);
+}
+
+int best_qvectors(const QWeight& weight, const kernels::QIsa& isa, std::int64_t positions) {
+  const std::int64_t all = (positions + isa.lanes - 1) / isa.lanes;
+  int best = 1;
+  double least = 0;
+  for (std::int64_t most = isa.most_vectors[weight.block]; most >= 1; --most) {
+    const std::int64_t tiles = (all + most - 1) / most;
+    const auto vectors = static_cast<int>((all + tiles - 1) / tiles);
+    const double cycles = qtile_cycles(weight, isa, vectors) * static_cast<double>(tiles);
+    if (least == 0 || cycles < least) {
+      least = cycles;
+      best = vectors;
+    }
+  }
+  return best;
+}
+
+std::vector<std::int64_t> split_qrows(const QWeight& weight, std::int64_t chunks) {
+  // A row costs its entries and about eight more.
+  const auto work = [&](std::int64_t row) {
+    return static_cast<double>(weight.row_start[static_cast<std::size_t>(row)]) + 8.0 * static_cast<double>(row);
+  };
+  std::vector<std::int64_t> bounds{0};
+  std::int64_t row = 0;
+  for (std::int64_t c = 1; c < chunks; ++c) {
+    const double goal = work(weight.rows) * static_cast<double>(c) / static_cast<double>(chunks);
+    while (row < weight.rows && work(row) < goal) ++row;
+    bounds.push_back(row);
+  }
+  bounds.push_back(weight.rows);
+  return bounds;
+}
+
+std::int64_t qrow_chunks(const QWeight& weight, std::int64_t tiles, double tile_cycles) {
+  constexpr std::int64_t kTasks = 16;
+  constexpr double kLeastCycles = 40000;  // about 10 us: what a task must weigh to be worth handing over
+  if (tiles >= kTasks) return 1;
+  const auto affordable = static_cast<std::int64_t>(tile_cycles / kLeastCycles);
+  const std::int64_t wanted = (kTasks + tiles - 1) / tiles;
+  return std::max<std::int64_t>(1, std::min({wanted, affordable, weight.rows / 4}));
+}
+
+}  // namespace sparsepipe
