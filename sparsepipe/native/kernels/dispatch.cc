@@ -25,31 +25,41 @@ const Isa* const* compiled() {
 }
 
 namespace {
-// Sets that differ for int8 only (qdispatch.cc), and what float32 runs on with them.
-const char* for_float(const char* name) {
-  if (std::strcmp(name, "avx512vnni") == 0) return "avx512";
-  if (std::strcmp(name, "avxvnni") == 0) return "avx2";
-  if (std::strcmp(name, "neondot") == 0) return "neon";
-  return name;
+
+// Sets that are others for int8 only (qdispatch.cc), and what float32 runs on with them.
+struct Alias {
+  const char *name, *of_float;
+};
+constexpr Alias kAliases[] = {{"avx512vnni", "avx512"}, {"avxvnni", "avx2"}, {"neondot", "neon"}};
+
+void append(char* text, std::size_t size, const char* name) {
+  const std::size_t used = std::strlen(text);
+  std::snprintf(text + used, size - used, " %s", name);
 }
+
 }  // namespace
 
 const Isa* select(char* error, std::size_t error_size) {
   const char* wanted = std::getenv("SPARSEPIPE_ISA");
   const bool any = wanted == nullptr || *wanted == '\0';
-  if (!any) wanted = for_float(wanted);
+  const char* name = wanted;
+  for (const Alias& alias : kAliases) {
+    if (!any && std::strcmp(wanted, alias.name) == 0) name = alias.of_float;
+  }
   for (const Isa* const* isa = compiled(); *isa; ++isa) {
-    if (!any && std::strcmp(wanted, (*isa)->name) != 0) continue;
+    if (!any && std::strcmp(name, (*isa)->name) != 0) continue;
     if ((*isa)->supported()) return *isa;
     if (!any) {
       std::snprintf(error, error_size, "SPARSEPIPE_ISA=%s: this CPU does not run it", wanted);
       return nullptr;
     }
   }
-  int used = std::snprintf(error, error_size, "SPARSEPIPE_ISA=%.40s is unknown; this library has:", any ? "" : wanted);
+  std::snprintf(error, error_size, "SPARSEPIPE_ISA=%.40s is unknown; this library has:", any ? "" : wanted);
   for (const Isa* const* isa = compiled(); *isa; ++isa) {
-    if (used < 0 || static_cast<std::size_t>(used) >= error_size) break;
-    used += std::snprintf(error + used, error_size - static_cast<std::size_t>(used), " %s", (*isa)->name);
+    for (const Alias& alias : kAliases) {
+      if (std::strcmp(alias.of_float, (*isa)->name) == 0) append(error, error_size, alias.name);
+    }
+    append(error, error_size, (*isa)->name);
   }
   return nullptr;
 }
