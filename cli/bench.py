@@ -14,7 +14,7 @@ SUITES = ("kernels",)
 BELONGS = {
     "sparsity": ("--model", "--suite"),
     "pattern": ("--model", "--suite"),
-    "input": ("--model",),
+    "input": ("--model", "files"),
     "network": ("--suite",),
     "force": ("--suite",),
 }
@@ -49,10 +49,7 @@ def _listed(convert: Callable[[str], Any], separator: str = ",") -> Callable[...
     "--pattern", multiple=True, callback=_listed(str), metavar="LIST",
     help="With --model or --suite: unstructured, or blocks of output x input channels such as 2x1 and 4x1.",
 )  # fmt: skip
-@click.option(
-    "--input", "input_", callback=_listed(int, "x"), metavar="1x3x224x224",
-    help="With --model: shape of the input, batch first. A file must leave open what this changes.",
-)  # fmt: skip
+@common.input_option
 @click.option(
     "--network", multiple=True, callback=_listed(str), metavar="LIST",
     help="With --suite: the networks to measure. Default: all.",
@@ -60,6 +57,11 @@ def _listed(convert: Callable[[str], Any], separator: str = ",") -> Callable[...
 @click.option("--threads", multiple=True, callback=_listed(int), metavar="LIST", help="Threads, as 1,2. Default: 1.")
 @click.option("--batch", multiple=True, callback=_listed(int), metavar="LIST", help="Batch sizes. Default: 1.")
 @click.option("--seconds", type=float, help="Measuring time for each file at each setting. Default: 6.")
+@click.option(
+    "--timeout", type=float,
+    help="Seconds after which a process that does not answer counts as hanging. Default: 60, ten times --seconds, and "
+    "one for every 10 MB of the file.",
+)  # fmt: skip
 @click.option("--pin/--no-pin", default=None, help="Pin each process to as many cores as it has threads.")
 @click.option(
     "--out", type=click.Path(path_type=Path),
@@ -92,12 +94,14 @@ def command(
     """
     options["input"] = options.pop("input_")
     form = _form(onnx, model, suite, out, {**options, "force": force})
-    shared = {key: options[key] for key in ("threads", "batch", "seconds", "pin")}
+    shared = {key: options[key] for key in ("threads", "batch", "seconds", "pin", "timeout")}
+    if options["input"]:
+        shared["input"] = options["input"]
     config = common.section(onnx[0] if onnx else None, "bench", overrides, shared)
     if form == "--model":
         from sparsepipe.stages import whatif
 
-        keys = ("sparsity", "pattern", "input", "batch")
+        keys = ("sparsity", "pattern", "batch")
         what_if = _extended(whatif.WhatIf, config, {"model": model, **{key: options[key] for key in keys}})
         result = whatif.measure(what_if) if out is None else whatif.record(what_if, out).metrics
     elif form == "--suite":
@@ -129,7 +133,7 @@ def _form(
         raise click.UsageError(f"{named} exclude one another; give one of them.")
     for option, forms in BELONGS.items():
         if options[option] and given[0] not in forms:
-            raise click.UsageError(f"--{option} belongs to {' or '.join(forms)}.")
+            raise click.UsageError(f"--{option} belongs to {' or '.join(forms).replace('files', 'ONNX files')}.")
     if options["input"] and options["batch"]:
         raise click.UsageError("--input names the batch size, too, as its first number; leave --batch out.")
     if suite and out is not None and out.suffix != ".json":

@@ -31,6 +31,13 @@ def files(result: Row) -> None:
             for row in result["results"]
         ],
     )
+    given = {
+        " ".join(f"{name} {'x'.join(map(str, shape))}" for name, (_, shape) in row["inputs"].items())
+        for row in result["results"]
+        if row["inputs"]
+    }
+    if given:
+        click.echo(f"Inputs: {'; '.join(sorted(given))}.")
     for row in result["results"]:
         place = f"{row['file']}, {_setting(row)}"
         if row["note"]:

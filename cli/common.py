@@ -77,6 +77,28 @@ def model_option(function: F) -> F:
     )(function)  # fmt: skip
 
 
+def input_option(function: F) -> F:
+    """Adds `--input [NAME=]1x3x224x224`, which can be given once for each input, as a dict `input_`."""
+
+    def read(context: click.Context, parameter: click.Parameter, texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for text in texts:
+            name, _, sizes = text.rpartition("=")
+            try:
+                shapes[name] = tuple(int(size) for size in sizes.split("x"))
+            except ValueError as error:
+                raise click.BadParameter(
+                    f"'{text}' is not a shape: sizes separated by 'x', batch first, as 1x3x224x224."
+                ) from error
+        return shapes
+
+    return click.option(
+        "--input", "input_", multiple=True, callback=read, metavar="[NAME=]1x3x224x224",
+        help="Shape of an input, batch first, where a file leaves sizes open; without a name, of the only input "
+        "(repeatable).",
+    )(function)  # fmt: skip
+
+
 def existing_path(**options: Any) -> click.Path:
     return click.Path(exists=True, path_type=Path, **options)
 

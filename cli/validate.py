@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--max-relative", type=float, help="Largest allowed difference, relative to the largest output.")
 @click.option("--min-agreement", type=float, help="Smallest allowed share of samples with the same top class.")
 @click.option("--samples", type=int, default=64, show_default=True, help="Number of random inputs, without a dataset.")
+@common.input_option
 @common.model_option
 @common.overrides_option
 @common.output_options
@@ -32,6 +33,7 @@ def command(
     max_relative: float | None,
     min_agreement: float | None,
     samples: int,
+    input_: dict[str, tuple[int, ...]],
     trusted_model: str | None,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -49,7 +51,7 @@ def command(
 
     flags = {"max_relative": max_relative, "min_agreement": min_agreement}
     tolerances = common.section(against, "validate", overrides, flags)
-    table = {**tolerances.model_dump(), "samples": samples}
+    table = {**tolerances.model_dump(), "samples": samples, "input": input_}
     config = recipe.check(validate.ValidateConfig, table, where="validate")
     results = [
         validate.compare(path, against, dataset(data), config=config, trusted_model=trusted_model) for path in onnx

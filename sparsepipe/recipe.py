@@ -52,6 +52,15 @@ class Choice(BaseModel):
         return dict(self.model_extra or {})
 
 
+def _shapes_from_short_form(value: Any) -> Any:
+    return {"": value} if isinstance(value, (list, tuple)) else value
+
+
+Shapes = Annotated[
+    dict[str, Annotated[tuple[PositiveInt, ...], Field(min_length=1)]], BeforeValidator(_shapes_from_short_form)
+]
+"""Shapes of inputs by name, batch first; a shape alone, or under the name "", is that of the only input."""
+
 NamedChoice = Annotated[Choice, BeforeValidator(_from_short_form)]
 
 
@@ -137,6 +146,11 @@ class Bench(Section):
     """Measuring time for each file at each setting."""
     pin: bool = True
     """Pin each benchmark process to as many cores as it has threads."""
+    input: Shapes = {}
+    """Where the files leave sizes open."""
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds that a process may take to answer, to load a file above all, before it counts as hanging. None allows a
+    minute, ten times `seconds`, and a second for every 10 MB of the file."""
 
 
 class Recipe(Section):

@@ -17,7 +17,6 @@ from typing import Any
 
 WORKER_COMMAND = (sys.executable, "-m", "sparsepipe.benchmark.worker")
 
-LOAD_TIMEOUT_SECONDS = 600.0
 QUIT_TIMEOUT_SECONDS = 5.0
 STDERR_KEPT = 300
 
@@ -136,7 +135,10 @@ class WorkerProcess:
         except queue.Empty as error:
             self._process.kill()
             self._process.wait()
-            raise WorkerError(f"no answer to '{command}' within {timeout:g} s; it was killed", alive=False) from error
+            raise WorkerError(
+                f"no answer to '{command}' within {timeout:g} s; it was killed (a longer timeout can be set)",
+                alive=False,
+            ) from error
         if not line:
             raise self._death(command)
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsepipe.benchmark.client import LOAD_TIMEOUT_SECONDS, WORKER_COMMAND, WorkerError, WorkerProcess
+from sparsepipe.benchmark.client import WORKER_COMMAND, WorkerError, WorkerProcess
 from sparsepipe.benchmark.statistics import Samples, minimum_samples
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -25,7 +25,8 @@ EXTENSION = 3
 """How many times its measuring time a model gets at most, where percentiles need more calls."""
 MINIMUM_BLOCKS = minimum_samples(0.5)
 WARMUP_SHARE = 0.1
-RUN_TIMEOUT_SECONDS = 120.0
+ANSWER_SECONDS, ANSWER_SHARE, BYTES_PER_SECOND = 60.0, 10.0, 10e6
+"""How long a process may take for an answer: so long, plus so many times its measuring time, and to read the file."""
 
 # A block is disturbed if more than this share of it went to others. Ticks of 10 ms blur what /proc/stat says.
 DISTURBED_SHARE = 0.02
@@ -54,13 +55,25 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contestants of one comparison share; `cpus` is None where processes are not pinned."""
+    """What all contestants of one comparison share.
+
+    Attributes:
+        threads: of one operator.
+        batch: size of the first dimension of inputs that leave it open.
+        seconds: measuring time of each contestant.
+        cpus: processors to pin to; None where processes are not pinned.
+        seed: of inputs and of the order.
+        shapes: of inputs, by name, as `sparsepipe.runtime.inputs.sized` takes them.
+        timeout: seconds after which a process that does not answer counts as hanging; None goes by the measurement.
+    """
 
     threads: int
     batch: int
     seconds: float
     cpus: tuple[int, ...] | None
     seed: int = 0
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    timeout: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,10 @@ class Measurement:
     rss_bytes: int | None = None
     peak_rss_bytes: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, list[Any]] = field(default_factory=dict)
+    """Name -> type and shape of what the model was called with."""
+    warnings: list[str] = field(default_factory=list)
+    """What was said while it was loaded."""
     blocks: list[Block] = field(default_factory=list)
 
     @property
@@ -151,7 +168,7 @@ def measure(
         _run_rounds(entrants, setting, progress)
         for entrant in entrants:
             if entrant.measurement.failure is None:
-                _attempt(entrant, _read_memory)
+                _attempt(entrant, lambda one: _read_memory(one, setting))
     return measurements
 
 
@@ -190,6 +207,14 @@ def disturbed(answer: Mapping[str, Any], setting: Setting, usable_cpus: int) -> 
     return bool(answer["switches"] > SWITCHES_FLOOR + SWITCHES_PER_SECOND * setting.threads * wall / 1e9)
 
 
+def patience(contestant: Contestant, setting: Setting) -> float:
+    """Seconds that a process may take to answer a request before it counts as hanging."""
+    if setting.timeout is not None:
+        return setting.timeout
+    size = contestant.model.stat().st_size if contestant.model.is_file() else 0
+    return ANSWER_SECONDS + ANSWER_SHARE * setting.seconds + size / BYTES_PER_SECOND
+
+
 def _start(measurement: Measurement, setting: Setting) -> _Entrant | None:
     """A process with the model loaded, stopped; None, with the reason noted, where that fails."""
     contestant = measurement.contestant
@@ -203,17 +228,19 @@ def _start(measurement: Measurement, setting: Setting) -> _Entrant | None:
     def load(one: _Entrant) -> None:
         answer = one.ask(
             "load",
-            LOAD_TIMEOUT_SECONDS,
+            patience(contestant, setting),
             runtime=contestant.runtime,
             model=str(contestant.model.absolute()),
             threads=setting.threads,
             batch=setting.batch,
             seed=setting.seed,
+            shapes={name: list(shape) for name, shape in setting.shapes.items()},
             cpus=list(setting.cpus) if setting.cpus else None,
         )
         measurement.load_ms.append(answer["load_ms"])
         measurement.first_call_ms.append(answer["first_call_ms"])
         measurement.idle_rss_bytes = answer["idle_rss_bytes"]
+        measurement.inputs, measurement.warnings = answer.get("inputs", {}), answer.get("warnings", [])
         measurement.settings = {**answer["settings"], "cpus": answer["cpus"]}
 
     if _attempt(entrant, load):
@@ -235,7 +262,8 @@ def _warm_up(entrant: _Entrant, setting: Setting) -> None:
     """Call the model until its speed has settled, and choose how many calls make a block."""
     spent, count, latency = 0.0, 1, 1.0
     while spent < WARMUP_SHARE * setting.seconds * 1e9:
-        answer = entrant.ask("run", RUN_TIMEOUT_SECONDS, count=count, warmup=0)
+        limit = patience(entrant.measurement.contestant, setting)
+        answer = entrant.ask("run", limit, count=count, warmup=0)
         spent += answer["wall_ns"]
         latency = max(float(np.median(answer["latency_ns"])), 1.0)
         count *= 2
@@ -259,8 +287,8 @@ def _run_rounds(entrants: list[_Entrant], setting: Setting, progress: Callable[[
 def _run_block(entrant: _Entrant, setting: Setting) -> None:
     # Stopping a process cools its caches; a single long call per block does not notice.
     warmup = math.ceil(WARMUP_SHARE * entrant.count) if entrant.count > 1 else 0
-    expected = setting.seconds / ROUNDS
-    answer = entrant.ask("run", RUN_TIMEOUT_SECONDS + 10 * expected, count=entrant.count, warmup=warmup)
+    limit = patience(entrant.measurement.contestant, setting)
+    answer = entrant.ask("run", limit, count=entrant.count, warmup=warmup)
     latencies = np.array(answer["latency_ns"], dtype=np.float64)
     usable_cpus = len(entrant.measurement.settings["cpus"]) or setting.threads
     entrant.measurement.blocks.append(
@@ -273,8 +301,8 @@ def _run_block(entrant: _Entrant, setting: Setting) -> None:
     )
 
 
-def _read_memory(entrant: _Entrant) -> None:
-    answer = entrant.ask("stats", RUN_TIMEOUT_SECONDS)
+def _read_memory(entrant: _Entrant, setting: Setting) -> None:
+    answer = entrant.ask("stats", patience(entrant.measurement.contestant, setting))
     entrant.measurement.rss_bytes = answer["rss_bytes"]
     entrant.measurement.peak_rss_bytes = answer["peak_rss_bytes"]
 

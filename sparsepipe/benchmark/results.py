@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,32 @@ def rows(
         baseline: index of the file that speed-ups are relative to.
     """
     reference = measurements[baseline]
-    return [
-        _row(label, measurement, setting, _speedup(reference, measurement, setting.seed))
-        for label, measurement in zip(labels, measurements, strict=True)
+    found = []
+    for label, measurement in zip(labels, measurements, strict=True):
+        same_work, difference = compare_inputs(reference.inputs, measurement.inputs)
+        gain = _speedup(reference, measurement, setting.seed) if same_work else None
+        row = _row(label, measurement, setting, gain)
+        notes = [note for note in (row["note"], difference and f"{difference} '{labels[baseline]}'") if note]
+        found.append(row | {"note": "; ".join(notes) or None})
+    return found
+
+
+def compare_inputs(baseline: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[bool, str | None]:
+    """Whether two files were given as much to do, and in what their inputs differ, as the beginning of a sentence.
+
+    Args:
+        baseline: name -> type and shape of each input; empty where they are not known.
+        other: those of the other file.
+    """
+    if not baseline or not other or baseline == other:
+        return True, None
+    if sorted(map(str, baseline.values())) == sorted(map(str, other.values())):
+        return True, f"its inputs are called {', '.join(other)}, not {', '.join(baseline)} as those of"
+    described = [
+        ", ".join(f"{name} {kind} {'x'.join(map(str, shape))}" for name, (kind, shape) in inputs.items())
+        for inputs in (other, baseline)
     ]
+    return False, f"no speed-up is given: it takes {described[0]}, not {described[1]} as"
 
 
 def file_facts(path: Path) -> tuple[str | None, int]:
@@ -83,6 +105,7 @@ def _row(label: str, measurement: Measurement, setting: Setting, gain: Estimate 
         "rss_bytes": measurement.rss_bytes,
         "peak_rss_bytes": measurement.peak_rss_bytes,
         "idle_rss_bytes": measurement.idle_rss_bytes,
+        "inputs": measurement.inputs,
         "file_bytes": size,
         "blocks": len(measurement.blocks),
         "blocks_dropped": 0,
@@ -127,7 +150,7 @@ def _speedup(reference: Measurement, measurement: Measurement, seed: int) -> Est
 
 
 def _note(measurement: Measurement, samples: int, setting: Setting) -> str | None:
-    notes = []
+    notes = [warning.rstrip(".") for warning in measurement.warnings]
     disturbed = len(measurement.blocks) - len(measurement.clean)
     if measurement.usable is measurement.blocks and disturbed:
         notes.append(f"other processes disturbed {disturbed} of {len(measurement.blocks)} blocks; all were kept")

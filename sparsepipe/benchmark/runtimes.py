@@ -6,7 +6,7 @@ only the standard library, this package's folder on its path, and what its runti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +17,14 @@ class Runtime(Protocol):
     def load(self, model: str, threads: int) -> None:
         """Open the model file: this is what the load time measures."""
 
-    def feed(self, batch: int, seed: int) -> None:
-        """Make the inputs of all later calls."""
+    def feed(self, batch: int, seed: int, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
+        """Make the inputs of all later calls; their names, each with its type and shape.
+
+        Args:
+            batch: the batch size.
+            seed: of random values.
+            shapes: shapes of inputs by name, where the file leaves sizes open; the name "" is the only input.
+        """
 
     def run(self) -> Any:
         """One call, from inputs in memory to outputs in memory: this is what the latency measures."""
@@ -44,10 +50,11 @@ class OnnxRuntime:
 
         self._session = session(Path(model), threads=threads)
 
-    def feed(self, batch: int, seed: int) -> None:
-        from sparsepipe.runtime.inputs import inputs_of, random_inputs
+    def feed(self, batch: int, seed: int, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
+        from sparsepipe.runtime.inputs import inputs_of, random_inputs, sized
 
-        self._feeds = random_inputs(inputs_of(self._session), batch, seed)
+        self._feeds = random_inputs(sized(inputs_of(self._session), shapes), batch, seed)
+        return {name: [value.dtype.name, list(value.shape)] for name, value in self._feeds.items()}
 
     def run(self) -> Any:
         return self._session.run(None, self._feeds)

@@ -4,7 +4,7 @@ It reads one JSON object a line from stdin and answers each with one on stdout:
 
 | request | answer |
 |---|---|
-| `{"command": "load", "runtime", "model", "threads", "batch", "seed", "cpus": [0] or null}` | `load_ms`, `first_call_ms`, `idle_rss_bytes`, `cpus`, `settings` |
+| `{"command": "load", "runtime", "model", "threads", "batch", "seed", "shapes": {name: [...]}, "cpus": [0] or null}` | `load_ms`, `first_call_ms`, `idle_rss_bytes`, `cpus`, `inputs`: {name: [type, shape]}, `warnings`: [...], `settings` |
 | `{"command": "run", "count", "warmup"}` | `latency_ns`: [...], and for the whole block `wall_ns`, `cpu_ns`, `switches`, `waited_ns`, `stolen_ns`, `foreign_ns` |
 | `{"command": "stats"}` | `rss_bytes`, `peak_rss_bytes` |
 | `{"command": "quit"}` | nothing; the process ends |
@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import logging
 import os
 import re
 import signal
@@ -50,10 +51,12 @@ class Worker:
 
         runtime = RUNTIMES[request["runtime"]]()
         before = memory()["rss_bytes"]
+        said = Said()
         started = time.perf_counter_ns()
-        runtime.load(request["model"], request["threads"])
+        with said:
+            runtime.load(request["model"], request["threads"])
         loaded = time.perf_counter_ns()
-        runtime.feed(request["batch"], request["seed"])
+        inputs = runtime.feed(request["batch"], request["seed"], request.get("shapes") or {})
         fed = time.perf_counter_ns()
         runtime.run()
         called = time.perf_counter_ns()
@@ -63,6 +66,8 @@ class Worker:
             "first_call_ms": (called - fed) / 1e6,
             "idle_rss_bytes": before,
             "cpus": self._cpus,
+            "inputs": inputs,
+            "warnings": said.messages,
             "settings": runtime.describe(),
         }
 
@@ -86,6 +91,23 @@ class Worker:
 
     def stats(self, request: Mapping[str, Any]) -> Answer:
         return memory()
+
+
+class Said(logging.Handler):
+    """Keeps what is logged as a warning while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def __enter__(self) -> None:
+        logging.getLogger().addHandler(self)
+
+    def __exit__(self, *error: object) -> None:
+        logging.getLogger().removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 class Snapshot:

@@ -63,6 +63,58 @@ def inputs_of(model: onnxruntime.InferenceSession) -> list[Input]:
     return found
 
 
+def sized(inputs: Sequence[Input], shapes: Mapping[str, Sequence[int]]) -> list[Input]:
+    """The inputs with the sizes that `shapes` gives to free dimensions; equal names get equal sizes in all inputs.
+
+    Args:
+        inputs: what a network takes.
+        shapes: name of an input -> its shape, batch first; the name "" is the only input.
+
+    Raises:
+        GraphError: there is no such input, it has another number of dimensions, one of them is fixed at another size,
+            or two dimensions of one name get different sizes.
+    """
+    fixed: dict[str, Sequence[int]] = {}
+    for name, shape in shapes.items():
+        if not name and len(inputs) != 1:
+            raise GraphError(
+                f"The network has {len(inputs)} inputs ({_names(inputs)}), so a shape needs the name of one.",
+                advice=f"Write {inputs[0].name}={_text(shape)}, for example." if inputs else None,
+            )
+        fixed[name or inputs[0].name] = shape
+    unknown = next((name for name in fixed if name not in {entry.name for entry in inputs}), None)
+    if unknown is not None:
+        raise GraphError(f"The network has no input '{unknown}'; it has {_names(inputs)}.")
+    sizes: dict[str, int] = {}
+    for entry in inputs:
+        shape = fixed.get(entry.name, entry.shape)
+        if len(shape) != len(entry.shape):
+            raise GraphError(
+                f"The input '{entry.name}' has {len(entry.shape)} dimensions, not the {len(shape)} of {_text(shape)}."
+            )
+        for axis, (free, size) in enumerate(zip(entry.shape, shape, strict=True)):
+            if not isinstance(size, int):
+                continue
+            known = free if isinstance(free, int) else sizes.setdefault(free, size) if free else size
+            if known != size:
+                what = "batch size" if axis == 0 else f"size of dimension {axis}"
+                raise GraphError(
+                    f"The {what} of the input '{entry.name}' is fixed at {known}, so it cannot be {size}.",
+                    advice="Only dimensions that the file leaves open take a size.",
+                )
+    return [
+        Input(
+            entry.name,
+            entry.type,
+            tuple(
+                given if isinstance(given, int) else sizes.get(given, given) if given else given
+                for given in fixed.get(entry.name, entry.shape)
+            ),
+        )
+        for entry in inputs
+    ]
+
+
 def resolve(inputs: Sequence[Input], batch: int) -> dict[str, tuple[int, ...]]:
     """Give every free dimension a size: the batch, or one that suits its place. Equal names get equal sizes.
 
@@ -70,16 +122,14 @@ def resolve(inputs: Sequence[Input], batch: int) -> dict[str, tuple[int, ...]]:
     rank 4 (the sides of images) and 16 elsewhere (lengths of sequences).
 
     Raises:
-        GraphError: all inputs have fixed batch sizes, and one is not `batch`.
+        GraphError: all inputs have fixed batch sizes, and none is `batch`.
     """
     batched = [entry for entry in inputs if len(entry.shape) > 1]
-    if all(entry.batch is not None for entry in batched):
-        for entry in batched:
-            if entry.batch != batch:
-                raise GraphError(
-                    f"The batch size of the input '{entry.name}' is fixed at {entry.batch}, so it cannot be {batch}.",
-                    advice="Export it with a dynamic batch dimension.",
-                )
+    if batched and all(entry.batch not in (None, batch) for entry in batched):
+        raise GraphError(
+            f"The batch size of the input '{batched[0].name}' is fixed at {batched[0].batch}, so it cannot be {batch}.",
+            advice="Export it with a dynamic batch dimension.",
+        )
     sizes: dict[str, int] = {}
     for entry in inputs:
         for axis, size in enumerate(entry.shape):
@@ -181,6 +231,10 @@ def _merge(first: Input, second: Input) -> Input:
 
 def _names(inputs: Sequence[Input]) -> str:
     return ", ".join(entry.name for entry in inputs)
+
+
+def _text(shape: Sequence[Any]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _name(size: Any) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +19,20 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
+log = logging.getLogger("sparsepipe")
+
+PROVIDERS = ["CPUExecutionProvider"]
+_IR_TOO_NEW = re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")
+_EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+
 
 def session(
     path: str | Path | bytes, *, threads: int = 1, library: bool = True, **options: Any
 ) -> onnxruntime.InferenceSession:
     """Open an ONNX model on the CPU, with the kernel library registered.
+
+    A version of the file format (IR version) that is newer than onnxruntime reads is read as the newest that it reads:
+    the onnx package writes it before there is an onnxruntime for it, mostly without using what is new in it.
 
     Args:
         path: the file, or a whole serialised model (which cannot refer to external data).
@@ -46,10 +57,33 @@ def session(
     try:
         if library and (kernels := library_path()) is not None:
             settings.register_custom_ops_library(kernels)
-        model = str(file) if file else path
-        return onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+        try:
+            return onnxruntime.InferenceSession(str(file) if file else path, settings, providers=PROVIDERS)
+        except Exception as error:
+            too_new = _IR_TOO_NEW.search(str(error))
+            if too_new is None:
+                raise
+            log.warning(
+                "%s: its IR version %s is newer than this onnxruntime reads; it was rewritten in memory as %s "
+                "(`sparsepipe export` does so for good).",
+                where,
+                *too_new.groups(),
+            )
+            if file:
+                settings.add_session_config_entry(_EXTERNAL_DATA_FOLDER, str(file.absolute().parent))
+            model = _with_ir_version(path, int(too_new[2]))
+            return onnxruntime.InferenceSession(model, settings, providers=PROVIDERS)
     except Exception as error:  # onnxruntime's errors have no common base class
         raise GraphError(f"onnxruntime cannot load it: {one_line(error)}", where=where) from error
+
+
+def _with_ir_version(path: str | Path | bytes, version: int) -> bytes:
+    """A serialised model under an older version of the file format; its external data stays where it is."""
+    import onnx
+
+    model = onnx.ModelProto.FromString(path if isinstance(path, bytes) else Path(path).read_bytes())
+    model.ir_version = version
+    return bytes(model.SerializeToString())
 
 
 def _set(settings: onnxruntime.SessionOptions, options: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -47,7 +47,8 @@ def measure(paths: Sequence[Path], config: Bench) -> dict[str, Any]:
 
     Args:
         paths: the files.
-        config: threads and batch sizes, each pair of which is measured, time and pinning.
+        config: threads and batch sizes, each pair of which is measured, time and pinning. Where it gives shapes of
+            inputs, the first number of these is the batch size.
 
     Returns:
         `baseline`, `results` (a row for each file and setting) and `environment`.
@@ -56,6 +57,7 @@ def measure(paths: Sequence[Path], config: Bench) -> dict[str, Any]:
         ArtefactError: a file is missing.
         GraphError: no file can be loaded.
     """
+    config = with_batch_of_input(config)
     missing = next((path for path in paths if not path.is_file()), None)
     if missing is not None or not paths:
         raise ArtefactError("There is no such ONNX file.", where=str(missing) if missing else "bench")
@@ -69,6 +71,15 @@ def measure(paths: Sequence[Path], config: Bench) -> dict[str, Any]:
         "results": measured.results,
         "environment": {**environment(config), "runtimes": measured.runtimes},
     }
+
+
+BenchT = TypeVar("BenchT", bound=Bench)
+
+
+def with_batch_of_input(config: BenchT) -> BenchT:
+    """The settings with the batch size that the shapes of inputs name, their first number."""
+    batches = dict.fromkeys(shape[0] for shape in config.input.values())
+    return config.model_copy(update={"batch": tuple(batches)[:1]}) if batches else config
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,14 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 def _settings(config: Bench) -> list[Setting]:
     return [
-        Setting(threads, batch, config.seconds, choose_cpus(threads) if config.pin else None)
+        Setting(
+            threads,
+            batch,
+            config.seconds,
+            choose_cpus(threads) if config.pin else None,
+            shapes=config.input,
+            timeout=config.timeout,
+        )
         for threads in config.threads
         for batch in config.batch
     ]

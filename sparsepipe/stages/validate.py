@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, PositiveInt
+from pydantic import BaseModel, Field, PositiveInt
 
 from sparsepipe import data as datasets
 from sparsepipe.artefact import Artefact, draft, write_json
@@ -15,10 +15,10 @@ from sparsepipe.benchmark.statistics import wilson
 from sparsepipe.data.registry import SOURCES
 from sparsepipe.errors import ArtefactError, DataError, GraphError, SparsepipeError
 from sparsepipe.progress import track
-from sparsepipe.recipe import Choice, NamedChoice, Recipe, Validation
+from sparsepipe.recipe import Choice, NamedChoice, Recipe, Shapes, Validation
 from sparsepipe.runtime import library_path
 from sparsepipe.runtime.compare import Divergence, Tally, finite, first_divergence, has_classes
-from sparsepipe.runtime.inputs import Input, aligned, merge, rename
+from sparsepipe.runtime.inputs import Input, aligned, merge, rename, sized
 from sparsepipe.runtime.network import OnnxNetwork
 from sparsepipe.runtime.samples import Batch, Samples, labelled_samples, random_samples
 from sparsepipe.spec import ModelSpec
@@ -47,6 +47,8 @@ class ValidateConfig(Validation):
     """Of random inputs."""
     samples: PositiveInt = 64
     """Number of random inputs."""
+    input: Shapes = Field(default_factory=dict)
+    """Where the files leave sizes open."""
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> ValidateConfig:
@@ -157,6 +159,7 @@ def _validate(candidates: Sequence[OnnxNetwork], reference: Reference, config: V
     taken = network.inputs
     for candidate in candidates:
         taken = merge(taken, candidate.inputs)
+    taken = sized(taken, config.input)
     material = _material(taken, [*candidates, network], reference.spec, config)
     samples, trials = material.samples, [_Trial(candidate) for candidate in candidates]
     for batch in track(samples, "Validating", len(samples)):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from onnx import ModelProto
-from pydantic import Field, PositiveInt
 
 from sparsepipe.artefact import Artefact, digest_bytes, draft, write_json
 from sparsepipe.errors import MissingExtraError, ModelError
@@ -36,13 +35,13 @@ DENSE = "dense"
 class WhatIf(Bench):
     """What is measured.
 
-    `model` is a name of `sparsepipe models` or an ONNX file; `input`, with the batch first, takes the place of `batch`.
+    `model` is a name of `sparsepipe models` or an ONNX file; the first number of a shape in `input` takes the place of
+    `batch`.
     """
 
     model: str
     sparsity: tuple[Fraction, ...] = (0.8, 0.9, 0.95, 0.98)
     pattern: tuple[str, ...] = ("unstructured", "2x1", "4x1")
-    input: Annotated[tuple[PositiveInt, ...], Field(min_length=2)] | None = None
 
 
 def measure(config: WhatIf) -> dict[str, Any]:
@@ -128,15 +127,11 @@ def _network(config: WhatIf) -> tuple[ModelProto, WhatIf]:
     path = Path(config.model)
     if path.suffix == ".onnx" or path.is_file():
         model = load(path)
-        if config.input is not None:
-            model = resize(model, config.input)
-        elif "batch" not in config.model_fields_set and (fixed := _fixed_batch(model)):
+        if not config.input and "batch" not in config.model_fields_set and (fixed := _fixed_batch(model)):
             config = config.model_copy(update={"batch": (fixed,)})
     else:
         model = _from_zoo(config)
-    if config.input is not None:
-        config = config.model_copy(update={"batch": (config.input[0],)})
-    return model, config
+    return resize(model, config.input), bench.with_batch_of_input(config)
 
 
 def _fixed_batch(model: ModelProto) -> int | None:
@@ -159,7 +154,7 @@ def _from_zoo(config: WhatIf) -> ModelProto:
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "train", f"Building the network '{config.model}'") from error
     info = MODELS[config.model]
-    shape = config.input[1:] if config.input else info.input_shape
+    shape = next(iter(config.input.values()))[1:] if config.input else info.input_shape
     torch.manual_seed(SEED)
     log.info("Building %s for inputs of %s.", config.model, "x".join(map(str, shape)))
     network = create(config.model, input_shape=shape, classes=info.classes)

@@ -97,17 +97,19 @@ def test_a_network_of_the_zoo_is_built_with_random_weights() -> None:
 
 def test_a_fixed_batch_is_taken_as_it_is_and_a_fixed_size_cannot_be_changed(dense_file: Path, tmp_path: Path) -> None:
     fixed = tmp_path / "fixed.onnx"
-    model = resize(load(dense_file), (2, 3, 8, 8))
+    model = resize(load(dense_file), {"": (2, 3, 8, 8)})
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
     onnx.save(model, fixed)
     result = whatif.measure(WhatIf(model=str(fixed), sparsity=(0.9,), pattern=("4x1",), seconds=0.01))
     assert result["input"] == {"image": [2, 3, 8, 8]}
     with pytest.raises(GraphError, match=r"dimension 3 .* fixed at 8, so it cannot be 9"):
-        resize(model, (2, 3, 8, 9))
+        resize(model, {"image": (2, 3, 8, 9)})
     with pytest.raises(GraphError, match=r"batch size .* fixed at 2"):
-        resize(model, (1, 3, 8, 8))
+        resize(model, {"": (1, 3, 8, 8)})
     with pytest.raises(GraphError, match="4 dimensions, not the 2 of 2x3"):
-        resize(model, (2, 3))
+        resize(model, {"": (2, 3)})
+    with pytest.raises(GraphError, match="no input 'other'; it has image"):
+        resize(model, {"other": (2, 3, 8, 8)})
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_built(dense_file: Path) -> None:
@@ -162,13 +164,13 @@ except MissingExtraError as error:
         (["FILE", "--force"], "--force belongs to --suite"),
         (["FILE", "--sparsity", "0.9"], "--sparsity belongs to --model or --suite"),
         (["FILE", "--pattern", "4x1"], "--pattern belongs to --model or --suite"),
-        (["--suite", "kernels", "--input", "1x3x32x32"], "--input belongs to --model"),
+        (["--suite", "kernels", "--input", "1x3x32x32"], "--input belongs to --model or ONNX files"),
         (["--model", "resnet8", "--network", "mlp"], "--network belongs to --suite"),
         (["--model", "resnet8", "--input", "1x3x32x32", "--batch", "4"], "leave --batch out"),
         (["--suite", "kernels", "--batch", "4"], "--batch does not belong to --suite"),
         (["--model", "resnet8", "--sparsity", "0.8,much"], "not a list of numbers"),
-        (["--model", "resnet8", "--input", "224"], "input"),
-        (["--model", "resnet8", "--input", "1x3xA"], "not a list of whole numbers"),
+        (["--model", "FILE", "--input", "224"], "4 dimensions, not the 1 of 224"),
+        (["--model", "resnet8", "--input", "1x3xA"], "not a shape"),
         (["FILE", "--threads", "1;2"], "not a list of whole numbers"),
         (["--suite", "everything"], "kernels"),
     ],
@@ -197,7 +199,7 @@ def test_lists_may_be_written_with_commas_or_by_repeating_the_option(
     assert done.exit_code == 0, done.output
     assert seen[0].sparsity == (0.8, 0.9, 0.95)
     assert seen[0].pattern == ("2x1", "unstructured")
-    assert (seen[0].threads, seen[0].input) == ((1, 2), (4, 3, 8, 8))
+    assert (seen[0].threads, seen[0].input) == ((1, 2), {"": (4, 3, 8, 8)})
 
 
 def test_the_table_prints(dense_file: Path) -> None:

@@ -29,6 +29,15 @@ for line in sys.stdin:
         break
     if command == "load":
         answer = {"load_ms": 5.0, "first_call_ms": 2.0, "idle_rss_bytes": 10, "cpus": [0], "settings": {"name": "fake"}}
+        answer["inputs"] = {"x": ["float32", request["shapes"].get("", [1, 3])]}
+        if "larger" in behaviour:
+            answer["inputs"] = {"x": ["float32", [1, 4]]}
+        if "renamed" in behaviour:
+            answer["inputs"] = {"y": ["float32", [1, 3]]}
+        if "talks" in behaviour:
+            answer["warnings"] = ["An old habit."]
+        if "asleep" in behaviour:
+            time.sleep(60)
         if "refuse" in behaviour:
             answer = {"error": "the model is not for me"}
     elif command == "stats":
@@ -68,8 +77,8 @@ def fake(tmp_path: Path) -> Any:
     return make
 
 
-def setting(seconds: float = 0.2) -> Setting:
-    return Setting(threads=1, batch=1, seconds=seconds, cpus=None)
+def setting(seconds: float = 0.2, **more: Any) -> Setting:
+    return Setting(threads=1, batch=1, seconds=seconds, cpus=None, **more)
 
 
 def row(measurements: list[harness.Measurement], index: int, seconds: float = 0.2) -> dict[str, Any]:
@@ -112,13 +121,15 @@ def test_a_percentile_out_of_reach_is_null_and_said_so(fake: Any) -> None:
 
 @pytest.mark.parametrize(
     ("behaviour", "reason"),
-    [("die", "signal 6"), ("hang", "killed"), ("refuse", "the model is not for me")],
+    [
+        ("die", "signal 6"),
+        ("hang", "no answer to 'run' within 3 s"),
+        ("asleep", "no answer to 'load' within 3 s"),
+        ("refuse", "the model is not for me"),
+    ],
 )
-def test_a_worker_that_fails_becomes_a_row_with_the_reason(
-    fake: Any, monkeypatch: pytest.MonkeyPatch, behaviour: str, reason: str
-) -> None:
-    monkeypatch.setattr(harness, "RUN_TIMEOUT_SECONDS", 0.5)
-    measurements = measure([fake(0.1), fake(0.1, behaviour)], setting())
+def test_a_worker_that_fails_becomes_a_row_with_the_reason(fake: Any, behaviour: str, reason: str) -> None:
+    measurements = measure([fake(0.1), fake(0.1, behaviour)], setting(timeout=3.0))
     failed, good = row(measurements, 1), row(measurements, 0)
     assert reason in failed["note"]
     assert failed["latency_ms"] == {"p50": None, "p90": None, "p99": None}
@@ -126,6 +137,31 @@ def test_a_worker_that_fails_becomes_a_row_with_the_reason(
     assert measurements[1].refused is (behaviour == "refuse")
     assert good["note"] is None
     assert len(measurements[0].blocks) >= harness.ROUNDS
+
+
+def test_the_time_to_answer_goes_by_the_measurement_and_the_size_of_the_file(fake: Any) -> None:
+    contestant = fake(0.1)
+    assert harness.patience(contestant, setting(6.0)) == 120.0
+    contestant.model.write_bytes(bytes(20_000_000))
+    assert harness.patience(contestant, setting(0.5)) == 67.0
+    assert harness.patience(contestant, setting(0.5, timeout=3.0)) == 3.0
+
+
+def test_files_that_take_other_inputs_are_told_apart(fake: Any) -> None:
+    measurements = measure([fake(0.1), fake(0.1), fake(0.1, "renamed"), fake(0.1, "larger")], setting())
+    same, renamed, larger = (row(measurements, index) for index in (1, 2, 3))
+    assert same["note"] is None
+    assert renamed["note"] == "its inputs are called y, not x as those of 'file 0'"
+    assert renamed["speedup"]["value"] == pytest.approx(1.0)
+    assert larger["note"] == "no speed-up is given: it takes x float32 1x4, not x float32 1x3 as 'file 0'"
+    assert larger["speedup"] is None
+    assert larger["latency_ms"]["p50"] is not None
+
+
+def test_shapes_reach_the_worker_and_what_it_says_the_row(fake: Any) -> None:
+    result = row(measure([fake(0.1, "talks")], setting(shapes={"": (2, 7)})), 0)
+    assert result["inputs"] == {"x": ["float32", [2, 7]]}
+    assert result["note"] == "An old habit"
 
 
 def test_the_death_of_the_baseline_leaves_the_others_without_a_speedup(fake: Any) -> None:

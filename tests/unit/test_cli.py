@@ -193,6 +193,32 @@ def test_a_universal_file_is_a_source_as_any_other(invoke: Invoke, tmp_path: Pat
     assert (code, json.loads(out)["metrics"]["bytes_before"]) == (0, 64 * 32 * 4)
 
 
+def test_sizes_that_a_file_leaves_open_are_given_by_one_option(invoke: Invoke, tmp_path: Path) -> None:
+    """The network flattens images of any size, but its weight fits sides of 8 only; the default would be 224."""
+    nodes = [helper.make_node("Flatten", ["image"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["y"])]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, "h", "w_"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 5])],
+        [numpy_helper.from_array(np.eye(192, 5, dtype=np.float32), "w")],
+    )
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    assert invoke("validate", path, "--against", path)[0] == 2
+    assert invoke("bench", path, "--seconds", "0.05")[0] == 2
+    for shape in ("2x3x8x8", "image=2x3x8x8"):
+        code, out, _ = invoke("validate", path, "--against", path, "--input", shape, "--json")
+        assert (code, json.loads(out)["passed"]) == (0, True)
+    code, out, _ = invoke("bench", path, "--seconds", "0.05", "--input", "2x3x8x8")
+    assert code == 0
+    assert "Inputs: image 2x3x8x8." in out
+    code, out, _ = invoke("bench", path, "--seconds", "0.05", "--set", "bench.input=[2, 3, 8, 8]", "--json")
+    assert [(row["batch"], row["inputs"]) for row in json.loads(out)["results"]] == [
+        (2, {"image": ["float32", [2, 3, 8, 8]]})
+    ]
+
+
 def test_validate_exits_with_1_when_outputs_differ(invoke: Invoke, tmp_path: Path) -> None:
     first, second = linear_onnx(tmp_path / "a.onnx", 0.9), linear_onnx(tmp_path / "b.onnx", 0.5)
     code, text, _ = invoke("validate", second, "--against", first, "--json")

@@ -20,9 +20,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from sparsepipe.errors import GraphError
-from sparsepipe.runtime import compare, library, predict, session
+from sparsepipe.runtime import compare, library, predict, run, session
 from sparsepipe.runtime.compare import Tally, first_divergence
-from sparsepipe.runtime.inputs import Input, inputs_of, merge, random_inputs, rename, resolve
+from sparsepipe.runtime.inputs import Input, inputs_of, merge, random_inputs, rename, resolve, sized
 from sparsepipe.runtime.network import OnnxNetwork
 from sparsepipe.runtime.samples import labelled_samples, random_samples
 
@@ -179,6 +179,50 @@ def test_the_sizes_of_free_dimensions() -> None:
     assert resolve([fixed, image], 2)["x"] == (4, 3)
     with pytest.raises(GraphError, match="fixed at 4"):
         resolve([fixed], 2)
+
+
+def test_shapes_fix_what_is_free_and_nothing_else() -> None:
+    image = Input("image", "float", (None, 3, "h", "w"))
+    ids, mask = Input("ids", "int64", ("n", "length")), Input("mask", "float", ("n", "length", 2))
+    assert sized([image], {}) == [image]
+    assert sized([image], {"": (2, 3, 8, 9)}) == sized([image], {"image": (2, 3, 8, 9)})
+    assert sized([image], {"": (2, 3, 8, 9)})[0].shape == (2, 3, 8, 9)
+    # What one input says about a name holds for the others, too.
+    assert [entry.shape for entry in sized([ids, mask], {"ids": (4, 7)})] == [(4, 7), (4, 7, 2)]
+    assert resolve(sized([ids, mask], {"ids": (4, 7)}), 4) == {"ids": (4, 7), "mask": (4, 7, 2)}
+    for inputs, shapes, reason in (
+        ([image], {"": (2, 4, 8, 9)}, "size of dimension 1 of the input 'image' is fixed at 3, so it cannot be 4"),
+        ([Input("x", "float", (1, "m"))], {"": (2, 5)}, "batch size of the input 'x' is fixed at 1"),
+        ([image], {"": (2, 3, 8)}, "4 dimensions, not the 3 of 2x3x8"),
+        ([image], {"picture": (2, 3, 8, 9)}, "no input 'picture'; it has image"),
+        ([ids, mask], {"": (4, 7)}, "2 inputs .ids, mask., so a shape needs the name"),
+        ([ids, mask], {"ids": (4, 7), "mask": (4, 8, 2)}, "dimension 1 of the input 'mask' is fixed at 7"),
+    ):
+        with pytest.raises(GraphError, match=reason):
+            sized(inputs, shapes)
+
+
+@pytest.mark.parametrize("data", ["inside", "outside"])
+def test_a_newer_version_of_the_file_format_is_read_as_the_newest_known_one(
+    data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    value = helper.make_tensor_value_info
+    path = save(
+        tmp_path / "m.onnx",
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [value("x", TensorProto.FLOAT, ["n", 64])],
+        [value("y", TensorProto.FLOAT, ["n", 64])],
+        {"w": np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)},
+    )
+    expected = run(session(path), {"x": np.eye(64, dtype=np.float32)})
+    model = onnx.load(path)
+    model.ir_version = 99
+    onnx.save(model, path, save_as_external_data=data == "outside", location="m.bin", size_threshold=0)
+    with caplog.at_level("WARNING", "sparsepipe"):
+        found = run(session(path), {"x": np.eye(64, dtype=np.float32)})
+    np.testing.assert_array_equal(found, expected)
+    assert "m.onnx: its IR version 99 is newer than this onnxruntime reads" in caplog.text
+    assert onnx.load(path).ir_version == 99
 
 
 @pytest.mark.parametrize("kind", ["float16", "double", "int8", "uint8", "int64", "uint16", "bool"])
