@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ def sized(inputs: Sequence[Input], shapes: Mapping[str, Sequence[int]]) -> list[
         GraphError: there is no such input, it has another number of dimensions, one of them is fixed at another size,
             or two dimensions of one name get different sizes.
     """
-    fixed: dict[str, Sequence[int]] = {}
+    fixed: dict[str, Sequence[int | str | None]] = {}
     for name, shape in shapes.items():
         if not name and len(inputs) != 1:
             raise GraphError(
@@ -87,12 +87,12 @@ def sized(inputs: Sequence[Input], shapes: Mapping[str, Sequence[int]]) -> list[
         raise GraphError(f"The network has no input '{unknown}'; it has {_names(inputs)}.")
     sizes: dict[str, int] = {}
     for entry in inputs:
-        shape = fixed.get(entry.name, entry.shape)
-        if len(shape) != len(entry.shape):
+        given = fixed.get(entry.name, entry.shape)
+        if len(given) != len(entry.shape):
             raise GraphError(
-                f"The input '{entry.name}' has {len(entry.shape)} dimensions, not the {len(shape)} of {_text(shape)}."
+                f"The input '{entry.name}' has {len(entry.shape)} dimensions, not the {len(given)} of {_text(given)}."
             )
-        for axis, (free, size) in enumerate(zip(entry.shape, shape, strict=True)):
+        for axis, (free, size) in enumerate(zip(entry.shape, given, strict=True)):
             if not isinstance(size, int):
                 continue
             known = free if isinstance(free, int) else sizes.setdefault(free, size) if free else size
@@ -103,12 +103,10 @@ def sized(inputs: Sequence[Input], shapes: Mapping[str, Sequence[int]]) -> list[
                     advice="Only dimensions that the file leaves open take a size.",
                 )
     return [
-        Input(
-            entry.name,
-            entry.type,
-            tuple(
-                given if isinstance(given, int) else sizes.get(given, given) if given else given
-                for given in fixed.get(entry.name, entry.shape)
+        replace(
+            entry,
+            shape=tuple(
+                sizes.get(size, size) if isinstance(size, str) else size for size in fixed.get(entry.name, entry.shape)
             ),
         )
         for entry in inputs
