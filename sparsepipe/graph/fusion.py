@@ -74,7 +74,7 @@ def _fuse_activation(layer: KernelLayer, found: Index, shapes: Shapes) -> None:
 
 _STEPS: Mapping[str, tuple[Callable[[KernelLayer, Index, Shapes], None], ...]] = {
     "SparseConv": (_fuse_residual, _fuse_activation),
-    "SparseLinear": (_fuse_bias, _fuse_activation),
+    "SparseLinear": (_fuse_bias, _fuse_residual, _fuse_activation),
     "DepthwiseConv": (_fuse_activation,),
 }
 """What each kernel can do after its product, in the order in which it does it."""

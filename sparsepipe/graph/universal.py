@@ -275,8 +275,8 @@ class _Rewriter:
         if layer.base == "DepthwiseConv":
             return operators.depthwise_conv([layer.source, node.input[1], bias], output, **shared)
         inputs = [layer.source, *self._encode(stem, layer.weight, choice.block), bias]
+        inputs += [layer.residual] if layer.residual else []
         if layer.base == "SparseConv":
-            inputs += [layer.residual] if layer.residual else []
             return operators.sparse_conv(inputs, output, block=choice.block, **shared)
         return operators.sparse_linear(inputs, output, block=choice.block, **shared)
 

@@ -114,12 +114,14 @@ class Net:
             out = self.add("Clip", [out, self.constant(np.float32(0)), self.constant(np.float32(6))])
         return out
 
-    def linear(self, x: str, shape: tuple[int, int], activation: str = "none", sparse: bool = True) -> str:
+    def linear(
+        self, x: str, shape: tuple[int, int], activation: str = "none", residual: str = "", sparse: bool = True
+    ) -> str:
         weight = self.weight(shape, sparse)
         bias = (self.random.standard_normal(shape[0]) * 0.1).astype(np.float32)
         if sparse and self.native:
             out = self.name("t")
-            inputs = [x, *self.encoded(weight, bias)]
+            inputs = [x, *self.encoded(weight, bias), *([residual] if residual else [])]
             self.nodes.append(
                 operators.sparse_linear(
                     inputs, out, weight_shape=shape, block=self.block, activation=activation, name=out
@@ -128,6 +130,8 @@ class Net:
             return out
         out = self.add("MatMul", [x, self.constant(np.ascontiguousarray(weight.T))])
         out = self.add("Add", [out, self.constant(bias)])
+        if residual:
+            out = self.add("Add", [out, residual])
         if activation == "relu":
             return self.add("Relu", [out])
         if activation == "gelu":
@@ -226,11 +230,11 @@ def encoder(net: Net) -> tuple[str, tuple[int, ...]]:
         scores = net.add("MatMul", [q, net.add("Transpose", [k], perm=[0, 2, 3, 1])])
         scores = net.add("Softmax", [net.add("Mul", [scores, net.constant(np.float32(0.125))])], axis=-1)
         mixed = net.add("Transpose", [net.add("MatMul", [scores, v])], perm=[0, 2, 1, 3])
-        y = net.add("Add", [x, net.linear(net.add("Reshape", [mixed, join]), (width, width))])
+        y = net.linear(net.add("Reshape", [mixed, join]), (width, width), residual=x)
         ones, zeros = np.ones(width, np.float32), np.zeros(width, np.float32)
         y = net.add("LayerNormalization", [y, net.constant(ones), net.constant(zeros)], axis=-1)
-        z = net.linear(net.linear(y, (3072, width), activation="gelu"), (width, 3072))
-        x = net.add("LayerNormalization", [net.add("Add", [y, z]), net.constant(ones), net.constant(zeros)], axis=-1)
+        x = net.linear(net.linear(y, (3072, width), activation="gelu"), (width, 3072), residual=y)
+        x = net.add("LayerNormalization", [x, net.constant(ones), net.constant(zeros)], axis=-1)
     return x, (1, tokens, width)
 
 

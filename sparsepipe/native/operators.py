@@ -1,10 +1,10 @@
 """The operators of domain ``sparsepipe``, version 1, as an ONNX file writes them: encoding, nodes, fallback bodies.
 
-``SparseConv(X, values, deltas, B?, residual?) -> Y`` and ``SparseLinear(X, values, deltas, B?) -> Y``. A weight of
-[O, I, *kernel] (or [N, K]) is cut into blocks of ``r`` consecutive output channels of one column; the nonzero blocks
-are numbered ``b = (o // r) * K + k`` with K = I * prod(kernel). ``values`` holds their numbers, float32 [blocks, r],
-and ``deltas`` the differences of consecutive b (the first: b itself), uint8 or uint16. A gap that does not fit is
-bridged by blocks of zeros.
+``SparseConv(X, values, deltas, B?, residual?) -> Y`` and ``SparseLinear(X, values, deltas, B?, residual?) -> Y``.
+A weight of [O, I, *kernel] (or [N, K]) is cut into blocks of ``r`` consecutive output channels of one column; the
+nonzero blocks are numbered ``b = (o // r) * K + k`` with K = I * prod(kernel). ``values`` holds their numbers,
+float32 [blocks, r], and ``deltas`` the differences of consecutive b (the first: b itself), uint8 or uint16. A gap that
+does not fit is bridged by blocks of zeros.
 
 ``DepthwiseConv(X, W, B?) -> Y`` is a dense depthwise convolution with W [C, 1, *kernel]: it keeps the NCHW layout
 between sparse layers, where onnxruntime's own one pays for two changes of layout.
@@ -32,7 +32,7 @@ DOMAIN = "sparsepipe"
 VERSION = 1
 INPUTS = {
     "SparseConv": ("X", "values", "deltas", "B", "residual"),
-    "SparseLinear": ("X", "values", "deltas", "B"),
+    "SparseLinear": ("X", "values", "deltas", "B", "residual"),
     "DepthwiseConv": ("X", "W", "B"),
 }
 
@@ -143,7 +143,7 @@ def sparse_linear(
     }
     if limits:
         attributes |= {"min": float(limits[0]), "max": float(limits[1])}
-    op_type = operator_name("SparseLinear", activation)
+    op_type = operator_name("SparseLinear", activation, residual=len(inputs) > 4)
     return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
 
@@ -198,8 +198,6 @@ def standard_nodes(node: onnx.NodeProto, opset: int = 17) -> list[onnx.NodeProto
     if base == "SparseConv":
         conv = helper.make_node("Conv", ["X", "W", *bias], ["y0"], group=1)
         nodes = [with_references(conv, window, AttributeProto.INTS)]
-        if "residual" in present:
-            nodes.append(helper.make_node("Add", ["y0", "residual"], ["y1"]))
     elif base == "DepthwiseConv":
         conv = with_references(helper.make_node("Conv", ["X", "W", *bias], ["y0"]), window, AttributeProto.INTS)
         nodes = [with_references(conv, {"group": "channels"}, AttributeProto.INT)]
@@ -207,6 +205,8 @@ def standard_nodes(node: onnx.NodeProto, opset: int = 17) -> list[onnx.NodeProto
         nodes = [helper.make_node("MatMul", ["X", "W"], ["y0"])]
         if bias:
             nodes.append(helper.make_node("Add", ["y0", "B"], ["y1"]))
+    if "residual" in present:
+        nodes.append(helper.make_node("Add", [nodes[-1].output[0], "residual"], ["sum"]))
     return nodes + _activation(attributes["activation"], nodes[-1].output[0], opset)
 
 

@@ -56,3 +56,28 @@ def test_residual_blocks_compute_what_the_dense_network_does(
     for _ in range(3):
         actual = model.run(None, {"x": x})[0]
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_residual_sums_of_linear_layers(session: Any, rows: int, threads: int) -> None:
+    random = np.random.default_rng(5)
+    nodes, weights = [helper.make_node("Relu", ["x"], ["b0"])], []
+    for block in range(3):
+        weight = random.standard_normal((256, 256)).astype(np.float32) * np.float32(0.1)
+        weight[random.random(weight.shape) < 0.8] = 0
+        weights.append(numpy_helper.from_array(weight, f"w{block}"))
+        nodes.append(helper.make_node("MatMul", [f"b{block}", f"w{block}"], [f"a{block}"]))
+        nodes.append(helper.make_node("Add", [f"a{block}", f"b{block}"], [f"s{block}"]))
+        nodes.append(helper.make_node("Relu", [f"s{block}"], [f"b{block + 1}"]))
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, 256]) for name in ("x", "b3")]
+    graph = helper.make_graph(nodes, "linear", ends[:1], ends[1:], weights)
+    dense = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    sparse = rewrite(dense, choose(dense))
+    assert [node.op_type for node in sparse.graph.node] == ["Relu", *["SparseLinearAddRelu"] * 3]
+    x: NDArray[np.float32] = random.standard_normal((rows, 256)).astype(np.float32)
+    expected = session(dense, native=False).run(None, {"x": x})[0]
+    model = session(sparse, threads=threads)
+    for _ in range(3):
+        actual = model.run(None, {"x": x})[0]
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparsepipe.native import operators
 
-ISAS = ["avx512", "avx2", "sse4", "neon", "portable"]
+ISAS = ["avx512vnni", "avx512", "avxvnni", "avx2", "sse4", "neon", "portable"]
 TOLERANCE = 1e-5
 
 
@@ -46,7 +46,15 @@ def masked(random: np.random.Generator, shape: tuple[int, ...], block: int, dens
 
 
 def linear_case(
-    rows: int, features: int, outputs: int, block: int, density: float, activation: str, bias: bool, seed: int
+    rows: int,
+    features: int,
+    outputs: int,
+    block: int,
+    density: float,
+    activation: str,
+    bias: bool,
+    seed: int,
+    residual: bool = False,
 ) -> Any:
     random = np.random.default_rng(seed)
     weight = masked(random, (outputs, features), block, density)
@@ -55,10 +63,14 @@ def linear_case(
     if bias:
         constants["B"] = random.standard_normal(outputs).astype(np.float32)
     node = operators.sparse_linear(
-        ["X", "values", "deltas", *(["B"] if bias else [])], "Y", weight_shape=weight.shape, block=block,
+        ["X", "values", "deltas", *(["B"] if bias else [""] if residual else []), *(["R"] if residual else [])],
+        "Y", weight_shape=weight.shape, block=block,
         activation=activation, limits=(-0.5, 0.75) if activation == "clip" else None, name="the_node",
     )  # fmt: skip
-    return node, constants, {"X": random.standard_normal((rows, features)).astype(np.float32)}
+    feeds = {"X": random.standard_normal((rows, features)).astype(np.float32)}
+    if residual:
+        feeds["R"] = random.standard_normal((rows, outputs)).astype(np.float32)
+    return node, constants, feeds
 
 
 def agree(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> None:
@@ -214,6 +226,7 @@ LINEAR = {
     "density": st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     "activation": st.sampled_from(["none", "relu", "gelu", "clip"]),
     "bias": st.booleans(),
+    "residual": st.booleans(),
     "threads": st.integers(1, 2),
     "seed": st.integers(0, 2**16),
 }
@@ -224,9 +237,42 @@ def check_linear(session: Any, model: Any, isa: str, blocks: int, block: int, th
     compare(session, model, node, constants, feeds, isa, threads)
 
 
-@example(rows=16, features=2048, blocks=300, block=1, density=0.3, activation="gelu", bias=True, threads=2, seed=0)
-@example(rows=1, features=2048, blocks=300, block=1, density=0.3, activation="none", bias=True, threads=2, seed=0)
-@example(rows=1, features=70000, blocks=9, block=2, density=0.1, activation="relu", bias=True, threads=1, seed=0)
+@example(
+    rows=16,
+    features=2048,
+    blocks=300,
+    block=1,
+    density=0.3,
+    activation="gelu",
+    bias=True,
+    residual=True,
+    threads=2,
+    seed=0,
+)
+@example(
+    rows=1,
+    features=2048,
+    blocks=300,
+    block=1,
+    density=0.3,
+    activation="none",
+    bias=True,
+    residual=False,
+    threads=2,
+    seed=0,
+)
+@example(
+    rows=1,
+    features=70000,
+    blocks=9,
+    block=2,
+    density=0.1,
+    activation="relu",
+    bias=True,
+    residual=True,
+    threads=1,
+    seed=0,
+)
 @settings(max_examples=30)
 @given(**LINEAR)
 def test_linear(session: Any, model: Any, isa: str, **case: Any) -> None:

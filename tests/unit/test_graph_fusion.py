@@ -197,6 +197,30 @@ def test_a_bias_after_a_product_in_any_rank_that_adds_no_dimension(dims: tuple[i
     assert ops(check(model(nodes, (16,), constants))[0]) == ["SparseLinear", *([] if fits else ["Add"])]
 
 
+def test_the_sums_of_an_encoder_become_part_of_its_products() -> None:
+    nodes = [
+        node("MatMul", ["x", "w1"], ["a"]),
+        node("Add", ["a", "b1"], ["b"]),
+        node("Relu", ["b"], ["c"]),
+        node("MatMul", ["c", "w2"], ["d"]),
+        node("Add", ["b2", "d"], ["e"]),
+        node("Add", ["x", "e"], ["f"]),
+        node("LayerNormalization", ["f", "scale"], ["y"], axis=-1),
+    ]
+    constants = {
+        "w1": weight(32, 16).T.copy(),
+        "b1": weight(32, density=1),
+        "w2": weight(16, 32).T.copy(),
+        "b2": weight(16, density=1),
+        "scale": weight(16, density=1),
+    }
+    assert ops(check(model(nodes, (5, 16), constants))[0]) == [
+        "SparseLinearRelu",
+        "SparseLinearAdd",
+        "LayerNormalization",
+    ]
+
+
 def test_a_sum_with_one_column_is_no_bias() -> None:
     nodes = [node("MatMul", ["x", "w"], ["a"]), node("Add", ["a", "b"], ["y"])]
     constants = {"w": weight(32, 16).T.copy(), "b": weight(32, 1, density=1)}

@@ -175,7 +175,7 @@ def test_weights_of_nearly_nothing(nonzeros: int) -> None:
         node("Add", ["x", "b"], ["y"]),
     ]
     after, _ = check(model(nodes, (16, 16, 16), {"k": kernel, "m": matrix}))
-    assert ops(after) == ["SparseConv", "SparseLinear", "Add"]
+    assert ops(after) == ["SparseConv", "SparseLinearAdd"]
 
 
 def test_a_convolution_in_one_dimension() -> None:

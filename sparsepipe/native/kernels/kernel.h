@@ -116,10 +116,11 @@ struct Isa {
   // output[column * output_stride + row] = input[row * input_stride + column].
   void (*transpose)(const float* input, std::int64_t input_stride, std::int64_t rows, std::int64_t columns,
                     float* output, std::int64_t output_stride);
-  // y[o] = activation(sum of values * x[index]) for block rows; index16 or index32 is null.
+  // y[o] = activation(sum of values * x[index] + bias[o] + residual[o]) for block rows; index16 or index32 is null, and
+  // perhaps the residual, which may be y.
   void (*vector)(const float* x, const std::uint16_t* index16, const std::uint32_t* index32, const float* values,
                  const std::uint32_t* row_start, std::int64_t row_begin, std::int64_t row_end, int block,
-                 const Epilogue&, float* y);
+                 const Epilogue&, const float* residual, float* y);
 };
 
 // The best one that the CPU runs, or the one that SPARSEPIPE_ISA names.

@@ -11,7 +11,7 @@
 namespace sparsepipe {
 namespace {
 
-constexpr int kResidual = 4;  // of SparseConv; of SparseQConv it is kQResidual
+constexpr int kResidual = 4;  // of SparseConv and SparseLinear; of SparseQConv it is kQResidual
 
 using Make = std::unique_ptr<Kernel> (*)(const abi::Functions&, const Node&, const kernels::Isa&);
 
@@ -137,7 +137,7 @@ const std::vector<Family>& quantized_families() {
 std::vector<Op> all_operators() {
   using abi::kFloat, abi::kUndefined;
   static const Family conv{"SparseConv", {kFloat, kFloat, kUndefined, kFloat, kFloat}, 3, kFloat, make_sparse_conv, kResidual};
-  static const Family linear{"SparseLinear", {kFloat, kFloat, kUndefined, kFloat}, 3, kFloat, make_sparse_linear, 0};
+  static const Family linear{"SparseLinear", {kFloat, kFloat, kUndefined, kFloat, kFloat}, 3, kFloat, make_sparse_linear, kResidual};
   static const Family depthwise{"DepthwiseConv", {kFloat, kFloat, kFloat}, 2, kFloat, make_depthwise_conv, 0};
   const std::pair<const char*, const char*> of_conv[] = {
       {"none", ""}, {"relu", "Relu"}, {"clip", "Clip"}, {"hardswish", "HardSwish"}, {"silu", "Silu"}};
@@ -148,7 +148,9 @@ std::vector<Op> all_operators() {
     for (bool residual : {false, true}) ops.push_back(describe(conv, activation, suffix, residual));
     ops.push_back(describe(depthwise, activation, suffix, false));
   }
-  for (const auto& [activation, suffix] : of_linear) ops.push_back(describe(linear, activation, suffix, false));
+  for (const auto& [activation, suffix] : of_linear) {
+    for (bool residual : {false, true}) ops.push_back(describe(linear, activation, suffix, residual));
+  }
   for (const Family& family : quantized_families()) {
     for (const auto& [activation, suffix] : {of_conv[0], of_conv[1], of_conv[2]}) {
       ops.push_back(describe(family, activation, suffix, false));

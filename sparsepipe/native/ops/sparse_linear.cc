@@ -1,4 +1,4 @@
-// SparseLinear: Y = activation(X W^T + B) with a sparse W of [N, K], for X of [..., K].
+// SparseLinear: Y = activation(X W^T + B + residual) with a sparse W of [N, K], for X of [..., K].
 //
 // One to three rows of X: matrix times vector, entry by entry. More: the rows are transposed to tiles of vectors over
 // rows of X, so that an entry of W multiplies a whole tile, as a convolution does with positions.
@@ -47,20 +47,26 @@ class SparseLinear final : public Kernel {
     std::vector<std::int64_t> dims = x->dims;
     dims.back() = out_;
     product(dims);
+    const std::optional<Tensor> added = call.input(4);
+    if (added && (added->type != abi::kFloat || added->dims != dims)) {
+      throw Error("input 'residual' must be float32 of the output's shape " + shape_text(dims) + ", not " +
+                  shape_text(added->dims));
+    }
+    const float* residual = added ? static_cast<const float*>(added->data) : nullptr;
     float* y = call.output(dims);
     if (rows == 0) return;
     const auto* data = static_cast<const float*>(x->data);
-    if (rows <= kFewRows) return by_row(call, data, rows, y);
+    if (rows <= kFewRows) return by_row(call, data, rows, residual, y);
     // All tile widths that many rows choose from are the same, so many row counts share one plan.
     const std::int64_t vectors = ceil_div(rows, isa_.lanes);
     const std::int64_t wide = isa_.max_vectors[weight_.block];
     const std::int64_t key = vectors <= wide ? vectors : wide + 1;
     const std::shared_ptr<const Plan> plan = plans_.get({key}, [&] { return make_plan(vectors); });
-    by_tile(call, *plan, data, rows, y);
+    by_tile(call, *plan, data, rows, residual, y);
   }
 
  private:
-  void by_row(const Call& call, const float* x, std::int64_t rows, float* y) const {
+  void by_row(const Call& call, const float* x, std::int64_t rows, const float* residual, float* y) const {
     const auto chunks = static_cast<std::int64_t>(vector_bounds_.size()) - 1;
     call.parallel(static_cast<std::size_t>(chunks * rows), [&](std::size_t task) {
       const std::int64_t row = static_cast<std::int64_t>(task) / chunks;
@@ -68,7 +74,7 @@ class SparseLinear final : public Kernel {
       isa_.vector(x + row * in_, weight_.column16.empty() ? nullptr : weight_.column16.data(),
                   weight_.column16.empty() ? weight_.column32.data() : nullptr, weight_.values.data(),
                   weight_.row_start.data(), vector_bounds_[chunk], vector_bounds_[chunk + 1], weight_.block, epilogue_,
-                  y + row * out_);
+                  residual ? residual + row * out_ : nullptr, y + row * out_);
     });
   }
 
@@ -103,7 +109,8 @@ class SparseLinear final : public Kernel {
         Plan{chosen, tiles, PackedWeight(weight_, chosen, chosen_blocking.block_channels), split_rows(weight_, chunks)});
   }
 
-  void by_tile(const Call& call, const Plan& plan, const float* x, std::int64_t rows, float* y) const {
+  void by_tile(const Call& call, const Plan& plan, const float* x, std::int64_t rows, const float* residual,
+               float* y) const {
     const std::int64_t width = plan.layout.channel_stride;  // rows of x in a tile
     const std::int64_t tiles = ceil_div(rows, width);
     const auto all_chunks = static_cast<std::int64_t>(plan.row_bounds.size()) - 1;
@@ -148,7 +155,8 @@ class SparseLinear final : public Kernel {
       args.epilogue = epilogue_;
       float* partial = nullptr;
       if (blocks > 1) partial = mine.partial.at_least(static_cast<std::size_t>((end - begin) * block * width));
-      float* out = mine.out.at_least(static_cast<std::size_t>(kOutputGroup * width));
+      float* out = mine.out.at_least(static_cast<std::size_t>(2 * kOutputGroup * width));
+      float* added = out + kOutputGroup * width;
       const auto vectors = static_cast<int>(ceil_div(rows_of(tile), isa_.lanes));
       args.y_stride = static_cast<std::int64_t>(vectors) * isa_.lanes;
       for (std::int64_t b = 0; b < blocks; ++b) {
@@ -170,10 +178,16 @@ class SparseLinear final : public Kernel {
           args.row_end = std::min(end, row + step);
           args.partial = partial ? partial + (row - begin) * block * args.y_stride : nullptr;
           args.y = out;
+          const std::int64_t first_output = tile * width * out_ + row * block;
+          if (args.last && residual) {
+            isa_.transpose(residual + first_output, out_, rows_of(tile), (args.row_end - row) * block, added,
+                           args.y_stride);
+            args.residual = added;
+          }
           isa_.rows(args, weight_.block, vectors);
           if (args.last) {
             isa_.transpose(out, args.y_stride, (args.row_end - row) * block, rows_of(tile),
-                           y + tile * width * out_ + row * block, out_);
+                           y + first_output, out_);
           }
         }
       }
