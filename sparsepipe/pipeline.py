@@ -17,7 +17,7 @@ from sparsepipe.artefact import MANIFEST, Artefact
 from sparsepipe.environment import package_versions
 from sparsepipe.errors import ArtefactError
 from sparsepipe.recipe import Choice, Recipe
-from sparsepipe.stages.train import network_source
+from sparsepipe.stages.train import network_source, same_config
 
 log = logging.getLogger("sparsepipe")
 
@@ -113,8 +113,8 @@ def run(
 def unchanged(stage: Stage, inputs: Mapping[str, Artefact], folder: Path) -> Artefact | None:
     """The artefact in `folder`, if running `stage` again would make the same one; None otherwise.
 
-    Compared are the configuration, the digests of the inputs (the data and the user's network code, too), the version
-    of sparsepipe, and the files themselves against their digests.
+    Compared are the digests of the inputs (the data and the user's network code, too), the version of sparsepipe, the
+    configuration, but for what is `FREE_TO_CHANGE` in a training, and the files themselves against their digests.
     """
     if not (folder / MANIFEST).is_file():
         return None
@@ -131,9 +131,9 @@ def unchanged(stage: Stage, inputs: Mapping[str, Artefact], folder: Path) -> Art
     if isinstance(network := getattr(stage.config, "model", None), Choice):
         expected |= network_source(network.name)
     same = (
-        manifest.config == stage.config.model_dump(mode="json")
-        and manifest.inputs == expected
+        manifest.inputs == expected
         and manifest.versions.get("sparsepipe") == package_versions().get("sparsepipe")
+        and same_config(manifest.config, stage.config.model_dump(mode="json"))
     )
     return artefact if same else None
 

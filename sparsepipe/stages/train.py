@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("sparsepipe")
 
 FREE_TO_CHANGE = {"train.threads", "train.device", "train.checkpoint_every"}
-"""Settings that a resumed training may change: they do not decide what is computed."""
+"""Settings that a resumed training may change, and for which a finished one is not repeated: they decide the order in
+which sums are rounded, and so the last bits, but not what is learnt. `sparsepipe run --force` trains anew."""
 
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -174,8 +175,21 @@ def _finished(out: Path, config: TrainConfig, sources: Mapping[str, str]) -> Art
     if not (out / MANIFEST).is_file():
         return None
     done = Artefact.read(out, "train")
-    same = done.manifest.config == config.model_dump(mode="json") and done.manifest.inputs == sources
+    same = done.manifest.inputs == sources and same_config(done.manifest.config, config.model_dump(mode="json"))
     return done if same else None
+
+
+def same_config(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two configurations of a stage, as manifests hold them, differ in nothing but what is free to change."""
+    one, other = _flat(before), _flat(now)
+    differing = {key for key in {*one, *other} if one.get(key) != other.get(key)}
+    if differing and differing <= FREE_TO_CHANGE:
+        changes = ", ".join(f"{key} = {other.get(key)!r} (was {one.get(key)!r})" for key in sorted(differing))
+        log.info(
+            "What was trained before is kept, though %s; `run --force`, or `train` without --resume, trains it again.",
+            changes,
+        )
+    return differing <= FREE_TO_CHANGE
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from torch import distributed
 from sparsepipe import launch
 from sparsepipe.errors import RecipeError, SparsepipeError
 
+log = logging.getLogger("sparsepipe")
+
 _LOST = re.compile("gloo|nccl|Connection (closed|reset)", re.IGNORECASE)
 """What the messages of the backends hold when a peer is gone; most come as plain RuntimeError."""
 
@@ -101,9 +103,17 @@ def usable_cores() -> int:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch use `count` CPU threads, or this process's share of the usable cores if it is 0, in the block."""
+    """Let torch use `count` CPU threads, or this process's share of the usable cores if it is 0, in the block.
+
+    More than the share are not used: threads that take turns on a core wait for each other and get nothing done.
+    """
+    share = max(usable_cores() // launch.local_world_size(), 1)
+    if count > share:
+        log.warning(
+            "train.threads = %d is more than the %d cores that this process may use; it uses %d.", count, share, share
+        )
     before = torch.get_num_threads()
-    torch.set_num_threads(count or max(usable_cores() // launch.local_world_size(), 1))
+    torch.set_num_threads(min(count or share, share))
     try:
         yield
     finally:

@@ -112,6 +112,24 @@ def test_a_changed_key_runs_only_what_depends_on_it(finished: tuple[Path, Any], 
     assert ran == ["bench", "report"]
 
 
+def test_what_only_decides_the_last_bits_trains_nothing_again(
+    finished: tuple[Path, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    out, _ = finished
+    for override, kept in (
+        ("train.threads=2", True),
+        ("train.checkpoint_every=2", True),
+        ("train.device=cpu", True),
+        ("train.epochs=3", False),
+        ("seed=1", False),
+    ):
+        caplog.clear()
+        stage = pipeline.stages(recipe.load(out / "recipe.toml", [override]))[0]
+        with caplog.at_level("INFO", "sparsepipe"):
+            assert (pipeline.unchanged(stage, {}, out / "train") is not None) is kept
+        assert ("What was trained before is kept, though" in caplog.text) is kept
+
+
 def test_a_tampered_artefact_is_made_again(finished: tuple[Path, Any]) -> None:
     out, _ = finished
     loaded = recipe.load(out / "recipe.toml")

@@ -328,8 +328,23 @@ def test_cuda_that_is_not_there_is_a_clear_error(monkeypatch: pytest.MonkeyPatch
 
 def test_threads_are_set_inside_the_block_only() -> None:
     before = torch.get_num_threads()
-    with device.threads(3):
-        assert torch.get_num_threads() == 3
+    with device.threads(1):
+        assert torch.get_num_threads() == 1
     with device.threads(0):
         assert torch.get_num_threads() == device.usable_cores()
     assert torch.get_num_threads() == before
+
+
+def test_more_threads_than_cores_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(device, "usable_cores", lambda: 3)
+    for count, expected in ((64, 3), (2, 2), (3, 3), (0, 3)):
+        caplog.clear()
+        with caplog.at_level("WARNING", "sparsepipe"), device.threads(count):
+            assert torch.get_num_threads() == expected
+        assert len(caplog.messages) == (count > 3)
+    monkeypatch.setattr(device.launch, "local_world_size", lambda: 2)
+    with caplog.at_level("WARNING", "sparsepipe"), device.threads(2):
+        assert torch.get_num_threads() == 1
+    assert "train.threads = 2 is more than the 1 cores" in caplog.text
