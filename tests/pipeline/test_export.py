@@ -218,6 +218,40 @@ def test_a_network_in_memory_is_exported_with_settings_like_those_of_a_recipe(tm
         export.export_onnx(network, (8,), tmp_path / "out", target="dense")
 
 
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_a_network_trained_in_blocks_runs_in_those_blocks_without_padding(block: int, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from sparsepipe.sparsity.methods.dst_ee import DSTEE
+    from sparsepipe.sparsity.sparsifier import Sparsifier
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 64, 3, padding=1, bias=False), torch.nn.ReLU(),
+        torch.nn.Conv2d(64, 64, 3, padding=1, bias=False), torch.nn.ReLU(),
+        torch.nn.Conv2d(64, 128, 1, bias=False), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(),
+        torch.nn.Linear(512, 64),
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    method = DSTEE(sparsity=0.9, pattern=f"{block}x1", distribution="uniform", update_every=2, stop_at=0.9)
+    sparsifier = Sparsifier(network, optimizer, method, total_steps=10)
+    for step in range(10):
+        for parameter in network.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+    nonzeros = {name: int(mask.sum()) for name, mask in sparsifier.freeze().items()}
+    result = export.export_onnx(network, (4, 16, 16), tmp_path / "out", targets=("universal",))
+    chosen = {each["name"]: each for each in result.metrics["kernels"]}
+    model = onnx.load(result.file("model.universal.onnx"))
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for name in ("2.weight", "4.weight", "7.weight"):
+        assert (chosen[name]["sparse"], chosen[name]["block"]) == (True, block), chosen[name]["reason"]
+        values, deltas = (arrays[f"{name.removesuffix('weight')}{part}"] for part in ("values", "deltas"))
+        stored = values.any(axis=1)
+        assert values.shape == (len(deltas), block)
+        assert values[stored].all(), "no zero inside a block"
+        assert stored.sum() * block == nonzeros[name]
+
+
 def foreign(opset: int = 17, op_type: str = "Relu", domain: str = "") -> ModelProto:
     """A pruned network in the style of another tool."""
     random = np.random.default_rng(8)
