@@ -69,23 +69,20 @@ def refuse_sharded(model: nn.Module) -> None:
     """Refuse a model whose parameters are spread over processes: top-k needs whole layers.
 
     Raises:
-        ModelError: a parameter is a DTensor (FSDP2, tensor parallelism), or a module is wrapped by FSDP1.
+        ModelError: a parameter is a DTensor (FSDP2, tensor parallelism) or part of a flat parameter (FSDP1).
     """
-    # A model can be sharded only where these modules are loaded; importing them takes seconds.
-    tensors, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
-    sharded = None
-    if tensors is not None:
-        sharded = next((name for name, value in model.named_parameters() if isinstance(value, tensors.DTensor)), None)
-    if sharded is None and fsdp is not None:
-        wrapped = (name for name, module in model.named_modules() if isinstance(module, fsdp.FullyShardedDataParallel))
-        sharded = next(wrapped, None)
-    if sharded is not None:
-        raise ModelError(
-            f"'{sharded or 'the model'}' is sharded over processes (FSDP or tensor parallelism), which is not "
-            "supported: to choose the weights that stay, each process needs the whole layer.",
-            where="model",
-            advice="Train with DistributedDataParallel, which keeps the whole network on each process.",
-        )
+    # A model can hold DTensors only where this module is loaded; importing it takes seconds.
+    tensors = sys.modules.get("torch.distributed.tensor")
+    for name, parameter in model.named_parameters():
+        distributed_tensor = tensors is not None and isinstance(parameter, tensors.DTensor)
+        if distributed_tensor or getattr(parameter, "_fsdp_flattened", False):
+            raise ModelError(
+                f"'{name.replace('_fsdp_wrapped_module.', '')}' is sharded over processes (FSDP or tensor "
+                "parallelism), which is not supported: to choose the weights that stay, each process needs the whole "
+                "layer.",
+                where="model",
+                advice="Train with DistributedDataParallel, which keeps the whole network on each process.",
+            )
 
 
 def _digest(network: Network, name: str) -> int:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
@@ -13,6 +14,9 @@ from torch.optim import Optimizer
 from sparsepipe.errors import ModelError
 
 log = logging.getLogger("sparsepipe")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Of weights that can be masked."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
     A weight shared between modules appears once.
 
     Raises:
-        ModelError: there is no such weight, a weight is not initialised yet, or two different parameters share
-            memory, so that no mask could hold for both.
+        ModelError: there is no such weight, a weight is not initialised yet or no ordinary tensor of floats, or two
+            different parameters share memory, so that no mask could hold for both.
     """
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     embedded = {
@@ -83,8 +87,8 @@ def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
         for parameter in module.parameters(recurse=False)
     }
     found: dict[int, tuple[nn.Parameter, bool, bool, bool]] = {}
-    for module in model.modules():
-        for parameter in _weights_of(module):
+    for path, module in model.named_modules():
+        for parameter in _weights_of(path, module):
             if isinstance(parameter, nn.UninitializedParameter):
                 raise ModelError(
                     f"A weight of {type(module).__name__} has no shape yet.",
@@ -102,11 +106,13 @@ def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
             where="model",
             advice="Give the Sparsifier the model and the optimizer that trains its parameters.",
         )
+    for weight in weights.values():
+        _refuse_unusual(weight)
     _refuse_shared_memory(weights)
     return weights
 
 
-def _weights_of(module: nn.Module) -> Iterator[nn.Parameter]:
+def _weights_of(path: str, module: nn.Module) -> Iterator[nn.Parameter]:
     if isinstance(module, nn.MultiheadAttention):
         names: tuple[str, ...] = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
     elif isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and not _is_depthwise(module)):
@@ -120,14 +126,37 @@ def _weights_of(module: nn.Module) -> Iterator[nn.Parameter]:
             yield parameter
         elif name not in module._parameters and isinstance(getattr(module, name, None), Tensor):
             log.warning(
-                "A weight of %s is computed anew at each use (a parametrization, weight or spectral norm, pruning); "
-                "it is left dense and not counted.",
-                type(module).__name__,
+                "'%s' is computed anew at each use (a parametrization, weight or spectral norm, pruning); it is left "
+                "dense and not counted.",
+                f"{path}.{name}".lstrip("."),
             )
 
 
 def _is_depthwise(module: _ConvNd) -> bool:
     return module.groups > 1 and module.groups == module.in_channels
+
+
+def _refuse_unusual(weight: Weight) -> None:
+    """Masks are written into the memory of a weight, which must therefore be one of ordinary numbers."""
+    parameter = weight.parameter
+    advice = "Train sparse in ordinary tensors of float32, float16, bfloat16 or float64; quantise what is trained."
+    if parameter.is_meta:
+        what = "has no memory yet (its device is 'meta')"
+        advice = (
+            "Give the model memory and weights before making the Sparsifier: model.to_empty(device=...), then load."
+        )
+    elif not issubclass(type(parameter), nn.Parameter):  # isinstance holds for any tensor that once was wrapped in one
+        what = f"is a {type(parameter).__name__}, not an ordinary tensor"
+    elif parameter.dtype not in DTYPES:
+        what = f"consists of {str(parameter.dtype).removeprefix('torch.')}"
+    elif parameter.layout != torch.strided:
+        what = f"has the memory layout {str(parameter.layout).removeprefix('torch.')}"
+    elif parameter.ndim < 2:
+        what = f"has the shape {weight.shape}, which is not that of a layer: something has flattened or partitioned it"
+        advice = "Train with DistributedDataParallel, which keeps the whole network on each process."
+    else:
+        return
+    raise ModelError(f"'{weight.name}' {what}.", where="model", advice=advice)
 
 
 def _refuse_shared_memory(weights: dict[str, Weight]) -> None:

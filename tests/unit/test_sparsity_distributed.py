@@ -126,17 +126,23 @@ def test_parameters_that_fsdp2_shards_are_refused_by_name() -> None:
 
 
 @pytest.mark.usefixtures("_one_process_group")
-def test_a_module_inside_fsdp1_is_refused_by_name() -> None:
+@pytest.mark.parametrize(
+    ("part", "original", "named"),
+    [("all", True, "0.weight"), ("all", False, "_flat_param"), ("2", True, "2.weight"), ("2", False, "2._flat_param")],
+)
+@pytest.mark.filterwarnings("ignore:.*FSDP will not shard:UserWarning", "ignore:.*`NO_SHARD`:FutureWarning")
+def test_parameters_that_fsdp1_flattens_are_refused_by_name(part: str, original: bool, named: str) -> None:
+    """Also where the caller gives the bare model, as he does with DDP: its parameters are parts of a flat one."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    class Wrapped(FullyShardedDataParallel):
-        """Made without its constructor, which needs a GPU."""
-
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            self.inner = nn.Linear(4, 4)
-
-    model = nn.Sequential(nn.Linear(4, 4), Wrapped())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ModelError, match="'1' is sharded"):
-        sparsepipe.Sparsifier(model, optimizer, sparsepipe.DSTEE(), total_steps=1000)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    options = {"use_orig_params": original, "device_id": torch.device("cpu")}
+    if part == "all":
+        wrapped: nn.Module = FullyShardedDataParallel(model, **options)
+    else:
+        wrapped = model
+        model[2] = FullyShardedDataParallel(model[2], **options)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for given in (model, wrapped):
+        with pytest.raises(ModelError, match=rf"'{named}' is sharded.*DistributedDataParallel"):
+            sparsepipe.Sparsifier(given, optimizer, sparsepipe.DSTEE(), total_steps=1000)
