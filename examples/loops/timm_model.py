@@ -34,11 +34,11 @@ def enlarged(images: Tensor) -> Tensor:
     return interpolate(images, scale_factor=4)
 
 
-def main(folder: Path, name: str = "mobilenetv3_small_050", epochs: int = 10) -> dict[str, Any]:
+def main(folder: Path, model_name: str = "mobilenetv3_small_050", epochs: int = 10) -> dict[str, Any]:
     """Train a network 80% sparse; returns its masks, the test accuracy of its average, and the average itself."""
     train, test = digits.load()
     torch.manual_seed(0)
-    model = timm.create_model(name, in_chans=1, num_classes=digits.CLASSES)
+    model = timm.create_model(model_name, in_chans=1, num_classes=digits.CLASSES)
     average = ModelEmaV3(model, decay=0.9)
     loader = DataLoader(train, batch_size=35, shuffle=True)
     steps = len(loader) // ACCUMULATED

@@ -117,5 +117,5 @@ def test_a_model_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         importlib.import_module("timm")
     except (ImportError, RuntimeError) as error:  # a torchvision for another torch fails in its own way
         pytest.skip(f"timm needs a torchvision that fits torch {torch.__version__}: {error}")
-    result = interrupted_and_resumed("timm_model", tmp_path, monkeypatch, name="test_resnet")
+    result = interrupted_and_resumed("timm_model", tmp_path, monkeypatch, model_name="test_resnet")
     check(result, result["model"], sparsity=0.8, folder=tmp_path, input_shape=(1, 32, 32))
