@@ -96,17 +96,21 @@ ONCE: dict[str, Any] = {"sparsity": 0.75, "distribution": "uniform", "update_eve
 
 
 def test_snfs_drops_in_each_layer_and_shares_out_by_mean_momentum() -> None:
-    """By hand: 25 of 100 active; 5 dropped in each; mean |momentum| 3 to 1, so 7.5 and 2.5 of 10 grow."""
+    """By hand: 25 of 100 active; 5 dropped in each; mean |momentum| 3 to 1, so 7.5 and 2.5 of 10 grow.
+
+    The mean is over what was active before the drop: (5 x 7 + 20 x 2) / 25 = 3 in the first layer.
+    """
     layers = Layers(SNFS(drop_fraction=0.2, momentum=0.5, **ONCE), (10, 10), (10, 10))
     before = layers.masks
     assert [int(mask.sum()) for mask in before] == [25, 25]
-    gradients = [torch.full((10, 10), 3.0), -torch.ones(10, 10)]
+    gradients = [torch.full((10, 10), 2.0), -torch.ones(10, 10)]
     gradients[0][~before[0]] = 100 + torch.arange(75.0)  # which inactive weights; only active ones decide how many
     gradients[1][~before[1]] = 100 + torch.arange(75.0)
     magnitudes = [
         weight.abs().masked_fill(~mask, math.inf) for weight, mask in zip(layers.weights, before, strict=True)
     ]
     dropped = [set(magnitude.flatten().argsort()[:5].tolist()) for magnitude in magnitudes]
+    gradients[0].view(-1)[list(dropped[0])] = 7.0
     layers.step(gradients)
     assert layers.nnz in ([28, 22], [27, 23])
     for now, mask, gone, gradient in zip(layers.masks, before, dropped, gradients, strict=True):
