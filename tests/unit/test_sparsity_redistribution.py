@@ -96,9 +96,9 @@ ONCE: dict[str, Any] = {"sparsity": 0.75, "distribution": "uniform", "update_eve
 
 
 def test_snfs_drops_in_each_layer_and_shares_out_by_mean_momentum() -> None:
-    """By hand: 25 of 100 active; 5 dropped in each; mean |momentum| 3 to 1, so 7.5 and 2.5 of 10 grow.
+    """By hand: 25 of 100 active; 5 dropped in each; mean |momentum| 4 to 1, so 8 and 2 of 10 grow.
 
-    The mean is over what was active before the drop: (5 x 7 + 20 x 2) / 25 = 3 in the first layer.
+    The mean is over what was active before the drop: (5 x 12 + 20 x 2) / 25 = 4 in the first layer.
     """
     layers = Layers(SNFS(drop_fraction=0.2, momentum=0.5, **ONCE), (10, 10), (10, 10))
     before = layers.masks
@@ -110,9 +110,9 @@ def test_snfs_drops_in_each_layer_and_shares_out_by_mean_momentum() -> None:
         weight.abs().masked_fill(~mask, math.inf) for weight, mask in zip(layers.weights, before, strict=True)
     ]
     dropped = [set(magnitude.flatten().argsort()[:5].tolist()) for magnitude in magnitudes]
-    gradients[0].view(-1)[list(dropped[0])] = 7.0
+    gradients[0].view(-1)[list(dropped[0])] = 12.0
     layers.step(gradients)
-    assert layers.nnz in ([28, 22], [27, 23])
+    assert layers.nnz == [28, 22]
     for now, mask, gone, gradient in zip(layers.masks, before, dropped, gradients, strict=True):
         grown = set((now & ~mask).flatten().nonzero().flatten().tolist())
         best = gradient.masked_fill(mask, -math.inf).flatten().argsort(descending=True)[: len(grown)]
@@ -149,6 +149,18 @@ def test_dsr_drops_across_layers_and_shares_out_by_what_survived() -> None:
     assert (layers.masks[0] & before[0]).sum() == 25
     survivors = magnitude.flatten().argsort(descending=True)[:10]
     assert layers.masks[1].flatten()[survivors].all()
+
+
+def test_redistribution_by_magnitude_goes_by_the_mean_weight_before_the_drop() -> None:
+    """By hand: 5 of 25 weights of 0.2 and 20 of 1.2 have a mean of 1, beside 0.25: 8 and 2 of the 10 dropped grow."""
+    layers = Layers(RigL(redistribution="magnitude", drop_fraction=0.2, **ONCE), (10, 10), (10, 10))
+    with torch.no_grad():
+        for weight, mask, small, large in zip(layers.weights, layers.masks, (0.2, 0.25), (1.2, 0.25), strict=True):
+            places = mask.flatten().nonzero().flatten()
+            weight.view(-1)[places[:5]] = small
+            weight.view(-1)[places[5:]] = large
+    layers.step([torch.ones(10, 10), 100 * torch.ones(10, 10)])
+    assert layers.nnz == [28, 22]
 
 
 def test_a_drop_across_layers_takes_the_lowest_mean_magnitudes_and_spares_one_group_of_each_layer() -> None:
