@@ -85,9 +85,10 @@ class Sparsifier:
                 self.load_state_dict(state)
                 self._check_weights_are_loaded()
             self._replicas.compare(self._network, self.step)
+        # A compiled `optimizer.step` leaves its graph for them: traced, they would be compiled anew at every step.
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
         ]
 
     @property

@@ -116,6 +116,26 @@ def test_a_compiled_model_trains_to_the_same_masks_without_compiling_again(backe
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_compiled_optimizer_step_keeps_the_masks_and_is_not_compiled_again() -> None:
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = network()
+        optimizer = sgd(model.parameters())
+        sparsifier = Sparsifier(model, optimizer, dst_ee(update_every=2), total_steps=20)
+        step: Any = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        graphs = []
+        for number in range(8):
+            optimizer.zero_grad()
+            loss_of(model, number).backward()
+            step()
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            assert inactive_are_positive_zero(model, sparsifier)
+        results.append(sparsifier.mask_set.digest())
+    assert results[0] == results[1]
+    assert graphs[2] == graphs[-1] > 0  # momentum buffers come with the first step
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
 def test_names_of_masks_are_those_of_the_model_inside_its_wrapper(wrap: Any) -> None:
     model = network()
@@ -141,6 +161,15 @@ def test_an_average_that_follows_a_pruned_model_ends_as_sparse(averaging: str) -
     for name, mask in masks.items():
         weight = average.module.get_parameter(name)
         assert torch.equal(weight != 0, mask)
+
+
+def test_a_copy_from_before_the_masks_is_cut_to_them_at_once() -> None:
+    model = network()
+    dense = copy.deepcopy(model)
+    sparsifier = Sparsifier(model, sgd(model.parameters()), dst_ee(), total_steps=20)
+    sparsifier.follow(dense)
+    for name, mask in sparsifier.masks.items():
+        assert torch.equal(dense.get_parameter(name) != 0, mask)
 
 
 def test_an_average_resumes_as_it_was_and_keeps_following() -> None:

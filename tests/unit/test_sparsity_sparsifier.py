@@ -130,11 +130,15 @@ def test_freeze_ends_sparse_training_and_leaves_the_optimizer_alone() -> None:
     model = network()
     optimizer = sgd(model.parameters())
     sparsifier = Sparsifier(model, optimizer, method(), total_steps=10)
+    average = copy.deepcopy(model)
+    sparsifier.follow(average)
     train(model, optimizer, range(10))
     with torch.no_grad():
         model[4].weight.add_(1.0)
+        average[4].weight.add_(1.0)
     masks = sparsifier.freeze()
     assert inactive_are_positive_zero(model, sparsifier)
+    assert inactive_are_positive_zero(average, sparsifier)
     assert masks.sparsity == pytest.approx(0.8, abs=1e-3)
     train(model, optimizer, [10])
     assert sparsifier.step == 10
