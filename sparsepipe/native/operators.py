@@ -36,9 +36,15 @@ INPUTS = {
     "DepthwiseConv": ("X", "W", "B"),
 }
 
+MODES = {
+    "SparseConv": ("auto", "direct", "flat", "rows", "columns", "shift"),
+    "SparseLinear": ("auto", "vector", "tiles"),
+}
+"""Operator -> ways of reading the input, as the attribute ``mode`` numbers them (what they do: ``ops/sparse_conv.cc``,
+``ops/sparse_linear.cc``). A kernel takes another one where that of the node does not fit the shapes it meets."""
 ACTIVATIONS = {"none": "", "relu": "Relu", "clip": "Clip", "hardswish": "HardSwish", "silu": "Silu", "gelu": "Gelu"}
 HARDSWISH_SINCE = 14  # opset
-MODES = ("auto", "direct", "flat", "rows", "columns")
+MODES = ("auto", "direct", "flat", "rows", "columns", "shift")
 """The attribute ``mode`` of SparseConv, by its number: how the input is packed; "auto" leaves it to the kernel."""
 
 
@@ -58,7 +64,7 @@ def sparse_conv(
     block: int = 1,
     activation: str = "none",
     limits: tuple[float, float] | None = None,
-    mode: int = 0,
+    mode: str = "auto",
     name: str = "",
 ) -> onnx.NodeProto:
     """A SparseConv node under its ``operator_name``.
@@ -73,7 +79,7 @@ def sparse_conv(
         block: output channels of a block.
         activation: a key of ``ACTIVATIONS``.
         limits: the bounds of activation "clip".
-        mode: way of packing the input; 0 leaves it to the kernel.
+        mode: one of ``MODES``.
         name: of the node.
     """
     rank = len(weight_shape) - 2
@@ -87,7 +93,7 @@ def sparse_conv(
         "out_channels": weight_shape[0],
         "block": block,
         "activation": activation,
-        "mode": mode,
+        "mode": MODES["SparseConv"].index(mode),
     }
     if limits:
         attributes |= {"min": float(limits[0]), "max": float(limits[1])}
@@ -131,15 +137,16 @@ def sparse_linear(
     block: int = 1,
     activation: str = "none",
     limits: tuple[float, float] | None = None,
+    mode: str = "auto",
     name: str = "",
 ) -> onnx.NodeProto:
-    """A SparseLinear node; ``weight_shape`` is [N, K]."""
+    """A SparseLinear node; ``weight_shape`` is [N, K], ``mode`` one of ``MODES``."""
     attributes: dict[str, Any] = {
         "in_features": weight_shape[1],
         "out_features": weight_shape[0],
         "block": block,
         "activation": activation,
-        "mode": 0,
+        "mode": MODES["SparseLinear"].index(mode),
     }
     if limits:
         attributes |= {"min": float(limits[0]), "max": float(limits[1])}

@@ -81,11 +81,18 @@ def refused(session: Any, file: Any, *words: str) -> None:
         ({"activation": "clip", "min": 1.0, "max": -1.0}, "min"),
         ({"activation": "clip", "min": float("nan"), "max": 1.0}, "min"),
         ({"mode": -1}, "mode"),
+        ({"mode": 6}, "mode"),
     ],
 )
 def test_attributes(session: Any, model: Any, attributes: dict[str, Any], word: str) -> None:
     node, constants = good()
     refused(session, model(replaced(node, **attributes), constants), word)
+
+
+@pytest.mark.parametrize("mode", [-1, 3])
+def test_unknown_modes_of_linear_layers(session: Any, model: Any, mode: int) -> None:
+    node, constants = good_linear()
+    refused(session, model(replaced(node, mode=mode), constants), "mode")
 
 
 def with_constant(name: str, value: Any) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def linear_case(
     bias: bool,
     seed: int,
     residual: bool = False,
+    mode: str = "auto",
 ) -> Any:
     random = np.random.default_rng(seed)
     weight = masked(random, (outputs, features), block, density)
@@ -65,7 +66,7 @@ def linear_case(
     node = operators.sparse_linear(
         ["X", "values", "deltas", *(["B"] if bias else [""] if residual else []), *(["R"] if residual else [])],
         "Y", weight_shape=weight.shape, block=block,
-        activation=activation, limits=(-0.5, 0.75) if activation == "clip" else None, name="the_node",
+        activation=activation, limits=(-0.5, 0.75) if activation == "clip" else None, mode=mode, name="the_node",
     )  # fmt: skip
     feeds = {"X": random.standard_normal((rows, features)).astype(np.float32)}
     if residual:
@@ -120,7 +121,7 @@ def convolutions(draw: st.DrawFn) -> dict[str, Any]:
         "bias": draw(st.booleans()),
         "residual": draw(st.booleans()),
         "batch": draw(st.integers(1, 3)),
-        "mode": draw(st.integers(0, 5)),
+        "mode": draw(st.sampled_from(operators.MODES["SparseConv"])),
         "threads": draw(st.integers(1, 2)),
         "seed": draw(st.integers(0, 2**16)),
     }
@@ -159,7 +160,7 @@ def check_convolution(session: Any, model: Any, isa: str, case: dict[str, Any]) 
 
 BIG = {
     "strides": [1, 1], "dilations": [1, 1], "pads": [1, 1, 1, 1], "block": 1, "density": 0.1, "activation": "relu",
-    "bias": True, "residual": True, "batch": 1, "mode": 0, "threads": 2, "seed": 0,
+    "bias": True, "residual": True, "batch": 1, "mode": "auto", "threads": 2, "seed": 0,
 }  # fmt: skip
 
 
@@ -169,10 +170,12 @@ BIG = {
 @example(BIG | {"shape": (64, 256, 1, 1), "sizes": [16, 16], "pads": [0, 0, 0, 0], "density": 0.3})
 @example(BIG | {"shape": (64, 128, 3, 3), "sizes": [29, 31], "strides": [2, 2], "block": 4})
 @example(BIG | {"shape": (8, 4, 3, 3), "sizes": [40, 300], "block": 2})
-@example(BIG | {"shape": (8, 24, 3, 3), "sizes": [7, 7], "mode": 5, "activation": "silu", "threads": 1})
-@example(BIG | {"shape": (8, 24, 3, 3), "sizes": [14, 14], "strides": [2, 2], "mode": 5, "block": 4, "threads": 1})
-@example(BIG | {"shape": (16, 24, 3, 3), "sizes": [28, 30], "mode": 5, "block": 2, "batch": 2, "threads": 1})
-@example(BIG | {"shape": (8, 24, 5, 5), "sizes": [20, 12], "mode": 5, "pads": [2, 2, 2, 2], "threads": 1})
+@example(BIG | {"shape": (8, 24, 3, 3), "sizes": [7, 7], "mode": "shift", "activation": "silu", "threads": 1})
+@example(
+    BIG | {"shape": (8, 24, 3, 3), "sizes": [14, 14], "strides": [2, 2], "mode": "shift", "block": 4, "threads": 1}
+)
+@example(BIG | {"shape": (16, 24, 3, 3), "sizes": [28, 30], "mode": "shift", "block": 2, "batch": 2, "threads": 1})
+@example(BIG | {"shape": (8, 24, 5, 5), "sizes": [20, 12], "mode": "shift", "pads": [2, 2, 2, 2], "threads": 1})
 @settings(max_examples=40)
 @given(case=convolutions())
 def test_convolution(session: Any, model: Any, isa: str, case: dict[str, Any]) -> None:
@@ -225,6 +228,7 @@ LINEAR = {
     "block": st.sampled_from([1, 2, 4]),
     "density": st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     "activation": st.sampled_from(["none", "relu", "gelu", "clip"]),
+    "mode": st.sampled_from(operators.MODES["SparseLinear"]),
     "bias": st.booleans(),
     "residual": st.booleans(),
     "threads": st.integers(1, 2),
@@ -246,6 +250,7 @@ def check_linear(session: Any, model: Any, isa: str, blocks: int, block: int, th
     activation="gelu",
     bias=True,
     residual=True,
+    mode="auto",
     threads=2,
     seed=0,
 )
@@ -258,6 +263,7 @@ def check_linear(session: Any, model: Any, isa: str, blocks: int, block: int, th
     activation="none",
     bias=True,
     residual=False,
+    mode="auto",
     threads=2,
     seed=0,
 )
@@ -270,6 +276,7 @@ def check_linear(session: Any, model: Any, isa: str, blocks: int, block: int, th
     activation="relu",
     bias=True,
     residual=True,
+    mode="auto",
     threads=1,
     seed=0,
 )

@@ -9,6 +9,8 @@
 //   shift    output rows padded to whole vectors, in one copy; the sums of a kernel column move by a position before
 //            those of the column to its left are added
 //   columns  one copy per kernel position of the tile's positions, without padding between rows
+// The attribute 'mode' asks for one of them by its number in `Mode`. Where that does not fit the window or the planes,
+// and for 0, the plan takes the cheapest by its model of cycles.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -223,7 +225,7 @@ class SparseConv final : public Kernel {
     if (node.integer("group", 1, 1, 1 << 30) != 1) throw Error("attribute 'group' must be 1");
     a_.in = node.integer("in_channels", std::nullopt, 1, kMaxChannels);
     a_.out = node.integer("out_channels", std::nullopt, 1, kMaxChannels);
-    a_.mode = static_cast<Mode>(node.integer("mode", 0, 0, 1 << 30));
+    a_.mode = static_cast<Mode>(node.integer("mode", 0, 0, static_cast<int>(Mode::kShift)));
     const std::int64_t columns = product({a_.in, a_.kernel_h, a_.kernel_w});
     if (columns >= kMostFloats) throw Error("the weight has too many columns");
     epilogue_ = read_epilogue(node, {"none", "relu", "clip", "hardswish", "silu"});

@@ -1,7 +1,9 @@
 // SparseLinear: Y = activation(X W^T + B + residual) with a sparse W of [N, K], for X of [..., K].
 //
-// One to three rows of X: matrix times vector, entry by entry. More: the rows are transposed to tiles of vectors over
-// rows of X, so that an entry of W multiplies a whole tile, as a convolution does with positions.
+// Two ways, by the number of rows of X or by the attribute 'mode':
+//   vector  row by row, matrix times vector, entry by entry; one to three rows
+//   tiles   the rows are transposed to tiles of vectors over rows of X, so that an entry of W multiplies a whole tile,
+//           as a convolution does with positions; more rows
 #include <algorithm>
 
 #include "ops/ops.h"
@@ -13,7 +15,10 @@ namespace {
 
 using kernels::Isa;
 
+enum class Mode : int { kChoose = 0, kVector = 1, kTiles = 2 };
+
 constexpr std::int64_t kFewRows = 3;       // up to here row by row
+constexpr std::int64_t kManyRows = 16;     // from here in tiles, whatever the mode: it was chosen for another batch
 constexpr std::int64_t kOutputGroup = 64;  // outputs that are transposed back at once
 
 struct Plan {
@@ -28,7 +33,7 @@ class SparseLinear final : public Kernel {
   SparseLinear(const abi::Functions& functions, const Node& node, const Isa& isa) : Kernel(functions), isa_(isa) {
     in_ = node.integer("in_features", std::nullopt, 1, kMaxChannels);
     out_ = node.integer("out_features", std::nullopt, 1, kMaxChannels);
-    node.integer("mode", 0, 0, 1 << 30);
+    mode_ = static_cast<Mode>(node.integer("mode", 0, 0, static_cast<int>(Mode::kTiles)));
     epilogue_ = read_epilogue(node, {"none", "relu", "clip", "gelu"});
     weight_ = read_weight(node, out_, in_);
     bias_ = read_bias(node, 3, out_);
@@ -56,7 +61,8 @@ class SparseLinear final : public Kernel {
     float* y = call.output(dims);
     if (rows == 0) return;
     const auto* data = static_cast<const float*>(x->data);
-    if (rows <= kFewRows) return by_row(call, data, rows, residual, y);
+    const bool few = mode_ == Mode::kChoose ? rows <= kFewRows : mode_ == Mode::kVector && rows < kManyRows;
+    if (few) return by_row(call, data, rows, residual, y);
     // All tile widths that many rows choose from are the same, so many row counts share one plan.
     const std::int64_t vectors = ceil_div(rows, isa_.lanes);
     const std::int64_t wide = isa_.max_vectors[weight_.block];
@@ -197,6 +203,7 @@ class SparseLinear final : public Kernel {
 
   const Isa& isa_;
   std::int64_t in_, out_;
+  Mode mode_;
   SparseWeight weight_;
   std::vector<float> bias_;
   kernels::Epilogue epilogue_{};
