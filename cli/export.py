@@ -20,6 +20,16 @@ from sparsepipe.cli import common
     "sparse kernels where their library is registered, standard operators elsewhere. Default: all.",
 )  # fmt: skip
 @click.option("--opset", type=int, help="ONNX opset, 13 to 22.")
+@click.option(
+    "--isa", type=click.Choice(["any", "avx512", "avx2", "sse4", "neon", "portable"]),
+    help="universal: the instruction set of the machines that the file is for. Default: any, where a layer goes sparse "
+    "only if that should pay on each of them.",
+)  # fmt: skip
+@click.option(
+    "--measure", is_flag=True, default=None,
+    help="universal: choose by timing dense and sparse layers on this machine, one thread, batch 1.",
+)  # fmt: skip
+@click.option("--measure-seconds", type=float, metavar="N", help="About how long that may take. Default: 30.")
 @click.option("--out", type=click.Path(path_type=Path), help="Output folder. Default: export/ in the run folder.")
 @common.model_option
 @common.overrides_option
@@ -29,6 +39,9 @@ def command(
     format_: str,
     targets: tuple[str, ...],
     opset: int | None,
+    isa: str | None,
+    measure: bool | None,
+    measure_seconds: float | None,
     out: Path | None,
     trusted_model: str | None,
     overrides: tuple[str, ...],
@@ -41,7 +54,13 @@ def command(
     """
     from sparsepipe.stages import export
 
-    flags = {"targets": targets, "opset": opset}
+    flags = {
+        "targets": targets,
+        "opset": opset,
+        "isa": isa,
+        "measure": measure,
+        "measure_seconds": measure_seconds,
+    }
     if source.is_file():
         config = common.section(None, "export", overrides, flags)
         artefact = export.from_onnx(source, config, common.required_out(out, source))
@@ -62,8 +81,27 @@ def command(
         _print_layers("universal", metrics["kernels"])
     if "portable" in metrics["files"] or not metrics["kernels"]:
         _print_layers("portable", metrics["layers"])
+    if measured := metrics["measured"]:
+        click.echo(_whole(measured))
     for file in metrics["files"].values():
         click.echo(f"{artefact.folder / file['name']}  {common.size_text(file['bytes'])}")
+
+
+def _stored(layer: Mapping[str, Any]) -> str:
+    if not layer["sparse"]:
+        return "dense"
+    return f"sparse {layer['block']}x1" if layer.get("block", 1) > 1 else "sparse"
+
+
+def _whole(measured: Mapping[str, Any]) -> str:
+    missed = f" The time did not suffice for {measured['missed']} of them." if measured["missed"] else ""
+    timed = f"Measured {measured['timed']} layers on this machine, 1 thread, batch 1.{missed} "
+    if measured["ratio"] is None:
+        return f"{timed}No sparse layer makes the whole network faster: all stay dense."
+    return (
+        f"{timed}The whole network takes {measured['ratio']:.2f} of the dense time, which is "
+        f"{measured['dense_ms']:.3g} ms."
+    )
 
 
 def _print_layers(target: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -74,7 +112,7 @@ def _print_layers(target: str, rows: Sequence[Mapping[str, Any]]) -> None:
                 layer["name"],
                 layer["op"],
                 f"{layer['sparsity']:.2%}",
-                "sparse" if layer["sparse"] else "dense",
+                _stored(layer),
                 common.size_text(layer["dense_bytes"]),
                 common.size_text(layer["bytes"]),
                 layer["reason"],

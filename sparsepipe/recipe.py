@@ -129,6 +129,13 @@ class Conversion(Section):
 class Export(Section):
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("dense", "portable", "universal")
     opset: Annotated[int, Field(ge=13, le=22)] = 18
+    isa: Literal["any", "avx512", "avx2", "sse4", "neon", "portable"] = "any"
+    """universal: the instruction set of the machines that the file is for. `any` lets a layer go sparse only where the
+    cost model expects it to pay on each of them."""
+    measure: bool = False
+    """universal: choose by timing the layers on this machine instead of by the cost model alone."""
+    measure_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """About how long measuring may take."""
 
 
 class Validation(Section):

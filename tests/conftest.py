@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder ../shared/data with real data is not here")
     return folder
+
+
+@pytest.fixture(scope="module")
+def decided_by_size() -> Iterator[None]:
+    """The layers of most tests are too small for a sparse kernel to pay: what is stored decides instead of the time."""
+    from sparsepipe.graph import choice, cost
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "relative_time", lambda work, stored, block, *rest: stored * (1 + 1 / block))
+        patch.setattr(cost, "pays_below", lambda: 0.7)
+        patch.setattr(choice, "worth_it", lambda gains, *rest: set(gains))
+        yield

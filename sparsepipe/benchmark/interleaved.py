@@ -19,7 +19,7 @@ import numpy as np
 from sparsepipe.benchmark.statistics import Estimate, Samples, minimum_samples, speedup
 
 BLOCK_NS = 20_000_000
-"""CPU time of the timed calls of one block, about."""
+"""CPU time of the timed calls of one block, about, unless the caller says otherwise."""
 FEWEST_CALLS, MOST_CALLS = 2, 1000  # in a block
 FEWEST_ROUNDS = minimum_samples(0.5)
 """Fewer rounds give no interval of a ratio."""
@@ -57,6 +57,7 @@ def interleave(
     seconds: float,
     *,
     rounds: int = FEWEST_ROUNDS,
+    block_ns: int = BLOCK_NS,
     seed: int = 0,
     clock: Callable[[], int] = time.thread_time_ns,
     progress: Callable[[float], None] = lambda share: None,
@@ -64,12 +65,13 @@ def interleave(
     """Time all calls side by side.
 
     Each round runs a block of every call, in random order: one call that is not timed, which finds the caches full of
-    another one's data, then as many as take about 20 ms.
+    another one's data, then as many as take about `block_ns`.
 
     Args:
         calls: what to time, in the calling thread.
         seconds: wall time for all of them together; the round that is on is finished.
         rounds: at least so many rounds are run, even if they take longer.
+        block_ns: CPU time of a block in nanoseconds, about.
         seed: of the order.
         clock: nanoseconds; `time.perf_counter_ns` for calls that wait for a device.
         progress: called after each round with the share of the work that is done, at most 1.
@@ -79,7 +81,7 @@ def interleave(
     """
     random = np.random.default_rng(seed)
     started = time.perf_counter()
-    counts = [_calls_of_a_block(call, clock) for call in calls]
+    counts = [_calls_of_a_block(call, block_ns, clock) for call in calls]
     samples: list[list[Samples]] = [[] for _ in calls]
     was_enabled = gc.isenabled()
     gc.disable()
@@ -95,10 +97,10 @@ def interleave(
     return [Timing(tuple(taken)) for taken in samples]
 
 
-def _calls_of_a_block(call: Callable[[], Any], clock: Callable[[], int]) -> int:
+def _calls_of_a_block(call: Callable[[], Any], block_ns: int, clock: Callable[[], int]) -> int:
     """Warm up, and find how many calls fill a block."""
     fastest = max(float(_block(call, WARM_UP_CALLS, clock).min()), 1.0)
-    return int(np.clip(round(BLOCK_NS / fastest), FEWEST_CALLS, MOST_CALLS))
+    return int(np.clip(round(block_ns / fastest), FEWEST_CALLS, MOST_CALLS))
 
 
 def _block(call: Callable[[], Any], count: int, clock: Callable[[], int]) -> Samples:

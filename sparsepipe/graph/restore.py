@@ -117,7 +117,8 @@ class _Node:
             raise self.malformed(f"its activation is '{activation}', and it has {'a' if residual else 'no'} residual")
         self.shape = self._shape()
         self.block, mode = self._get("block", int, 1), self._get("mode", int, 0)
-        self.mode = operators.MODES[mode] if 0 <= mode < len(operators.MODES) else str(mode)
+        modes = operators.MODES.get(base, ("auto",))
+        self.mode = modes[mode] if 0 <= mode < len(modes) else str(mode)
 
     def malformed(self, reason: str) -> GraphError:
         return GraphError(f"{self.proto.op_type} is malformed: {reason}.", where=self.where)

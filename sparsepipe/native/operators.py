@@ -41,11 +41,10 @@ MODES = {
     "SparseLinear": ("auto", "vector", "tiles"),
 }
 """Operator -> ways of reading the input, as the attribute ``mode`` numbers them (what they do: ``ops/sparse_conv.cc``,
-``ops/sparse_linear.cc``). A kernel takes another one where that of the node does not fit the shapes it meets."""
+``ops/sparse_linear.cc``); "auto" leaves it to the kernel, which also takes another one where that of the node does not
+fit the shapes it meets."""
 ACTIVATIONS = {"none": "", "relu": "Relu", "clip": "Clip", "hardswish": "HardSwish", "silu": "Silu", "gelu": "Gelu"}
 HARDSWISH_SINCE = 14  # opset
-MODES = ("auto", "direct", "flat", "rows", "columns", "shift")
-"""The attribute ``mode`` of SparseConv, by its number: how the input is packed; "auto" leaves it to the kernel."""
 
 
 def operator_name(base: str, activation: str, *, residual: bool = False) -> str:

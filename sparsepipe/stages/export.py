@@ -13,15 +13,16 @@ from onnx import ModelProto
 
 from sparsepipe import recipe
 from sparsepipe.artefact import Artefact, atomic_write, digest_file, draft, write_json
-from sparsepipe.environment import package_versions
+from sparsepipe.environment import describe_machine, package_versions
 from sparsepipe.errors import MissingExtraError, ModelError
 from sparsepipe.graph import index, opset
+from sparsepipe.graph.choice import Choice, choose
 from sparsepipe.graph.finish import serialise, stamp
 from sparsepipe.graph.fold import fold
 from sparsepipe.graph.load import load
 from sparsepipe.graph.portable import sparsify
 from sparsepipe.graph.select import Layer, sparsity, survey
-from sparsepipe.graph.universal import Choice, choose, rewrite
+from sparsepipe.graph.universal import rewrite
 from sparsepipe.plugins import is_plugin
 from sparsepipe.progress import bar
 from sparsepipe.runtime import session
@@ -31,13 +32,15 @@ from sparsepipe.stages.fit import check_fit
 if TYPE_CHECKING:
     from torch import nn
 
+    from sparsepipe.benchmark.measure import Outcome
+
 log = logging.getLogger("sparsepipe")
 
 LAYERS_FILE = "layers.json"
 COMMON_IR_VERSION = 10
 """Version of the file format that any onnxruntime since 1.18 reads. The onnx package writes its own newest one, which
 onnxruntime reads only months later."""
-STEPS = 4  # of the progress bar: read or build, choose, check, write
+STEPS = 4  # of the progress bar: read or build, choose, check, write; measuring has one for each second
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ class Plan:
         layers: what `portable` stores sparse.
         folded: the model without batch normalisations.
         kernels: what `universal` runs sparse, in `folded`; empty where that is not exported.
+        outcome: what measuring found; None where the cost model decided.
     """
 
     model: ModelProto
     layers: Sequence[Layer]
     folded: ModelProto
     kernels: Sequence[Choice]
+    outcome: Outcome | None = None
 
 
 TARGETS: Mapping[str, Callable[[Plan], ModelProto]] = {
@@ -90,7 +95,7 @@ def run(
     stage = "convert" if "convert" in inputs else "freeze"
     source = inputs[stage]
     spec = ModelSpec.read(source.file(SPEC_FILE))
-    with bar("Export", STEPS) as progress:
+    with bar("Export", _steps(config)) as progress:
         network = load_network(source, trusted_model)
         model, unfolded = fold(build(network, spec.input_shape, opset=config.opset))
         for norm in unfolded:
@@ -113,7 +118,7 @@ def from_onnx(path: Path, config: recipe.Export, out: Path) -> Artefact:
     Raises:
         GraphError: the file cannot be read, cannot be converted to the opset, or cannot be loaded by onnxruntime.
     """
-    with bar("Export", STEPS) as progress:
+    with bar("Export", _steps(config)) as progress:
         model = load(path)
         if "opset" in config.model_fields_set:
             model = opset.convert(model, config.opset, where=str(path))
@@ -202,10 +207,8 @@ def _write(
     advance: Callable[..., None],
 ) -> Artefact:
     """Choose, rewrite, check and write; nothing is written before every file is known to be good."""
-    layers = survey(model)
-    total = sparsity(layers)
-    folded = fold(model)[0] if "universal" in config.targets else model
-    plan = Plan(model, layers, folded, choose(folded) if "universal" in config.targets else [])
+    plan = _plan(model, config, advance)
+    total = sparsity(plan.layers)
     common = {
         **properties,
         **_versions("onnx"),
@@ -219,7 +222,7 @@ def _write(
         stamp(rewritten, {**common, "sparsepipe.target": target})
         files[target] = serialise(rewritten, where=file_name(target))
     advance(note="writing")
-    rows = [asdict(layer) for layer in layers]
+    rows = [asdict(layer) for layer in plan.layers]
     with draft(out, "export", config, inputs) as building:
         for name, data in files.items():
             path = building.folder / file_name(name)
@@ -233,9 +236,45 @@ def _write(
             opset=index.opset(model),
             layers=rows,
             kernels=[asdict(choice) for choice in plan.kernels],
+            measured=_facts(plan.outcome),
         )
     advance()
     return Artefact.read(out, "export")
+
+
+def _plan(model: ModelProto, config: recipe.Export, advance: Callable[..., None]) -> Plan:
+    """Which layers become sparse: by size, by the cost model and, where that is asked for, by timing them."""
+    layers = survey(model)
+    if "universal" not in config.targets:
+        return Plan(model, layers, model, [])
+    folded = fold(model)[0]
+    kernels = choose(folded, config.isa)
+    if not config.measure:
+        return Plan(model, layers, folded, kernels)
+    from sparsepipe.benchmark.measure import measure
+
+    steps = _steps(config) - STEPS
+    done = 0
+
+    def move(share: float, note: str) -> None:
+        nonlocal done
+        before, done = done, round(share * steps)
+        advance(done - before, note)
+
+    outcome = measure(folded, kernels, config.measure_seconds, move)
+    return Plan(model, layers, folded, outcome.choices, outcome)
+
+
+def _steps(config: recipe.Export) -> int:
+    return STEPS + (max(1, round(config.measure_seconds)) if config.measure and "universal" in config.targets else 0)
+
+
+def _facts(outcome: Outcome | None) -> dict[str, Any] | None:
+    """What the manifest says of a measurement: it holds for the machine where it was done."""
+    if outcome is None:
+        return None
+    figures = {key: value for key, value in vars(outcome).items() if key != "choices"}
+    return {**figures, "machine": describe_machine()}
 
 
 def _versions(*packages: str) -> dict[str, str]:

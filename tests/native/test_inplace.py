@@ -13,6 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sparsepipe.graph.universal import choose, rewrite
 
+pytestmark = pytest.mark.usefixtures("decided_by_size")
+
 
 def chain(kernel: int, blocks: int) -> onnx.ModelProto:
     """Residual blocks x -> relu(conv(relu(conv(x))) + x), 80% zeros, whose sums are used once or twice."""

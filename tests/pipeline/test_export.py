@@ -27,6 +27,8 @@ from sparsepipe.stages import convert, export
 
 Array = NDArray[Any]
 
+pytestmark = pytest.mark.usefixtures("decided_by_size")
+
 NETWORK = """
 from pathlib import Path
 Path(__file__).with_name("was_imported").touch()

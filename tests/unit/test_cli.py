@@ -175,6 +175,7 @@ def test_the_opset_of_a_foreign_file_stays_unless_another_is_asked_for(invoke: I
         assert (code, json.loads(out)["metrics"]["opset"]) == (0, expected)
 
 
+@pytest.mark.usefixtures("decided_by_size")
 def test_a_universal_file_is_a_source_as_any_other(invoke: Invoke, tmp_path: Path) -> None:
     """It goes through the verbs, and what comes out agrees with what it was made from."""
     source = linear_onnx(tmp_path / "theirs.onnx")

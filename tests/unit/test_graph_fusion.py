@@ -16,6 +16,8 @@ from universal_cases import Array, check, model, ops, weight
 
 from sparsepipe.graph.universal import choose, rewrite
 
+pytestmark = pytest.mark.usefixtures("decided_by_size")
+
 node = helper.make_node
 Written = Callable[[str, str], list[NodeProto]]
 """Nodes that compute an activation: names of input and output -> nodes; they use the constants below."""

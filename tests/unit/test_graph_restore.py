@@ -24,6 +24,8 @@ from sparsepipe.recipe import Export
 from sparsepipe.runtime import run, session
 from sparsepipe.stages import export
 
+pytestmark = pytest.mark.usefixtures("decided_by_size")
+
 node = helper.make_node
 
 

@@ -17,6 +17,8 @@ from universal_cases import check, model, ops, weight
 from sparsepipe.graph.load import load
 from sparsepipe.graph.universal import choose, rewrite
 
+pytestmark = pytest.mark.usefixtures("decided_by_size")
+
 node = helper.make_node
 
 

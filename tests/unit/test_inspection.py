@@ -233,6 +233,7 @@ def test_the_weights_of_an_onnx_file_are_those_that_export_counts(tmp_path: Path
     assert found["operators"]["MatMul"] == 3
 
 
+@pytest.mark.usefixtures("decided_by_size")
 def test_a_universal_file_shows_the_format_and_mode_of_each_layer(tmp_path: Path) -> None:
     """As many bytes as the formulas of the encoding say; the bodies of the operators are not counted as used."""
     random = np.random.default_rng(4)

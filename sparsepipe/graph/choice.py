@@ -1,0 +1,244 @@
+"""Which nodes of a graph become operators of the kernel library: a row for every node with a constant weight, and why.
+
+The cost model (`cost`, `verdict`) says what each layer gains alone. Then what depends on the others: a weight that
+several nodes share goes sparse in all of them or in none, depthwise convolutions go by their neighbours, and layers
+whose gain the changes of layout around them would eat (`balance`) stay dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+
+from sparsepipe.graph import cost, depthwise
+from sparsepipe.graph.balance import worth_it
+from sparsepipe.graph.depthwise import Neighbours
+from sparsepipe.graph.index import Index, index, label, opset
+from sparsepipe.graph.kernel_layer import KernelLayer, Stays, is_depthwise, read, steps, users
+from sparsepipe.graph.layout import Layout
+from sparsepipe.graph.select import uses
+from sparsepipe.graph.shapes import Shapes
+from sparsepipe.graph.sizes import Sizes
+from sparsepipe.graph.verdict import ANY_ISA, Network, judge
+from sparsepipe.native import operators
+
+OLDEST_OPSET = 13  # of the fallback bodies
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of one node with a constant weight.
+
+    Attributes:
+        name: name of the stored weight.
+        node: what the node is called.
+        op: its operator.
+        shape: shape of the weight as it was stored.
+        nnz: values that are not zero.
+        size: all values.
+        sparsity: share of zeros.
+        dense_bytes: bytes of the values stored dense.
+        bytes: bytes as stored.
+        sparse: whether a sparse kernel takes the node's place.
+        block: rows of its blocks; 0 for a dense layer.
+        reason: why.
+        output: name of the node's output.
+        kernel: the operator of the library that takes the node's place; empty where it stays.
+        mode: how the kernel shall read the input, of `operators.MODES`; "auto" leaves it to the kernel.
+        predicted: rows of a block -> time of the sparse layer by the cost model, in times of the dense one; empty where
+            it stays dense whatever it takes.
+        measured: the same for the best block, as it was timed on this machine; None where it was not.
+        dense_us: microseconds of the dense layer at batch 1: timed, or by the cost model for the machine that it was
+            fitted on; 0 where `predicted` is empty.
+    """
+
+    name: str
+    node: str
+    op: str
+    shape: tuple[int, ...]
+    nnz: int
+    size: int
+    sparsity: float
+    dense_bytes: int
+    bytes: int
+    sparse: bool
+    block: int
+    reason: str
+    output: str
+    kernel: str = ""
+    mode: str = "auto"
+    predicted: Mapping[int, float] = field(default_factory=dict)
+    measured: float | None = None
+    dense_us: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """Time of a sparse layer in times of the dense one, on the safe side: as measured, or predicted with margin."""
+        return self.predicted[self.block] / cost.pays_below() if self.measured is None else self.measured
+
+
+def choose(model: ModelProto, isa: str = ANY_ISA) -> list[Choice]:
+    """A row for each node with a constant weight, in the order of the graph; subgraphs and functions last.
+
+    The bytes of a weight that several nodes use are counted in the first row.
+
+    Args:
+        model: without batch normalisations, so that what follows a layer can become part of it.
+        isa: the instruction set that the file is for, a key of `cost.ISAS`; `any` for a file that may run anywhere.
+    """
+    found = fixed(model.graph)
+    network = Network.of(model)
+    inputs = {value.name for value in model.graph.input}
+    choices = []
+    for use in uses(model):
+        try:
+            if use.place:
+                raise Stays(f"inside of {use.place}, which is left alone")
+            if opset(model) < OLDEST_OPSET:
+                raise Stays(f"opset {opset(model)} is older than {OLDEST_OPSET}")
+            if use.weight.name in inputs:
+                raise Stays("the weight is an input of the network")
+            layer = read(use.node, found)
+            verdict = judge(layer, network, isa)
+            choice = as_it_is(use.node, use.weight, verdict.reason)
+            choice = replace(choice, predicted=verdict.times, dense_us=round(verdict.dense / 1e3, 3))
+            choices.append(_sparse(choice, layer, verdict.block) if verdict.block else choice)
+        except Stays as reason:
+            choices.append(as_it_is(use.node, use.weight, str(reason)))
+    return _counted_once(balanced(model, settle(model, choices), network.sizes))
+
+
+def settle(model: ModelProto, choices: Sequence[Choice]) -> list[Choice]:
+    """The rows with what follows from other rows: shared weights, and depthwise convolutions between sparse layers."""
+    found = fixed(model.graph)
+    nodes = {node.output[0]: node for node in model.graph.node if node.output}
+    choices = _all_or_none(choices, found)
+    sparse = [nodes[choice.output] for choice in choices if choice.sparse]
+    neighbours = Neighbours(sparse, found, Shapes(model.graph, found))
+    settled = []
+    for choice in choices:
+        node = nodes.get(choice.output)
+        if node is not None and is_depthwise(node, found) and opset(model) >= OLDEST_OPSET:
+            try:
+                reason = neighbours.obstacle(node)
+            except Stays as stays:
+                reason = f"depthwise convolution: {stays}"
+            kernel = "" if reason else "DepthwiseConv"
+            settled.append(replace(choice, kernel=kernel, reason=reason or depthwise.REASON))
+        else:
+            settled.append(choice if choice.sparse else replace(choice, kernel=""))
+    return settled
+
+
+def dense_again(choice: Choice, reason: str) -> Choice:
+    """The row of a layer that stays dense after all."""
+    return replace(choice, sparse=False, block=0, mode="auto", bytes=choice.dense_bytes, reason=reason, kernel="")
+
+
+def balanced(model: ModelProto, choices: Sequence[Choice], sizes: Sizes) -> list[Choice]:
+    """The rows with those dense again that do not pay for their changes of layout.
+
+    Args:
+        model: what they were made for.
+        choices: as `settle` gives them.
+        sizes: of the model's tensors.
+    """
+    gains = {
+        choice.output: choice.dense_us * (1 - choice.relative)
+        for choice in choices
+        if choice.sparse and choice.op == "Conv"
+    }
+    has_depthwise = any(choice.op == "Conv" and len(choice.shape) == 4 and choice.shape[1] == 1 for choice in choices)
+
+    def depthwise_among(sparse: Collection[str]) -> list[str]:
+        if not has_depthwise:
+            return []
+        rows = [
+            replace(choice, sparse=False) if choice.output in gains.keys() - set(sparse) else choice
+            for choice in choices
+        ]
+        return [row.output for row in settle(model, rows) if row.kernel and not row.sparse]
+
+    kept = worth_it(gains, Layout(model.graph, sizes), depthwise_among)
+    if kept == gains.keys():
+        return list(choices)
+    reason = "; but it saves less than the changes of layout between it and its dense neighbours cost"
+    rows = [
+        dense_again(choice, choice.reason + reason) if choice.output in gains.keys() - kept else choice
+        for choice in choices
+    ]
+    return settle(model, rows)
+
+
+def fixed(graph: GraphProto) -> Index:
+    """The index, without the constants that are also inputs: a caller may override those."""
+    found = index(graph)
+    inputs = {value.name for value in graph.input}
+    return replace(found, constants={name: value for name, value in found.constants.items() if name not in inputs})
+
+
+def _all_or_none(choices: Sequence[Choice], found: Index) -> list[Choice]:
+    """The rows with those dense again whose weight a node that stays uses, too: the file would hold it twice."""
+    sparse = {choice.output for choice in choices if choice.sparse}
+
+    def dense_user(name: str) -> NodeProto | None:
+        for user in users(name, found):
+            as_weight = sum(name in (slot, *_sources(slot, found)) for slot in user.input) == 1
+            if user.output[0] not in sparse or not as_weight:
+                return user
+        return None
+
+    result = []
+    for choice in choices:
+        other = dense_user(choice.name) if choice.sparse else None
+        if other is not None:
+            reason = f"{other.op_type} '{label(other)}', which stays, uses the weight, too"
+            choice = dense_again(choice, reason)
+        result.append(choice)
+    return result
+
+
+def _sources(name: str, found: Index) -> list[str]:
+    return [step.input[0] for step in steps(name, found)]
+
+
+def _counted_once(choices: Sequence[Choice]) -> list[Choice]:
+    """The rows with no bytes where an earlier one counts the same weight."""
+    first: dict[str, str] = {}
+    result = []
+    for choice in choices:
+        if choice.name in first:
+            reason = f"{choice.reason}; same weight as in '{first[choice.name]}'"
+            choice = replace(choice, dense_bytes=0, bytes=0, reason=reason)
+        first.setdefault(choice.name, choice.node)
+        result.append(choice)
+    return result
+
+
+def _sparse(choice: Choice, layer: KernelLayer, block: int) -> Choice:
+    values, deltas = operators.encode(layer.weight, block)
+    return replace(choice, sparse=True, block=block, bytes=values.nbytes + deltas.nbytes, kernel=layer.base)
+
+
+def as_it_is(node: NodeProto, stored: TensorProto, reason: str) -> Choice:
+    """The row of a node that stays as it is."""
+    values = numpy_helper.to_array(stored)
+    nnz = int(np.count_nonzero(values))
+    return Choice(
+        name=stored.name,
+        node=label(node),
+        op=node.op_type,
+        shape=tuple(values.shape),
+        nnz=nnz,
+        size=values.size,
+        sparsity=1 - nnz / values.size if values.size else 0.0,
+        dense_bytes=values.nbytes,
+        bytes=values.nbytes,
+        sparse=False,
+        block=0,
+        reason=reason,
+        output=node.output[0],
+    )
