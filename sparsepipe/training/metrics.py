@@ -97,11 +97,15 @@ class MetricsLog:
             self._append(record)
             self._events.write()
         except OSError as error:
-            if not self._failing:
-                log.warning("The log of step %d could not be written (%s).", record["step"], error.strerror or error)
-            self._failing = True
+            self._warn(error)
         else:
             self._failing = False
+
+    def _warn(self, error: OSError) -> None:
+        if not self._failing:
+            step = self.records[-1]["step"] if self.records else 0
+            log.warning("The log of step %d could not be written (%s).", step, error.strerror or error)
+        self._failing = True
 
     def _append(self, record: Mapping[str, Any]) -> None:
         if self._failing:  # the file may end in half a line
@@ -115,8 +119,11 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Wait until the records are on the disk: a checkpoint that comes after them counts on them."""
-        with self._path.open("rb") as file:
-            os.fsync(file.fileno())
+        try:
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:  # some file systems find out only now that there is no room
+            self._warn(error)
 
     def _entry(self, record: Mapping[str, Any], history: MaskHistory | None) -> _Entry:
         entry = _Entry(record)

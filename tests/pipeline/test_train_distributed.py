@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +141,69 @@ def test_killed_processes_resume_to_the_same_bits(
     with pytest.raises(ArtefactError, match=r"the number of processes = 2 \(now 1\)"):
         by_one(recipe, tmp_path, monkeypatch, resume=True)
     assert "Resuming after step" in finish(start(recipe, tmp_path, "--resume"))
-    resumed = Artefact.read(tmp_path / "train", "train")
+    assert_same_bits(tmp_path, both.folder.parent)
+
+
+IMAGES = """
+seed = 5
+model = "killed_training:network"
+data = "killed_training:images"
+augment = { crop = 1, flip = true }
+[method]
+name = "snfs"
+sparsity = 0.6
+update_every = 3
+[train]
+epochs = 60
+batch_size = 8
+threads = 1
+validation = 0.2
+device = "cpu"
+precision = "fp16"
+ema = 0.9
+checkpoint_every = 7
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_of_one_process_or_of_all_change_no_bit(tmp_path: Path) -> None:
+    recipe, draws = tmp_path / "images.toml", random.Random(3)
+    recipe.write_text(IMAGES)
+    started = time.monotonic()
+    finish(start(recipe, tmp_path / "straight"))
+    duration = time.monotonic() - started
+    kills = chains = resumed = 0
+    while kills < 20:
+        out = tmp_path / f"chain{chains}"
+        chains += 1
+        while kills < 20 and not (out / "train").exists():
+            process = start(recipe, out, "--resume")
+            time.sleep(draws.uniform(0.5, 1) * duration)  # the first half of the time is spent on imports
+            try:
+                workers = psutil.Process(process.pid).children(recursive=True)
+            except psutil.NoSuchProcess:
+                workers = []
+            victims = draws.choice([workers, workers[:1], workers[1:]])
+            for victim in victims:
+                with suppress(psutil.NoSuchProcess):
+                    victim.send_signal(signal.SIGKILL)
+            _, errors = process.communicate(timeout=300)
+            kills += process.returncode != 0
+            resumed += "Resuming after step" in errors
+            assert "damaged" not in errors
+        if not (out / "train").exists():
+            finish(start(recipe, out, "--resume"))
+        assert_same_bits(out, tmp_path / "straight")
+    assert resumed > 5, "most kills came before the first checkpoint"
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    artefacts = [Artefact.read(out / "train", "train") for out in (one, other)]
     for name in (WEIGHTS_FILE, MASKS_FILE):
-        assert resumed.file(name).read_bytes() == both.file(name).read_bytes(), name
-    states = [load_file(artefact.file(checkpoint.FILE)) for artefact in (resumed, both)]
+        contents = [artefact.file(name).read_bytes() for artefact in artefacts]
+        assert contents[0] == contents[1], name
+    states = [load_file(artefact.file(checkpoint.FILE)) for artefact in artefacts]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 

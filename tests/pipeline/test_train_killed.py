@@ -191,6 +191,7 @@ def test_a_signal_saves_the_last_step_says_how_to_go_on_and_shows_in_the_exit_co
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_kill_before_every_single_change_to_a_file_changes_no_bit(
     server: Server, straight: Path, tmp_path: Path
 ) -> None:
