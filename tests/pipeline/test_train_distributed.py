@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -82,6 +83,17 @@ def finish(process: Any) -> str:
     return str(errors)
 
 
+def wait_for_checkpoint(process: Any, out: Path) -> Path:
+    """The folder where a checkpoint lies now."""
+    partial = out / "train.partial"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists(partial):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return partial
+
+
 @pytest.fixture(scope="module")
 def both(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     """Trained by two processes in one go."""
@@ -127,12 +139,7 @@ def test_killed_processes_resume_to_the_same_bits(
     both: Artefact, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = start(recipe, tmp_path, SLOW_SECONDS="0.02")
-    partial = tmp_path / "train.partial"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists(partial):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    partial = wait_for_checkpoint(process, tmp_path)
     # The workers are in sessions of their own, and the launcher's death alone would not end them at once.
     for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         victim.send_signal(signal.SIGKILL)
@@ -141,6 +148,19 @@ def test_killed_processes_resume_to_the_same_bits(
     with pytest.raises(ArtefactError, match=r"the number of processes = 2 \(now 1\)"):
         by_one(recipe, tmp_path, monkeypatch, resume=True)
     assert "Resuming after step" in finish(start(recipe, tmp_path, "--resume"))
+    assert_same_bits(tmp_path, both.folder.parent)
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(both: Artefact, recipe: Path, tmp_path: Path) -> None:
+    process = start(recipe, tmp_path, SLOW_SECONDS="0.02")
+    wait_for_checkpoint(process, tmp_path)
+    workers = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
+    assert len(workers) == 1
+    workers[0].send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    (step,) = re.findall(r"Stopped after step (\d+) of \d+; all is saved", errors)
+    assert re.search(r"exitcode +: (130|143)", errors)
+    assert f"Resuming after step {step} of" in finish(start(recipe, tmp_path, "--resume"))
     assert_same_bits(tmp_path, both.folder.parent)
 
 
@@ -167,17 +187,17 @@ checkpoint_every = 7
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_twenty_kills_of_one_process_or_of_all_change_no_bit(tmp_path: Path) -> None:
+def test_kills_of_one_process_or_of_all_change_no_bit(tmp_path: Path) -> None:
     recipe, draws = tmp_path / "images.toml", random.Random(3)
     recipe.write_text(IMAGES)
     started = time.monotonic()
     finish(start(recipe, tmp_path / "straight"))
     duration = time.monotonic() - started
     kills = chains = resumed = 0
-    while kills < 20:
+    while kills < 10:
         out = tmp_path / f"chain{chains}"
         chains += 1
-        while kills < 20 and not (out / "train").exists():
+        while kills < 10 and not (out / "train").exists():
             process = start(recipe, out, "--resume")
             time.sleep(draws.uniform(0.5, 1) * duration)  # the first half of the time is spent on imports
             try:
@@ -195,7 +215,7 @@ def test_twenty_kills_of_one_process_or_of_all_change_no_bit(tmp_path: Path) -> 
         if not (out / "train").exists():
             finish(start(recipe, out, "--resume"))
         assert_same_bits(out, tmp_path / "straight")
-    assert resumed > 5, "most kills came before the first checkpoint"
+    assert resumed > 2, "most kills came before the first checkpoint"
 
 
 def assert_same_bits(one: Path, other: Path) -> None:
