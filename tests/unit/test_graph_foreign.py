@@ -25,6 +25,8 @@ from sparsepipe.runtime import run, session
 from sparsepipe.runtime.inputs import inputs_of, random_inputs
 from sparsepipe.stages import export
 
+pytestmark = pytest.mark.usefixtures("decided_by_size")
+
 node = helper.make_node
 
 
