@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,12 +39,8 @@ def files(result: Row) -> None:
     }
     if given:
         click.echo(f"Inputs: {'; '.join(sorted(given))}.")
-    for row in result["results"]:
-        place = f"{row['file']}, {_setting(row)}"
-        if row["note"]:
-            click.echo(f"{place}: {row['note']}")
-        if row["noisy"]:
-            click.echo(f"{place}: the machine was noisy, so a small difference means nothing.")
+    _noise(result["results"])
+    _notes([(f"{row['file']}, {_setting(row)}", row["note"]) for row in result["results"]])
 
 
 def what_if(result: Row) -> None:
@@ -79,9 +76,7 @@ def what_if(result: Row) -> None:
         for kind in ("dense", "sparse")
     ]
     _noise([row for _, row in lines])
-    for place, row in lines:
-        if row["note"]:
-            click.echo(f"{place}: {row['note']}")
+    _notes([(place, row["note"]) for place, row in lines])
 
 
 def suite(result: Row) -> None:
@@ -106,8 +101,22 @@ def _noise(rows: Sequence[Row]) -> None:
         )
 
 
+def _notes(notes: Sequence[tuple[str, str | None]]) -> None:
+    """Each note once, with the measurements that it is about; notes that differ in numbers alone count as one."""
+    places: dict[str, list[str]] = {}
+    first: dict[str, str] = {}
+    for place, note in notes:
+        if note:
+            kind = re.sub(r"\d+", "#", note)
+            first.setdefault(kind, note)
+            places.setdefault(kind, []).append(place)
+    for kind, found in places.items():
+        others = f" (and so in {len(found) - 1} other measurements)" if len(found) > 1 else ""
+        click.echo(f"{found[0]}: {first[kind]}{others}")
+
+
 def _setting(row: Row) -> str:
-    return f"{row['threads']} threads, batch {row['batch']}"
+    return f"{row['threads']} thread{'' if row['threads'] == 1 else 's'}, batch {row['batch']}"
 
 
 def _beside(row: Row, key: str) -> str:

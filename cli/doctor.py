@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from typing import Any
 
 import click
 
 from sparsepipe.cli import common
+
+SETS = ("all", "test")
+"""Extras that only gather others, or are for those who work on sparsepipe itself."""
 
 
 @click.command("doctor")
@@ -38,7 +41,8 @@ def command(as_json: bool) -> None:
             for name, missing in result["extras"].items()
         ],
     )
-    rows = [[key.replace("_", " "), _flat(value)] for key, value in result["machine"].items()]
+    machine = {**result["machine"], "memory_bytes": common.size_text(result["machine"]["memory_bytes"])}
+    rows = [[key.removesuffix("_bytes").replace("_", " "), _flat(value)] for key, value in machine.items()]
     rows += [[name, value or "not set"] for name, value in result["threads"].items()]
     rows += [
         ["CUDA", result["cuda"]],
@@ -49,7 +53,8 @@ def command(as_json: bool) -> None:
 
 def _extras() -> dict[str, list[str]]:
     """Extra -> its packages that are not installed, read from the metadata of the installed sparsepipe."""
-    missing: dict[str, list[str]] = {"train": [], "report": [], "datasets": []}
+    extras = metadata("sparsepipe").get_all("Provides-Extra") or []
+    missing: dict[str, list[str]] = {name: [] for name in extras if name not in SETS}
     for requirement in requires("sparsepipe") or []:
         parts = re.match(r"([\w.-]+).*;.*extra == ['\"]([\w-]+)['\"]", requirement)
         if parts and parts[2] in missing:
