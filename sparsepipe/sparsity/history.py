@@ -18,6 +18,10 @@ MAX_FRAMES = 12
 """Frames of a film; once there are more, every other one is left out."""
 
 
+FILMED_SIZE = 2**20
+"""Weights of the largest layer that is filmed unasked, so that the frames take at most 2 MB."""
+
+
 @dataclass
 class Film:
     """The mask of one layer after some of the updates: the first, then every `stride`-th, so that few are kept."""
@@ -61,7 +65,8 @@ class MaskHistory:
     Args:
         masks: followed from now on; what is active now counts as grown in update 0.
         step: optimizer steps so far.
-        film: layer to keep frames of; by default the sparse layer with most active weights.
+        film: layer to keep frames of; by default the sparse layer with most active weights, of those that are not
+            larger than `FILMED_SIZE`.
 
     Raises:
         ModelError: there is no layer of the name `film`.
@@ -83,7 +88,7 @@ class MaskHistory:
         self._gradients: dict[str, Tensor] = {}
         self.film: Film | None = None
         if film is not None or masks.counters:
-            self._start_film(film or max(masks.counters, key=masks.nnz_of), masks)
+            self._start_film(film or self._choice(), masks)
 
     @property
     def updates(self) -> int:
@@ -118,8 +123,8 @@ class MaskHistory:
             self._totals[name] = self._round[name] if before is None else before + self._round[name]
         self._round.clear()
         if self.film is None and self.masks.counters:
-            largest = max(self.masks.counters, key=lambda name: self.masks[name].numel())
-            self._start_film(largest, {largest: torch.ones_like(self.masks[largest])})  # it was dense until now
+            layer = self._choice()
+            self._start_film(layer, {layer: torch.ones_like(self.masks[layer])})  # it was dense until now
         if self.film is not None:
             self.film.add(self.masks[self.film.layer], self.updates, step)
 
@@ -194,6 +199,12 @@ class MaskHistory:
             for key in ("born", "totals", "gradients")
         )
         self.film = None if state["film"] is None else Film(**deepcopy(state["film"]))
+
+    def _choice(self) -> str:
+        """The sparse layer with most active weights among those of up to FILMED_SIZE weights, or the smallest of all."""
+        sizes = {name: self.masks[name].numel() for name in self.masks.counters}
+        small = [name for name, size in sizes.items() if size <= FILMED_SIZE]
+        return max(small, key=self.masks.nnz_of) if small else min(sizes, key=lambda name: sizes[name])
 
     def _start_film(self, layer: str, masks: Mapping[str, Tensor]) -> None:
         self.film = Film(layer, tuple(masks[layer].shape))

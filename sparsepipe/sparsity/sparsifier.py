@@ -116,7 +116,7 @@ class Sparsifier:
         It costs 2 bytes for each active weight; the checkpoint carries it on.
 
         Args:
-            film: name of the layer to keep frames of; by default the sparse layer with most active weights.
+            film: name of the layer to keep frames of; by default one of the sparse layers with most active weights.
 
         Raises:
             ModelError: there is no layer of the name `film`.

@@ -17,7 +17,7 @@ from torch import nn
 
 import sparsepipe
 from sparsepipe.errors import ModelError
-from sparsepipe.sparsity.history import MAX_FRAMES, MaskHistory
+from sparsepipe.sparsity.history import FILMED_SIZE, MAX_FRAMES, MaskHistory
 from sparsepipe.sparsity.sparsifier import Sparsifier
 
 STEPS = 48
@@ -245,3 +245,14 @@ def test_it_takes_two_bytes_for_each_active_weight() -> None:
     held = sum(tensor.numel() * tensor.element_size() for tensor in state["born"].values())
     assert held == 2 * sum(sparsifier.mask_set.nnz_of(name) for name in sparsifier.mask_set.counters)
     assert all(tensor.untyped_storage().nbytes() == 2 * tensor.numel() for tensor in state["born"].values())
+
+
+def test_a_layer_is_filmed_unasked_only_if_its_frames_are_small() -> None:
+    sizes = {"huge": FILMED_SIZE + 1, "giant": 2 * FILMED_SIZE, "small": 100, "smaller": 80}
+    for names, chosen in ((("huge", "smaller", "small"), "small"), (("giant", "huge"), "huge")):
+        masks = sparsepipe.MaskSet({})
+        kept = {name: torch.arange(sizes[name]) % 4 == 0 for name in names}
+        masks.start({name: mask.float() for name, mask in kept.items()}, kept)
+        film = MaskHistory(masks).film
+        assert film is not None
+        assert film.layer == chosen
