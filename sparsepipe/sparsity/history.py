@@ -201,7 +201,7 @@ class MaskHistory:
         self.film = None if state["film"] is None else Film(**deepcopy(state["film"]))
 
     def _choice(self) -> str:
-        """The sparse layer with most active weights among those of up to FILMED_SIZE weights, or the smallest of all."""
+        """Of the sparse layers of up to FILMED_SIZE weights the one with most active ones, or the smallest of all."""
         sizes = {name: self.masks[name].numel() for name in self.masks.counters}
         small = [name for name, size in sizes.items() if size <= FILMED_SIZE]
         return max(small, key=self.masks.nnz_of) if small else min(sizes, key=lambda name: sizes[name])
