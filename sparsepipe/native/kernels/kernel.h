@@ -98,6 +98,16 @@ struct DepthwiseArgs {
   Epilogue epilogue;  // without its bias
 };
 
+// Whole planes of a 3 x 3 depthwise convolution: both strides 1 or 2, no dilation.
+struct PlanesArgs {
+  const float* x;        // [channels, height, width]
+  const float* weights;  // [channels, 9]
+  float* y;              // [channels, out_height, out_width]
+  std::int64_t channels, height, width, out_height, out_width;
+  std::int64_t top, left;  // padding
+  Epilogue epilogue;       // its bias is that of the first channel
+};
+
 constexpr int kMaxVectors = 16;
 constexpr int kBlocks[] = {1, 2, 4};
 
@@ -113,6 +123,7 @@ struct Isa {
   void (*pack_stage)(const PackArgs&);
   void (*pack_rows)(const PackRowsArgs&);
   void (*depthwise)(const DepthwiseArgs&);
+  void (*depthwise_planes)(const PlanesArgs&, int stride);  // nullptr where the stage is as good
   // output[column * output_stride + row] = input[row * input_stride + column].
   void (*transpose)(const float* input, std::int64_t input_stride, std::int64_t rows, std::int64_t columns,
                     float* output, std::int64_t output_stride);

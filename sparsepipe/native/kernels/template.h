@@ -136,6 +136,11 @@ SPARSEPIPE_INLINE vf activate(vf x, const Epilogue& e) {
   return x;
 }
 
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
 template <int R>
 struct Entry {
   std::int32_t offset;
@@ -164,6 +169,12 @@ struct Bounds {
   vf low, high;
   SPARSEPIPE_INLINE vf operator()(vf x) const { return at_most(at_least(x, low), high); }
 };
+
+SPARSEPIPE_INLINE Bounds bounds_of(const Epilogue& e) {
+  const bool clip = e.activation == Activation::kClip;
+  const float low = clip ? e.low : (e.activation == Activation::kRelu ? 0.0f : -__builtin_inff());
+  return {broadcast(low), broadcast(clip ? e.high : __builtin_inff())};
+}
 
 SPARSEPIPE_INLINE void curve(float* y, std::int64_t count, const Epilogue& epilogue) {
   std::int64_t i = 0;
@@ -365,10 +376,7 @@ SPARSEPIPE_INLINE void rows_of(const RowsArgs& a, const Bounds& bounds) {
 
 template <int R, int T>
 void rows_of(const RowsArgs& a) {
-  const Epilogue& e = a.epilogue;
-  const bool clip = e.activation == Activation::kClip;
-  const float low = clip ? e.low : (e.activation == Activation::kRelu ? 0.0f : -__builtin_inff());
-  const Bounds bounds{broadcast(low), broadcast(clip ? e.high : __builtin_inff())};
+  const Bounds bounds = bounds_of(a.epilogue);
   if (a.groups > 1) {
     rows_of<R, T, true>(a, bounds);
   } else {
@@ -556,78 +564,7 @@ void pack_rows(const PackRowsArgs& a) {
   }
 }
 
-// R output rows of a 3 x 3 depthwise convolution with row step S: an input row is loaded once for all that use it.
-template <int R, int S>
-SPARSEPIPE_INLINE void depthwise3x3(const DepthwiseArgs& a, const vf (&w)[9], std::int64_t row) {
-  const Epilogue epilogue = a.epilogue;  // copies: the compiler cannot know that stores leave them alone
-  const std::int64_t pitch = a.pitch, columns = a.columns;
-  const float* from[3] = {a.stage + row * S * pitch + a.column[0], a.stage + row * S * pitch + a.column[1],
-                          a.stage + row * S * pitch + a.column[2]};
-  float* y = a.y + row * columns;
-  const vf bias = broadcast(a.bias);
-  for (std::int64_t column = 0; column < columns; column += kLanes) {
-    vf sum[R];
-    SPARSEPIPE_UNROLL
-    for (int r = 0; r < R; ++r) sum[r] = bias;
-    SPARSEPIPE_UNROLL
-    for (int i = 0; i < (R - 1) * S + 3; ++i) {
-      SPARSEPIPE_UNROLL
-      for (int j = 0; j < 3; ++j) {
-        const vf x = load(from[j] + i * pitch + column);
-        SPARSEPIPE_UNROLL
-        for (int r = 0; r < R; ++r) {
-          if (i - r * S >= 0 && i - r * S < 3) sum[r] += w[(i - r * S) * 3 + j] * x;
-        }
-      }
-    }
-    const std::int64_t left = columns - column;
-    SPARSEPIPE_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const vf v = activate(sum[r], epilogue);
-      if (left >= kLanes) {
-        store(y + r * columns + column, v);
-      } else {
-        store_some(y + r * columns + column, v, static_cast<int>(left));
-      }
-    }
-  }
-}
-
-template <int S>
-void depthwise3x3_rows(const DepthwiseArgs& a) {
-  vf w[9];
-  for (int i = 0; i < 9; ++i) w[i] = broadcast(a.weights[i]);
-  std::int64_t row = 0;
-  if constexpr (SPARSEPIPE_REGISTERS >= 32) {
-    for (; row + 4 <= a.rows; row += 4) depthwise3x3<4, S>(a, w, row);
-  }
-  for (; row + 2 <= a.rows; row += 2) depthwise3x3<2, S>(a, w, row);
-  if (row < a.rows) depthwise3x3<1, S>(a, w, row);
-}
-
-void depthwise(const DepthwiseArgs& a) {
-  if (a.kernel_h == 3 && a.kernel_w == 3 && a.row_dilation == 1 && a.row_step <= 2) {
-    return a.row_step == 1 ? depthwise3x3_rows<1>(a) : depthwise3x3_rows<2>(a);
-  }
-  for (std::int64_t row = 0; row < a.rows; ++row) {
-    for (std::int64_t c = 0; c < a.columns; c += kLanes) {
-      vf sum = broadcast(a.bias);
-      for (std::int32_t i = 0; i < a.kernel_h; ++i) {
-        const float* from = a.stage + (row * a.row_step + i * a.row_dilation) * a.pitch + c;
-        for (std::int32_t j = 0; j < a.kernel_w; ++j) {
-          sum += broadcast(a.weights[i * a.kernel_w + j]) * load(from + a.column[j]);
-        }
-      }
-      float* y = a.y + row * a.columns + c;
-      const vf v = activate(sum, a.epilogue);
-      if (a.columns - c >= kLanes) {
-        store(y, v);
-      } else {
-        store_some(y, v, static_cast<int>(a.columns - c));
-      }
-    }
-  }
-}
+#include "kernels/depthwise.h"
 
 // The square of kLanes x kLanes floats, by swapping ever larger off-diagonal blocks.
 template <int D, int... I>
@@ -768,6 +705,7 @@ void vector(const float* x, const std::uint16_t* index16, const std::uint32_t* i
                         SPARSEPIPE_NAMESPACE::pack_stage,                                                   \
                         SPARSEPIPE_NAMESPACE::pack_rows,                                                    \
                         SPARSEPIPE_NAMESPACE::depthwise,                                                    \
+                        SPARSEPIPE_NAMESPACE::kPlanes ? SPARSEPIPE_NAMESPACE::depthwise_planes : nullptr,   \
                         SPARSEPIPE_NAMESPACE::transpose,                                                    \
                         SPARSEPIPE_NAMESPACE::vector};                                                      \
   }

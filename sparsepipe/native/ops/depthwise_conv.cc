@@ -46,6 +46,10 @@ class DepthwiseConv final : public Kernel {
     const auto* x = static_cast<const float*>(input->data);
 
     const Window& w = window_;
+    if (isa_.depthwise_planes && w.kernel_h == 3 && w.kernel_w == 3 && w.dilation_h == 1 && w.dilation_w == 1 &&
+        w.stride_h == w.stride_w && w.stride_w <= 2) {
+      return by_planes(call, p, x, y);
+    }
     const std::int64_t lanes = isa_.lanes;
     // Where rows are copied as they are, their first column goes to the start of a vector: stores are aligned.
     const std::int64_t shift = w.stride_w == 1 ? ceil_div(w.left, lanes) * lanes - w.left : 0;
@@ -124,6 +128,21 @@ class DepthwiseConv final : public Kernel {
   }
 
  private:
+  void by_planes(const Call& call, const Planes& p, const float* x, float* y) const {
+    const std::int64_t groups = std::min(channels_, ceil_div(kTasks, p.batch));
+    call.parallel(static_cast<std::size_t>(p.batch * groups), [&](std::size_t task) {
+      const std::int64_t image = static_cast<std::int64_t>(task) / groups;
+      const std::int64_t group = static_cast<std::int64_t>(task) % groups;
+      const std::int64_t first = channels_ * group / groups;
+      const std::int64_t at = image * channels_ + first;
+      kernels::PlanesArgs args{x + at * p.height * p.width, weight_.data() + first * 9,
+                               y + at * p.out_height * p.out_width, channels_ * (group + 1) / groups - first,
+                               p.height, p.width, p.out_height, p.out_width, window_.top, window_.left, epilogue_};
+      args.epilogue.bias = bias_.empty() ? nullptr : bias_.data() + first;
+      isa_.depthwise_planes(args, static_cast<int>(window_.stride_w));
+    });
+  }
+
   const Isa& isa_;
   Window window_;
   std::int64_t channels_;

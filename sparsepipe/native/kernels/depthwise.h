@@ -1,0 +1,176 @@
+// Depthwise convolutions: part of kernels/template.h, inside its namespaces.
+
+// R output rows of a 3 x 3 depthwise convolution with row step S: an input row is loaded once for all that use it.
+template <int R, int S>
+SPARSEPIPE_INLINE void depthwise3x3(const DepthwiseArgs& a, const vf (&w)[9], std::int64_t row) {
+  const Epilogue epilogue = a.epilogue;  // copies: the compiler cannot know that stores leave them alone
+  const std::int64_t pitch = a.pitch, columns = a.columns;
+  const float* from[3] = {a.stage + row * S * pitch + a.column[0], a.stage + row * S * pitch + a.column[1],
+                          a.stage + row * S * pitch + a.column[2]};
+  float* y = a.y + row * columns;
+  const vf bias = broadcast(a.bias);
+  for (std::int64_t column = 0; column < columns; column += kLanes) {
+    vf sum[R];
+    SPARSEPIPE_UNROLL
+    for (int r = 0; r < R; ++r) sum[r] = bias;
+    SPARSEPIPE_UNROLL
+    for (int i = 0; i < (R - 1) * S + 3; ++i) {
+      SPARSEPIPE_UNROLL
+      for (int j = 0; j < 3; ++j) {
+        const vf x = load(from[j] + i * pitch + column);
+        SPARSEPIPE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          if (i - r * S >= 0 && i - r * S < 3) sum[r] += w[(i - r * S) * 3 + j] * x;
+        }
+      }
+    }
+    const std::int64_t left = columns - column;
+    SPARSEPIPE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const vf v = activate(sum[r], epilogue);
+      if (left >= kLanes) {
+        store(y + r * columns + column, v);
+      } else {
+        store_some(y + r * columns + column, v, static_cast<int>(left));
+      }
+    }
+  }
+}
+
+template <int S>
+void depthwise3x3_rows(const DepthwiseArgs& a) {
+  vf w[9];
+  for (int i = 0; i < 9; ++i) w[i] = broadcast(a.weights[i]);
+  std::int64_t row = 0;
+  if constexpr (SPARSEPIPE_REGISTERS >= 32) {
+    for (; row + 4 <= a.rows; row += 4) depthwise3x3<4, S>(a, w, row);
+  }
+  for (; row + 2 <= a.rows; row += 2) depthwise3x3<2, S>(a, w, row);
+  if (row < a.rows) depthwise3x3<1, S>(a, w, row);
+}
+
+void depthwise(const DepthwiseArgs& a) {
+  if (a.kernel_h == 3 && a.kernel_w == 3 && a.row_dilation == 1 && a.row_step <= 2) {
+    return a.row_step == 1 ? depthwise3x3_rows<1>(a) : depthwise3x3_rows<2>(a);
+  }
+  for (std::int64_t row = 0; row < a.rows; ++row) {
+    for (std::int64_t c = 0; c < a.columns; c += kLanes) {
+      vf sum = broadcast(a.bias);
+      for (std::int32_t i = 0; i < a.kernel_h; ++i) {
+        const float* from = a.stage + (row * a.row_step + i * a.row_dilation) * a.pitch + c;
+        for (std::int32_t j = 0; j < a.kernel_w; ++j) {
+          sum += broadcast(a.weights[i * a.kernel_w + j]) * load(from + a.column[j]);
+        }
+      }
+      float* y = a.y + row * a.columns + c;
+      const vf v = activate(sum, a.epilogue);
+      if (a.columns - c >= kLanes) {
+        store(y, v);
+      } else {
+        store_some(y, v, static_cast<int>(a.columns - c));
+      }
+    }
+  }
+}
+
+// Planes without a stage: three loads for each row of the input, masked where they reach beyond it. Only where masks are
+// in the instruction set.
+#if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
+constexpr bool kPlanes = true;
+
+SPARSEPIPE_INLINE __mmask16 lanes_between(std::int64_t first, std::int64_t last) {
+  first = first < 0 ? 0 : (first > 16 ? 16 : first);
+  last = last < first ? first : (last > 16 ? 16 : last);
+  return static_cast<__mmask16>((0xffffu << first) & ~(0xffffu << last));
+}
+SPARSEPIPE_INLINE vf load_masked(const float* p, __mmask16 mask) {
+  return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(mask, p));
+}
+
+// The inputs of the three kernel columns for 16 outputs of step S, from the input column `first` on.
+template <int S>
+struct Columns {
+  std::int64_t first;
+  __mmask16 mask[3];
+
+  Columns(std::int64_t first, std::int64_t width) : first(first) {
+    for (int j = 0; j < 3; ++j) {
+      const std::int64_t from = first + (S == 1 ? j : 16 * j);
+      mask[j] = lanes_between(-from, width - from);
+    }
+  }
+  SPARSEPIPE_INLINE void read(const float* row, bool inside, vf (&x)[3]) const {
+    const float* p = row + first;
+    const auto masked = [&](int j) { return inside ? mask[j] : static_cast<__mmask16>(0); };
+    if constexpr (S == 1) {
+      for (int j = 0; j < 3; ++j) x[j] = load_masked(p + j, masked(j));
+    } else {
+      const vf a = load_masked(p, masked(0)), b = load_masked(p + 16, masked(1));
+      const vf c = load_masked(p + 32, static_cast<__mmask16>(masked(2) & 1));
+      x[0] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      x[1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+      x[2] = next_lanes(x[0], c);
+    }
+  }
+};
+
+template <int R, int S>
+SPARSEPIPE_INLINE void plane_rows(const PlanesArgs& a, const float* plane, const vf (&w)[9], vf bias, float* y,
+                                  std::int64_t row, std::int64_t column, const Columns<S>& columns, __mmask16 stored,
+                                  const Bounds& bounds, bool curved) {
+  vf sum[R];
+  SPARSEPIPE_UNROLL
+  for (int r = 0; r < R; ++r) sum[r] = bias;
+  SPARSEPIPE_UNROLL
+  for (int i = 0; i < (R - 1) * S + 3; ++i) {
+    const std::int64_t in = row * S - a.top + i;
+    vf x[3];
+    columns.read(plane + in * a.width, in >= 0 && in < a.height, x);
+    SPARSEPIPE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      if (i - r * S < 0 || i - r * S > 2) continue;
+      SPARSEPIPE_UNROLL
+      for (int j = 0; j < 3; ++j) sum[r] += w[(i - r * S) * 3 + j] * x[j];
+    }
+  }
+  SPARSEPIPE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    vf v = bounds(sum[r]);
+    if (curved) v = activate(v, a.epilogue);
+    _mm512_mask_storeu_ps(y + (row + r) * a.out_width + column, stored, reinterpret_cast<__m512>(v));
+  }
+}
+
+template <int S>
+void planes_of(const PlanesArgs& a) {
+  const Bounds bounds = bounds_of(a.epilogue);
+  const bool curved = a.epilogue.activation > Activation::kClip;
+  for (std::int64_t c = 0; c < a.channels; ++c) {
+    const float* plane = a.x + c * a.height * a.width;
+    float* y = a.y + c * a.out_height * a.out_width;
+    vf w[9];
+    for (int i = 0; i < 9; ++i) w[i] = broadcast(a.weights[c * 9 + i]);
+    const vf bias = broadcast(a.epilogue.bias ? a.epilogue.bias[c] : 0.0f);
+    for (std::int64_t column = 0; column < a.out_width; column += kLanes) {
+      const Columns<S> columns(column * S - a.left, a.width);
+      const __mmask16 stored = lanes_between(0, a.out_width - column);
+      std::int64_t row = 0;
+      const auto next = [&](auto rows) {
+        constexpr int R = decltype(rows)::value;
+        for (; row + R <= a.out_height; row += R) {
+          plane_rows<R, S>(a, plane, w, bias, y, row, column, columns, stored, bounds, curved);
+        }
+      };
+      next(Number<4>{});
+      next(Number<2>{});
+      next(Number<1>{});
+    }
+  }
+}
+
+void depthwise_planes(const PlanesArgs& a, int stride) { return stride == 1 ? planes_of<1>(a) : planes_of<2>(a); }
+#else
+constexpr bool kPlanes = false;
+
+void depthwise_planes(const PlanesArgs&, int) {}
+#endif
