@@ -120,10 +120,8 @@ def _weights(
         )
         row = compact.get(name)
         if row is not None:
-            weight = replace(weight, op=row.op)
-        if row is not None and row.block:
-            stored_as = "csr" if row.block == 1 else f"bsr {row.block}x1"
-            weight = replace(weight, stored_as=stored_as, stored_bytes=row.bytes, mode=row.mode)
+            size = row.bytes or weight.stored_bytes  # of a weight that is stored dense
+            weight = replace(weight, op=row.op, stored_as=row.stored_as, stored_bytes=size, mode=row.mode)
         yield weight
 
 

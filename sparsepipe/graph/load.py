@@ -11,7 +11,7 @@ import onnx
 from onnx import AttributeProto, ModelProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from sparsepipe.errors import GraphError
-from sparsepipe.graph.index import all_nodes, attribute, constant_value, graphs, is_standard, opset
+from sparsepipe.graph.index import NUMBERS, all_nodes, attribute, constant_value, graphs, is_standard, opset
 from sparsepipe.graph.restore import Compact, restore
 
 OLDEST_OPSET = 7
@@ -19,7 +19,6 @@ OLDEST_OPSET = 7
 NEWEST_OPSET = onnx.defs.onnx_opset_version()
 LIMIT_BYTES = 2**31 - 1
 """Largest protobuf message, so the largest single ONNX file."""
-_NUMBERS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 SMALLER = "Store weights as float16 or int8, or split the network into several files."
 
 
@@ -207,8 +206,8 @@ def _densify(model: ModelProto, path: Path) -> None:
         found.t.CopyFrom(dense)
     for node in constants:
         for found in node.attribute:
-            if found.name in _NUMBERS and not found.ref_attr_name:
-                value = np.array(helper.get_attribute_value(found), _NUMBERS[found.name])
+            if found.name in NUMBERS and not found.ref_attr_name:
+                value = np.array(helper.get_attribute_value(found), NUMBERS[found.name])
                 found.Clear()
                 found.name, found.type = "value", AttributeProto.TENSOR
                 found.t.CopyFrom(numpy_helper.from_array(value))

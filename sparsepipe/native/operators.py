@@ -153,17 +153,6 @@ def sparse_linear(
     return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
 
-def base_of(op_type: str) -> str | None:
-    """The key of ``INPUTS`` that ``op_type`` is a variant of; None where this version has no such operator."""
-    variants = {
-        operator_name(base, activation, residual=residual): base
-        for base, inputs in INPUTS.items()
-        for activation in ACTIVATIONS
-        for residual in {False, "residual" in inputs}
-    }
-    return variants.get(op_type)
-
-
 def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
     """The fallback body of all nodes of an operator that have the inputs and the activation of ``node``.
 
@@ -171,7 +160,7 @@ def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
         node: one of them.
         opset: version of the standard operators in the body, 13 or newer.
     """
-    base = base_of(node.op_type)
+    base = _base(node)
     if base == "SparseConv":
         weight = _dense_weight("W", ("out_channels", "in_channels"), "kernel_shape")
     elif base == "SparseLinear":
@@ -179,25 +168,22 @@ def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
         weight.append(helper.make_node("Transpose", ["transposed"], ["W"], perm=[1, 0]))
     else:
         weight = []
-    inputs = list(INPUTS[str(base)][: len(node.input)])
-    nodes = [*weight, *standard_nodes(node, opset)]
+    inputs = list(INPUTS[base][: len(node.input)])
+    nodes = [*weight, *_standard_nodes(node, opset)]
     function = helper.make_function(DOMAIN, node.op_type, inputs, ["Y"], nodes, [helper.make_opsetid("", opset)])
     function.attribute.extend(sorted(attribute.name for attribute in node.attribute))
     return function
 
 
-def standard_nodes(node: onnx.NodeProto, opset: int = 17) -> list[onnx.NodeProto]:
-    """What ``node`` computes of its dense weight, as standard operators.
+def _base(node: onnx.NodeProto) -> str:
+    """The key of ``INPUTS`` that its operator is a variant of."""
+    return next(name for name in INPUTS if node.op_type.startswith(name))
 
-    They read ``W``, [O, I, *kernel] (of SparseLinear [K, N]), and the inputs under the names in ``INPUTS``, and write
-    ``Y``. Their attributes refer to those of ``node`` (``ref_attr_name``).
 
-    Args:
-        node: a node of this domain.
-        opset: version of the standard operators, 13 or newer.
-    """
+def _standard_nodes(node: onnx.NodeProto, opset: int) -> list[onnx.NodeProto]:
+    """What ``node`` computes of its inputs and of the dense ``W``, [O, I, *kernel] (of SparseLinear [K, N])."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    base = str(base_of(node.op_type))
+    base = _base(node)
     present = {name for name, value in zip(INPUTS[base], node.input, strict=False) if value}
     window = {name: name for name in ("kernel_shape", "strides", "pads", "dilations") if name in attributes}
     bias = ["B"] if "B" in present else []

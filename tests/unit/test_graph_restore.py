@@ -19,7 +19,7 @@ from sparsepipe.graph.finish import serialise
 from sparsepipe.graph.load import LIMIT_BYTES, load
 from sparsepipe.graph.restore import restore
 from sparsepipe.graph.universal import choose, rewrite
-from sparsepipe.native import operators
+from sparsepipe.native import operators, quantized
 from sparsepipe.recipe import Export
 from sparsepipe.runtime import run, session
 from sparsepipe.stages import export
@@ -212,6 +212,74 @@ def test_layers_inside_of_branches_come_back() -> None:
     np.testing.assert_allclose(found[1], np.maximum(expected, 0), rtol=1e-4, atol=1e-5)
     assert not made.functions
     assert not made.graph.initializer
+
+
+@pytest.mark.parametrize("activation", quantized.ACTIVATIONS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_int8_operators_come_back(activation: str, biased: bool) -> None:
+    """Bit for bit what their bodies compute; the weight is a constant of the standard operators again."""
+    random = np.random.default_rng(3)
+    kernel, matrix = (int8_weight(random, shape) for shape in ((16, 10, 3, 3), (12, 16)))
+    limits = {"limits": (3, 90)} if activation == "clip" else {}
+    constants: dict[str, Array] = {}
+    for stem, layer in (("c", kernel), ("l", matrix)):
+        constants[f"{stem}.values"], constants[f"{stem}.deltas"] = quantized.encode(layer, 4)
+        constants[f"{stem}.bias"] = random.integers(-900, 900, len(layer)).astype(np.int32)
+    for name in ("x", "c", "s", "l", "r"):
+        constants[f"{name}_scale"] = np.array(random.uniform(0.01, 0.03), np.float32)
+        constants[f"{name}_zero"] = np.array(random.integers(0, 9), np.uint8)
+    constants["w_scale"], constants["v_scale"] = np.full(16, 0.02, np.float32), np.array(0.03, np.float32)
+    conv = [
+        "x",
+        "x_scale",
+        "x_zero",
+        "c.values",
+        "c.deltas",
+        "w_scale",
+        "c_scale",
+        "c_zero",
+        "c.bias" if biased else "",
+    ]
+    linear = ["p", "s_scale", "s_zero", "l.values", "l.deltas", "v_scale", "l_scale", "l_zero"]
+    nodes = [
+        quantized.sparse_qconv(
+            [*conv, "r", "r_scale", "r_zero", "s_scale", "s_zero"], "a", weight_shape=kernel.shape, pads=[1] * 4,
+            activation=activation, **limits,
+        ),
+        node("Transpose", ["a"], ["p"], perm=[0, 2, 3, 1]),
+        quantized.sparse_qlinear(
+            [*linear, *(["l.bias"] if biased else [])], "y", weight_shape=matrix.shape, activation=activation, **limits
+        ),
+    ]  # fmt: skip
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [info("x", TensorProto.UINT8, ["n", 10, 5, 5]), info("r", TensorProto.UINT8, ["n", 16, 5, 5])],
+        [info("y", TensorProto.UINT8, ["n", 5, 5, 12])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    bodies = [quantized.function_for(one) for one in (nodes[0], nodes[2])]
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("sparsepipe", 1)]
+    made = helper.make_model(graph, opset_imports=imports, functions=bodies, ir_version=8)
+    x = {
+        name: random.integers(0, 255, (2, channels, 5, 5)).astype(np.uint8) for name, channels in (("x", 10), ("r", 16))
+    }
+    expected = run(session(made.SerializeToString(), library=False), x)[0]
+    assert len(np.unique(expected)) > 20
+    rows = restore(made, where="test", limit=LIMIT_BYTES)
+    found = run(session(serialise(made, where="test"), library=False), x)[0]
+    np.testing.assert_array_equal(found, expected)
+    assert not made.functions
+    assert [(row.name, row.stored_as) for row in rows] == [("c.weight", "bsr 4x4"), ("l.weight", "bsr 4x4")]
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
+    np.testing.assert_array_equal(held["c.weight"], kernel)
+    np.testing.assert_array_equal(held["l.weight"], matrix)
+    assert "ScatterElements" not in ops(made)
+
+
+def int8_weight(random: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return (random.integers(-127, 128, shape) * (random.random(shape) < 0.2)).astype(np.int8)
 
 
 def small(**changes: Any) -> tuple[NodeProto, dict[str, Array]]:
