@@ -101,7 +101,7 @@ def test_accumulation_and_clipping_are_those_of_a_plain_loop(tmp_path: Path) -> 
     assert callback.sparsifier.mask_set.nnz == weights - round(0.8 * weights)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_a_training_that_resumes_from_a_checkpoint_ends_in_the_same_bits(tmp_path: Path, precision: Any) -> None:
     whole, whole_callback = Module(), sparse()
     trainer(tmp_path, whole_callback, enable_checkpointing=False, precision=precision).fit(whole, loader())
