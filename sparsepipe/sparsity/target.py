@@ -157,7 +157,7 @@ class Target:
         pattern = override.pattern or self.pattern
         misfit = pattern.misfit(weight.shape)
         if weight.transposed and not isinstance(pattern, Unstructured):
-            misfit = f"a transposed convolution can only be unstructured, not {pattern}"
+            misfit = f"a transposed weight, [inputs, outputs], can only be unstructured, not {pattern}"
         density = pattern.density if override.sparsity is None else 1 - override.sparsity
         reason = None
         if override.dense:

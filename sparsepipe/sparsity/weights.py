@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Weight:
     convolution: bool
     linear: bool
     transposed: bool
-    """Its first two dimensions are (input, output) channels, not (output, input)."""
+    """Its first two dimensions are (input, output), not (output, input)."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,10 +71,10 @@ def same_weights(copy: nn.Module, weights: Mapping[str, Weight]) -> dict[str, nn
 
 
 def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
-    """The weights of convolutions, linear layers and attention projections that `optimizer` trains.
+    """The weights of convolutions, linear and recurrent layers and attention projections that `optimizer` trains.
 
-    Embeddings, normalisation, biases and depthwise kernels are left out, as is a weight that any embedding shares.
-    A weight shared between modules appears once.
+    Embeddings, normalisation, biases and depthwise kernels are left out, as is a weight that any embedding shares, and
+    what modules of unknown kinds hold. A weight shared between modules appears once.
 
     Raises:
         ModelError: there is no such weight, a weight is not initialised yet or no ordinary tensor of floats, or two
@@ -97,26 +98,38 @@ def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
                 )
             if id(parameter) in trained and id(parameter) not in embedded and parameter.requires_grad:
                 convolution, linear = isinstance(module, _ConvNd), isinstance(module, nn.Linear)
-                found.setdefault(id(parameter), (parameter, convolution, linear, isinstance(module, _ConvTransposeNd)))
-    named = model.named_parameters()
-    weights = {name: Weight(name, *found[id(parameter)]) for name, parameter in named if id(parameter) in found}
+                turned = isinstance(module, _ConvTransposeNd) or _is_turned_linear(module)
+                found.setdefault(id(parameter), (parameter, convolution, linear or _is_turned_linear(module), turned))
+    named = dict(model.named_parameters())
+    weights = {name: Weight(name, *found[id(value)]) for name, value in named.items() if id(value) in found}
     if not weights:
         raise ModelError(
-            "There is no weight to mask: no convolution or linear layer has a weight that this optimizer trains.",
+            "There is no weight to mask: no convolution or linear or recurrent layer has a weight that this optimizer "
+            "trains.",
             where="model",
             advice="Give the Sparsifier the model and the optimizer that trains its parameters.",
         )
     for weight in weights.values():
         _refuse_unusual(weight)
     _refuse_shared_memory(weights)
+    others = [name for name in named.keys() - weights if id(named[name]) in trained and named[name].ndim >= 2]
+    if others:
+        log.info(
+            "%d trained tensors of two or more dimensions stay dense: embeddings, normalisation, depthwise kernels, "
+            "and what layers of unknown kinds hold (%s).",
+            len(others),
+            ", ".join(sorted(others)[:5]) + (", ..." if len(others) > 5 else ""),
+        )
     return weights
 
 
 def _weights_of(path: str, module: nn.Module) -> Iterator[nn.Parameter]:
     if isinstance(module, nn.MultiheadAttention):
-        names: tuple[str, ...] = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    elif isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and not _is_depthwise(module)):
-        names = ("weight",)
+        names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        names = [name for name in module._parameters if name.startswith("weight_")]
+    elif isinstance(module, nn.Linear | nn.Bilinear | _ConvNd) or _is_turned_linear(module):
+        names = [] if _is_depthwise(module) else ["weight"]
     else:
         return
     for name in names:
@@ -132,8 +145,13 @@ def _weights_of(path: str, module: nn.Module) -> Iterator[nn.Parameter]:
             )
 
 
-def _is_depthwise(module: _ConvNd) -> bool:
-    return module.groups > 1 and module.groups == module.in_channels
+def _is_turned_linear(module: nn.Module) -> bool:
+    """Whether this is the `Conv1D` of GPT-2 in transformers: a linear layer with a weight of [inputs, outputs]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels
 
 
 def _refuse_unusual(weight: Weight) -> None:
@@ -160,12 +178,16 @@ def _refuse_unusual(weight: Weight) -> None:
 
 
 def _refuse_shared_memory(weights: dict[str, Weight]) -> None:
-    owners: dict[int, str] = {}
+    """Several weights may lie in one buffer, as those of recurrent layers on GPUs do, but not over each other."""
+    spans = []
     for name, weight in weights.items():
-        address = weight.parameter.untyped_storage().data_ptr()
-        if address and owners.setdefault(address, name) != name:
+        parameter, start = weight.parameter, weight.parameter.data_ptr()
+        places = sum((size - 1) * stride for size, stride in zip(weight.shape, parameter.stride(), strict=True)) + 1
+        spans.append((start, start + places * parameter.element_size(), name))
+    for (_, end, owner), (start, _, name) in pairwise(sorted(spans)):
+        if start < end:
             raise ModelError(
-                f"'{owners[address]}' and '{name}' are different parameters in the same memory.",
+                f"'{owner}' and '{name}' are different parameters in the same memory.",
                 where="model",
                 advice="Share the Parameter object itself: module_b.weight = module_a.weight.",
             )

@@ -93,3 +93,64 @@ def test_a_computed_weight_is_left_dense_with_a_warning_that_names_it(caplog: py
     sparsifier = Sparsifier(model, torch.optim.SGD(model.parameters(), lr=0.1), Static(sparsity=0.5), total_steps=1)
     assert list(sparsifier.masks) == ["0.weight"]
     assert [record.message for record in caplog.records if "'2.weight' is computed anew" in record.message]
+
+
+def trained(model: Any, inputs: Any, read: Callable[[Any], Any], **options: Any) -> Sparsifier:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sparsifier = Sparsifier(model, optimizer, DSTEE(sparsity=0.75, update_every=2, **options), total_steps=12)
+    for _ in range(12):
+        optimizer.zero_grad()
+        read(model(inputs)).square().mean().backward()
+        optimizer.step()
+        for name, mask in sparsifier.masks.items():
+            assert not model.get_parameter(name).detach()[~mask].view(torch.int32).any()
+    return sparsifier
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_weights_are_masked_and_their_biases_are_not(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = kind(12, 16, num_layers=2)
+    sparsifier = trained(model, torch.randn(5, 3, 12), lambda output: output[0], pattern="4x1")
+    assert list(sparsifier.masks) == ["weight_ih_l0", "weight_hh_l0", "weight_ih_l1", "weight_hh_l1"]
+    assert sparsifier.mask_set.nnz == sparsifier.mask_set.size // 4
+    for mask in sparsifier.masks.values():
+        blocks = mask.reshape(-1, 4, mask.shape[1])
+        assert torch.equal(blocks.any(1), blocks.all(1))
+
+
+def test_weights_in_one_buffer_are_taken_and_those_over_each_other_refused() -> None:
+    """cuDNN keeps the weights of a recurrent layer in one buffer."""
+    buffer = torch.randn(2 * 64)
+    for start, refused in ((64, False), (32, True)):
+        model: Any = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+        model[0].weight = nn.Parameter(buffer[:64].view(8, 8))
+        model[1].weight = nn.Parameter(buffer[start : start + 64].view(8, 8))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if refused:
+            with pytest.raises(ModelError, match=r"'0\.weight' and '1\.weight' are different parameters in the same"):
+                Sparsifier(model, optimizer, Static(sparsity=0.5), total_steps=1)
+        else:
+            assert Sparsifier(model, optimizer, Static(sparsity=0.5), total_steps=1).mask_set.nnz == 64
+
+
+def test_the_layers_of_gpt2_are_masked_and_its_embeddings_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=17, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    with caplog.at_level("INFO", logger="sparsepipe"):
+        sparsifier = trained(model, torch.arange(8)[None], lambda output: output.logits)
+    layers = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert list(sparsifier.masks) == [f"transformer.h.{index}.{name}.weight" for index in (0, 1) for name in layers]
+    assert sparsifier.mask_set.nnz == sparsifier.mask_set.size // 4
+    assert "2 trained tensors" in caplog.text
+    assert "(transformer.wpe.weight, transformer.wte.weight)" in caplog.text
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    overrides = [{"layers": "*.mlp.*", "pattern": "unstructured", "sparsity": 0.9}]
+    patterned = Sparsifier(
+        model, optimizer, Static(sparsity=0.0, pattern="4x1", overrides=overrides), total_steps=1
+    ).mask_set
+    assert "[inputs, outputs]" in patterned.reasons["transformer.h.0.attn.c_attn.weight"]
+    assert patterned.nnz_of("transformer.h.1.mlp.c_fc.weight") == round(0.1 * 16 * 64)
