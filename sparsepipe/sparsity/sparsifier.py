@@ -87,8 +87,8 @@ class Sparsifier:
             self._replicas.compare(self._network, self.step)
         # A compiled `optimizer.step` leaves its graph for them: traced, they would be compiled anew at every step.
         self._hooks = [
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),  # type: ignore[no-untyped-call]
         ]
 
     @property
@@ -113,7 +113,8 @@ class Sparsifier:
     def watch(self, film: str | None = None) -> MaskHistory:
         """Follow the masks from now on: churn, survival ages, gradients of inactive weights, frames of one mask.
 
-        It costs 2 bytes for each active weight; the checkpoint carries it on.
+        It costs 2 bytes for each active weight. The state carries it on: who is watched already, or was when the state
+        was saved that this Sparsifier goes on from, keeps that history.
 
         Args:
             film: name of the layer to keep frames of; by default one of the sparse layers with most active weights.
@@ -121,8 +122,10 @@ class Sparsifier:
         Raises:
             ModelError: there is no layer of the name `film`.
         """
-        self._network.history = MaskHistory(self.mask_set, self.step, film)
-        return self._network.history
+        history = self._network.history
+        if history is None or not (film is None or (history.film is not None and history.film.layer == film)):
+            history = self._network.history = MaskHistory(self.mask_set, self.step, film)
+        return history
 
     def on_epoch_end(self, epoch: int) -> None:
         """For loops that have epochs: call it after each (`epoch` from 0)."""
@@ -225,11 +228,11 @@ class Sparsifier:
         self.step = int(state["step"])
         self._network.seed = int(state["seed"])
         self._expected_nonzero = dict(state["nonzero"])
-        if self.history is not None:
-            if state.get("history") is None:  # nobody watched until now
-                self.watch()
-            else:
-                self.history.load_state_dict(state["history"])
+        history = state.get("history")
+        if self.history is not None or history is not None:
+            self._network.history = MaskHistory(self.mask_set, self.step)
+            if history is not None:
+                self._network.history.load_state_dict(history)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

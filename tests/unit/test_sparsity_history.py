@@ -188,15 +188,18 @@ def test_the_film_is_of_the_layer_that_is_named() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier = Sparsifier(model, optimizer, METHODS["rigl"](), total_steps=10)
-    assert sparsifier.watch(film="0.weight").film.layer == "0.weight"
     assert sparsifier.watch().film.layer == max(sparsifier.mask_set.counters, key=sparsifier.mask_set.nnz_of)
+    history = sparsifier.watch(film="0.weight")
+    assert history.film.layer == "0.weight"
+    assert sparsifier.watch() is sparsifier.watch(film="0.weight") is history
     with pytest.raises(ModelError, match="no mask of 'nothing'"):
         sparsifier.watch(film="nothing")
 
 
+@pytest.mark.parametrize("loaded", ["by its method", "as it is made"])
 @pytest.mark.parametrize("cut", [1, 17, 31])
 @pytest.mark.parametrize("name", ["explores", "gmp"])
-def test_a_resumed_history_is_that_of_an_uninterrupted_training(name: str, cut: int) -> None:
+def test_a_resumed_history_is_that_of_an_uninterrupted_training(name: str, cut: int, loaded: str) -> None:
     whole, record = train(METHODS[name](), take_every=STEPS)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -211,14 +214,19 @@ def test_a_resumed_history_is_that_of_an_uninterrupted_training(name: str, cut: 
 
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    second = Sparsifier(model, optimizer, METHODS[name](), total_steps=STEPS)
-    second.watch()
-    for part, state in zip((model, optimizer, second), saved, strict=True):
-        part.load_state_dict(state)
+    if loaded == "by its method":
+        second = Sparsifier(model, optimizer, METHODS[name](), total_steps=STEPS)
+        for part, state in zip((model, optimizer, second), saved, strict=True):
+            part.load_state_dict(state)
+    else:
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        second = Sparsifier(model, optimizer, METHODS[name](), total_steps=STEPS, state=saved[2])
+    history = second.watch()
     for step in range(cut + 1, STEPS + 1):
         advance(model, optimizer, second, step, onlooker)
-    assert second.history.take() == record.taken[-1][1]
-    ours, theirs = second.history.finish(), whole.history.finish()
+    assert history.take() == record.taken[-1][1]
+    ours, theirs = history.finish(), whole.history.finish()
     assert (ours.layer, ours.rounds, ours.steps) == (theirs.layer, theirs.rounds, theirs.steps)
     assert all(torch.equal(one, other) for one, other in zip(ours.bits, theirs.bits, strict=True))
 
