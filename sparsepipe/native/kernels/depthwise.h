@@ -78,11 +78,6 @@ void depthwise(const DepthwiseArgs& a) {
 #if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
 constexpr bool kPlanes = true;
 
-SPARSEPIPE_INLINE __mmask16 lanes_between(std::int64_t first, std::int64_t last) {
-  first = first < 0 ? 0 : (first > 16 ? 16 : first);
-  last = last < first ? first : (last > 16 ? 16 : last);
-  return static_cast<__mmask16>((0xffffu << first) & ~(0xffffu << last));
-}
 SPARSEPIPE_INLINE vf load_masked(const float* p, __mmask16 mask) {
   return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(mask, p));
 }

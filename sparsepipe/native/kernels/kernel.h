@@ -75,14 +75,14 @@ struct PackArgs {
 };
 
 // Packs a tile of each of `channels` planes of one padded copy: `copy_floats` floats (whole vectors) for each of `rows`,
-// at its target: `lead` zeros, `count` floats of the plane, zeros.
+// at its target: `lead` zeros, `count` floats of the plane, zeros; zeros only where the row's own count is 0.
 struct PackRowsArgs {
   const float* input;
   std::int64_t input_stride, channels;
   float* output;
   std::int64_t output_stride;
   const StageRow* rows;
-  std::int32_t row_count, lead, copy_floats;
+  std::int32_t row_count, lead, count, copy_floats;
 };
 
 // `rows` output rows of one channel of a depthwise convolution, from a stage that pack_stage filled.

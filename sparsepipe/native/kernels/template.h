@@ -48,6 +48,14 @@ SPARSEPIPE_INLINE vf load_some(const float* p, int n) {
   return load(buffer);
 #endif
 }
+#if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
+SPARSEPIPE_INLINE __mmask16 lanes_between(std::int64_t first, std::int64_t last) {
+  first = first < 0 ? 0 : (first > 16 ? 16 : first);
+  last = last < first ? first : (last > 16 ? 16 : last);
+  return static_cast<__mmask16>((0xffffu << first) & ~(0xffffu << last));
+}
+#endif
+
 // p[index + first, index + last) in the lanes [first, last), zeros in the others; nothing else is read.
 SPARSEPIPE_INLINE vf load_between(const float* p, std::int64_t index, int first, int last) {
   if (last <= first) return vf{};
@@ -537,7 +545,47 @@ void pack_stage(const PackArgs& a) {
   }
 }
 
+#if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
+// All rows have the same lanes: a load, a mask and a store for each vector.
+template <int V>
+SPARSEPIPE_INLINE void pack_rows_of(const PackRowsArgs& a) {
+  __mmask16 inside[V];
+  SPARSEPIPE_UNROLL
+  for (int v = 0; v < V; ++v) inside[v] = lanes_between(a.lead - v * kLanes, a.lead + a.count - v * kLanes);
+  const __mmask16 kept = lanes_between(0, a.copy_floats);
+  for (std::int64_t c = 0; c < a.channels; ++c) {
+    const float* plane = a.input + c * a.input_stride - a.lead;
+    float* to = a.output + c * a.output_stride;
+    for (std::int32_t i = 0; i < a.row_count; ++i) {
+      const StageRow row = a.rows[i];
+      SPARSEPIPE_UNROLL
+      for (int v = 0; v < V; ++v) {
+        const __mmask16 mask = row.count > 0 ? inside[v] : static_cast<__mmask16>(0);
+        const __m512 x = _mm512_maskz_loadu_ps(mask, plane + row.source + v * kLanes);
+        if constexpr (V > 1) {
+          _mm512_storeu_ps(to + row.target + v * kLanes, x);
+        } else {
+          _mm512_mask_storeu_ps(to + row.target, kept, x);
+        }
+      }
+    }
+  }
+}
+#endif
+
 void pack_rows(const PackRowsArgs& a) {
+#if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
+  switch ((a.copy_floats + kLanes - 1) / kLanes) {
+    case 1:
+      return pack_rows_of<1>(a);
+    case 2:
+      return pack_rows_of<2>(a);
+    case 4:
+      return pack_rows_of<4>(a);
+    default:
+      break;
+  }
+#endif
   for (std::int64_t c = 0; c < a.channels; ++c) {
     const float* plane = a.input + c * a.input_stride;
     float* to = a.output + c * a.output_stride;
@@ -545,7 +593,7 @@ void pack_rows(const PackRowsArgs& a) {
       const StageRow& row = a.rows[i];
       float* out = to + row.target;
       const float* from = plane + row.source;
-      const std::int32_t end = row.count > 0 ? a.lead + row.count : 0;
+      const std::int32_t end = row.count > 0 ? a.lead + a.count : 0;
       for (std::int32_t column = 0; column < a.copy_floats; column += kLanes, out += kLanes) {
         const std::int32_t first = a.lead > column ? a.lead - column : 0;
         const std::int32_t last = end - column;

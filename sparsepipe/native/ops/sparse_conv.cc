@@ -340,6 +340,7 @@ class SparseConv final : public Kernel {
     std::vector<StageRow> rows;
     std::vector<Copy> copies;
     kernels::PackArgs args;
+    std::int32_t row_floats;  // kShift: of a row of the plane that are read
   };
 
   void prepare(const Geometry& g, std::int64_t tile, TilePacking& packing) const {
@@ -354,6 +355,7 @@ class SparseConv final : public Kernel {
     const std::int64_t columns = g.by_rows() ? g.pitch : g.out_width;
     const std::int64_t span = (columns - 1) * a_.stride_w + (a_.kernel_w - 1) * a_.dilation_w + 1;
     const std::int64_t count = std::max<std::int64_t>(0, std::min(g.width - source, span - lead));
+    packing.row_floats = static_cast<std::int32_t>(std::min(count, columns - lead));
     packing.rows.clear();
     packing.copies.clear();
     for (std::int64_t s = 0; s < slots; ++s) {
@@ -362,7 +364,7 @@ class SparseConv final : public Kernel {
         const bool inside = row >= 0 && row < g.height;
         packing.rows.push_back({static_cast<std::int32_t>(inside ? row * g.width : 0),
                                 static_cast<std::int32_t>(s * columns),
-                                static_cast<std::int32_t>(inside ? std::min(count, columns - lead) : 0)});
+                                inside ? packing.row_floats : 0});
         continue;
       }
       if (row < 0 || row >= g.height || count == 0) continue;  // stays zero
@@ -437,7 +439,8 @@ class SparseConv final : public Kernel {
     }
     if (g.mode == Mode::kShift && a_.stride_w == 1) {
       isa_.pack_rows({image + first * plane, plane, last - first, to, g.layout.channel_stride, packing.rows.data(),
-                      static_cast<std::int32_t>(packing.rows.size()), packing.args.lead, packing.args.copy_floats});
+                      static_cast<std::int32_t>(packing.rows.size()), packing.args.lead, packing.row_floats,
+                      packing.args.copy_floats});
       return;
     }
     packing.args.input = image + first * plane;
