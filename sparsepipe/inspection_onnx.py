@@ -142,6 +142,6 @@ def _type_text(value: ValueInfoProto) -> str:
     if not value.type.HasField("tensor_type"):
         return str(value.type.WhichOneof("value"))
     sides = [
-        side.dim_param or (str(side.dim_value) if side.HasField("dim_value") else "?") for side in tensor.shape.dim
+        str(side.dim_param) or (str(side.dim_value) if side.HasField("dim_value") else "?") for side in tensor.shape.dim
     ]
     return f"{TensorProto.DataType.Name(tensor.elem_type).lower()} [{', '.join(sides)}]"

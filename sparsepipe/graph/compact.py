@@ -95,7 +95,9 @@ class CompactNode:
         self.attributes = {given.name: helper.get_attribute_value(given) for given in node.attribute}
         named = zip(self.kind.inputs, node.input, strict=False)
         self.inputs = {name: str(value) for name, value in named if value}
-        activation = self._get("activation", bytes, b"none").decode(errors="replace")
+        if not all(isinstance(name, str) for name in self.attributes):  # protobuf gives what is not UTF-8 as bytes
+            raise self.malformed("the name of an attribute is no text")
+        activation = self._get("activation", bytes).decode(errors="replace")
         residual = "residual" in self.inputs
         known = activation in operators.ACTIVATIONS
         if not known or node.op_type != operators.operator_name(self.base, activation, residual=residual):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +323,7 @@ def graph_of(made: NodeProto, constants: dict[str, Array], version: int = 1) -> 
         ({"activation": "relu"}, "its activation is 'relu', and it has no residual"),
         ({"activation": "tanh"}, "its activation is 'tanh'"),
         ({"activation": 7}, "its attribute 'activation' is 7"),
+        ({"activation": None}, "its attribute 'activation' is None"),
     ],
 )
 def test_malformed_nodes_are_named(changes: dict[str, Any], reason: str) -> None:
@@ -329,6 +332,26 @@ def test_malformed_nodes_are_named(changes: dict[str, Any], reason: str) -> None
         restore(made, where="file.onnx", limit=LIMIT_BYTES)
     assert "file.onnx" in str(caught.value)
     assert "the layer" in str(caught.value) or "2 GB" in reason
+
+
+@cache
+def small_file() -> bytes:
+    made, constants = small()
+    whole = graph_of(made, constants)
+    whole.functions.append(operators.function_for(made))
+    return bytes(whole.SerializeToString())
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_damaged_files_are_read_or_refused(data: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    content = bytearray(small_file())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("damaged") / "u.onnx"
+    path.write_bytes(content)
+    with suppress(GraphError):  # any other error fails
+        choose(load(path))
 
 
 @pytest.mark.parametrize(
