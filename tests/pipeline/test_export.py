@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from sparsepipe.artefact import Artefact, draft, read_json
 from sparsepipe.errors import GraphError, ModelError, RecipeError
 from sparsepipe.recipe import Choice, Conversion, Export
+from sparsepipe.runtime import session
 from sparsepipe.spec import ModelSpec, Preprocessing
 from sparsepipe.stages import convert, export
 
@@ -218,6 +219,38 @@ def test_a_network_in_memory_is_exported_with_settings_like_those_of_a_recipe(tm
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     with pytest.raises(RecipeError, match=r"export: unknown key 'target' \(did you mean 'targets'"):
         export.export_onnx(network, (8,), tmp_path / "out", target="dense")
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_a_model_with_several_inputs_goes_through_the_exporter_of_torch(tmp_path: Path) -> None:
+    """The way that the README names for models of words: torch.onnx.export, then the verb on its file."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=3
+    )
+    network = transformers.BertForSequenceClassification(config).eval()
+    pruned = [name for name, weight in network.named_parameters() if weight.ndim == 2 and "embeddings" not in name]
+    with torch.no_grad():
+        for name in pruned:
+            weight = network.get_parameter(name)
+            weight.mul_(torch.rand_like(weight) < 0.1)
+    words = torch.randint(30, (4, 12))
+    attended = (torch.arange(12) < torch.tensor([[12], [5], [7], [9]])).long()
+    batch = {0: torch.export.Dim("batch")}
+    torch.onnx.export(
+        network, (words[:2], attended[:2]), tmp_path / "theirs.onnx", dynamo=True, verbose=False,
+        input_names=["input_ids", "attention_mask"], output_names=["logits"],
+        dynamic_shapes={"input_ids": batch, "attention_mask": batch},
+    )  # fmt: skip
+    result = export.from_onnx(tmp_path / "theirs.onnx", Export(), tmp_path / "out")
+    assert sum(layer["sparsity"] > 0.8 for layer in result.metrics["layers"]) == len(pruned)
+    with torch.no_grad():
+        expected = network(input_ids=words, attention_mask=attended).logits.numpy()
+    for target in ("dense", "portable", "universal"):
+        inputs = {"input_ids": words.numpy(), "attention_mask": attended.numpy()}
+        found = session(result.file(f"model.{target}.onnx")).run(None, inputs)[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [1, 2, 4])
