@@ -18,7 +18,7 @@ WEIGHTS = 12 * 64 + 64 * 32 + 32 * 4
 
 @pytest.mark.parametrize(
     ("trainer", "needs"),
-    [("lightning", "lightning"), pytest.param("transformers", "accelerate", marks=pytest.mark.slow)],
+    [("lightning", "lightning"), pytest.param("transformers", "accelerate", marks=pytest.mark.gate)],
 )
 def test_two_processes_train_and_resume_with_the_same_masks(trainer: str, needs: str, tmp_path: Path) -> None:
     pytest.importorskip(trainer)
