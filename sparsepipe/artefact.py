@@ -175,6 +175,8 @@ def draft(
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     _remove_temporary(partial)
+    if folder.exists():
+        shutil.rmtree(_aside(folder), ignore_errors=True)
     building = Draft(partial)
     started = time.monotonic()
     try:
@@ -206,13 +208,17 @@ def _finish(building: Draft, folder: Path, stage: str, config: BaseModel, inputs
     )
     write_text(partial / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     # The old folder steps aside by rename, so there is no moment in which its files are half gone.
+    aside = _aside(folder)
     if folder.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        os.replace(folder, aside / folder.name)
-        os.replace(partial, folder)
-        shutil.rmtree(aside)
-    else:
-        os.replace(partial, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+    os.replace(partial, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Where an old folder waits while a new one takes its place; a run that is killed just then leaves it there."""
+    return folder.with_name(f".{folder.name}.old")
 
 
 def _remove_temporary(folder: Path) -> None:

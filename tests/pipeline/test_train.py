@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -597,6 +598,51 @@ def test_a_checkpoint_of_another_configuration_is_refused_with_the_differences(
     assert "optimizer.lr = 0.1 (now 0.2)" in message
     assert "update_every" not in message
     assert (tmp_path / "train.partial" / checkpoint.FILE).is_file(), "a refused checkpoint must be kept"
+
+
+def wide_network(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    return small_network(input_shape, classes)
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("model=small:wide_network", "model.name = 'small:small_network' (now 'small:wide_network')"),
+        ("method=rigl", "method.name = 'dst-ee' (now 'rigl')"),
+        ("method.sparsity=0.9", "method.sparsity = 0.6 (now 0.9)"),
+        ("method.pattern=2x1", "method.pattern = None (now '2x1')"),
+        ("data=small:other_images", "data.name = 'small:small_images' (now 'small:other_images')"),
+        ("optimizer=adamw", "optimizer.name = 'sgd' (now 'adamw')"),
+        ("train.precision=fp16", "train.precision = 'fp32' (now 'fp16')"),
+        ("train.ema=0.9", "train.ema = 0.0 (now 0.9)"),
+        ("seed=4", "seed = 3 (now 4)"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused_and_left_as_it_is(
+    tmp_path: Path, halted: Path, override: str, difference: str
+) -> None:
+    partial = tmp_path / "train.partial"
+    shutil.copytree(halted, partial)
+    before = {path: path.read_bytes() for path in sorted(partial.rglob("*")) if path.is_file()}
+    with pytest.raises(ArtefactError) as caught:
+        run(tmp_path / "train", override, resume=True)
+    assert difference in str(caught.value)
+    assert "Resume it with the same recipe" in str(caught.value)
+    assert {path: path.read_bytes() for path in sorted(partial.rglob("*")) if path.is_file()} == before
+
+
+@pytest.fixture(scope="module")
+def halted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a killed training left."""
+    folder = tmp_path_factory.mktemp("halted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "small", sys.modules[__name__])
+        interrupted(folder / "train", patch)
+    return folder / "train.partial"
+
+
+def other_images() -> dict[str, Any]:
+    return small_images(90)
 
 
 def test_a_checkpoint_made_with_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

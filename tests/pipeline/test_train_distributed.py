@@ -216,7 +216,7 @@ def test_kills_of_one_process_or_of_all_change_no_bit(tmp_path: Path) -> None:
         if not (out / "train").exists():
             finish(start(recipe, out, "--resume"))
         assert_same_bits(out, tmp_path / "straight")
-    assert resumed > 2, "most kills came before the first checkpoint"
+    assert resumed, "all kills came before the first checkpoint"
 
 
 def assert_same_bits(one: Path, other: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,46 @@ def test_a_resumable_stage_keeps_what_it_had(tmp_path: Path) -> None:
     with artefact.draft(tmp_path / "demo", "demo", Config(), {}, resumable=True) as building:
         assert (building.folder / "checkpoint").read_text() == "1"
     assert not (tmp_path / "demo.partial").exists()
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_what_a_kill_leaves_while_a_new_folder_takes_the_place_of_the_old_is_cleared_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    old = make(tmp_path / "demo", content="old")
+    replace, done = os.replace, 0
+
+    def counting(source: Path, target: Path) -> None:
+        nonlocal done
+        if done == renames and "manifest" not in Path(target).name:
+            raise KilledError
+        replace(source, target)
+        done += "manifest" not in Path(target).name
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(artefact.os, "replace", counting)
+        if renames == 2:  # both are made, but the old folder is still there
+            patch.setattr(artefact.shutil, "rmtree", _raise_where_it_exists(KilledError))
+        with artefact.draft(tmp_path / "demo", "demo", Config(), {}, resumable=True) as building:
+            (building.folder / "new.txt").write_text("new")
+    hidden = tmp_path / ".demo.old"
+    assert hidden.exists() == (renames > 0)
+    if renames:
+        assert Artefact.read(hidden).digest == old.digest
+    made = make(tmp_path / "demo", content="newer")
+    assert made.file("sub/file.txt").read_text() == "newer"
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def _raise_where_it_exists(error: type[BaseException]) -> Callable[..., None]:
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if Path(path).exists():
+            raise error
+
+    return rmtree
 
 
 def test_a_folder_with_foreign_files_is_not_touched(tmp_path: Path) -> None:
