@@ -92,8 +92,6 @@ class Measurement:
 
     contestant: Contestant
     failure: str | None = None
-    refused: bool = False
-    """Whether the worker itself turned the model down, rather than died."""
     load_ms: list[float] = field(default_factory=list)
     first_call_ms: list[float] = field(default_factory=list)
     idle_rss_bytes: int | None = None
@@ -253,7 +251,7 @@ def _attempt(entrant: _Entrant, action: Callable[[_Entrant], None]) -> bool:
     try:
         action(entrant)
     except WorkerError as error:
-        entrant.measurement.failure, entrant.measurement.refused = str(error), error.alive
+        entrant.measurement.failure = str(error)
         return False
     return True
 

@@ -34,7 +34,7 @@ def run(config: BaseModel, inputs: Mapping[str, Artefact], out: Path) -> Artefac
 
     Raises:
         ArtefactError: a file of the export is missing.
-        GraphError: no file can be loaded.
+        GraphError: no file could be measured.
     """
     assert isinstance(config, Bench)
     export = inputs["export"]
@@ -55,7 +55,7 @@ def measure(paths: Sequence[Path], config: Bench) -> dict[str, Any]:
 
     Raises:
         ArtefactError: a file is missing.
-        GraphError: no file can be loaded.
+        GraphError: no file could be measured.
     """
     config = with_batch_of_input(config)
     missing = next((path for path in paths if not path.is_file()), None)
@@ -108,14 +108,14 @@ def take_turns(
         advance: called `rounds(config)` times.
 
     Raises:
-        GraphError: no file can be loaded.
+        GraphError: no file could be measured.
     """
     contestants = [Contestant(path) for path in paths]
     results, reasons, workers = [], [], []
     for setting in _settings(config):
         measured = race(contestants, setting, advance)
         results += rows(labels, measured, setting, baseline)
-        reasons += [one.failure for one in measured if one.refused]
+        reasons += [one.failure for one in measured if one.failure is not None]
         workers += [one.settings for one in measured if one.settings]
     if len(reasons) == len(results):
         raise GraphError(f"No file could be measured: {reasons[0]}", where=labels[0])
