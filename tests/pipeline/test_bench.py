@@ -103,7 +103,7 @@ def test_files_that_cannot_be_measured_are_rows_with_a_reason(tmp_path: Path) ->
     assert result["baseline"] == "good.onnx"
     with pytest.raises(GraphError, match="cannot load"):
         bench.measure([broken], Bench(seconds=0.01))
-    with pytest.raises(GraphError, match="no answer to 'load' within 0.001 s"):
+    with pytest.raises(GraphError, match="no answer to 'load' within"):
         bench.measure([good], Bench(seconds=0.01, timeout=0.001))
     with pytest.raises(ArtefactError, match="no such ONNX file"):
         bench.measure([good, tmp_path / "absent.onnx"], Bench(seconds=0.01))
