@@ -139,6 +139,21 @@ std::int64_t row_chunks(const SparseWeight& weight, std::int64_t tiles, double t
   return std::max<std::int64_t>(1, std::min({wanted, affordable, weight.rows / 8}));
 }
 
+Makespan makespan(const SparseWeight& weight, const TileLayout& layout, std::int64_t tiles, double tile_cycles,
+                  std::int64_t threads) {
+  // Cycles of a line that no thread has read yet (from L3), and of one that lies in another core's cache.
+  constexpr double kWeightLine = 30, kPackedLine = 20;
+  constexpr double kHandOver = 20000;  // a second round of tasks
+  const double all = static_cast<double>(tiles) * tile_cycles;
+  if (threads == 1) return {all, all + kHandOver};
+  const auto n = static_cast<double>(threads);
+  const double lines = weight.entries() * (4.0 + 4.0 * weight.block) / 64 * kWeightLine;
+  const double floats = layout.tap.size() == 1 ? layout.vectors * 16.0 : static_cast<double>(layout.channel_stride);
+  const double packed = static_cast<double>(tiles * layout.channels) * floats / 16 * kPackedLine;
+  const std::int64_t rounds = (tiles + threads - 1) / threads;
+  return {static_cast<double>(rounds) * tile_cycles + lines, (all + lines) / n + packed * (1 - 1 / n) + kHandOver};
+}
+
 namespace {
 constexpr int kConvinced = 4;   // calls without a helper after which none is expected
 constexpr int kAskAgain = 256;  // calls after which to try again
@@ -155,8 +170,12 @@ bool Helpers::expected() {
   return false;
 }
 
-void Helpers::saw(bool other_thread) {
-  if (other_thread) {
+void Helpers::saw_threads(std::uint64_t seen) {
+  const std::int64_t threads = __builtin_popcountll(seen);
+  std::int64_t most = threads_.load(std::memory_order_relaxed);
+  while (threads > most && !threads_.compare_exchange_weak(most, threads, std::memory_order_relaxed)) {
+  }
+  if (threads > 1) {
     alone_.store(0, std::memory_order_relaxed);
   } else if (alone_.load(std::memory_order_relaxed) < kConvinced) {
     alone_.fetch_add(1, std::memory_order_relaxed);
@@ -164,7 +183,9 @@ void Helpers::saw(bool other_thread) {
 }
 
 Scratch& scratch() {
+  static std::atomic<unsigned> threads{0};
   thread_local Scratch mine;
+  if (mine.bit == 0) mine.bit = std::uint64_t{1} << (threads.fetch_add(1, std::memory_order_relaxed) % 64);
   return mine;
 }
 

@@ -71,42 +71,64 @@ std::vector<std::int64_t> split_rows(const SparseWeight& weight, std::int64_t ch
 // Chunks of rows so that a few threads find work even where the tiles are few; 1 where splitting does not pay.
 std::int64_t row_chunks(const SparseWeight& weight, std::int64_t tiles, double tile_cycles);
 
+// Cycles until `threads` threads are done with `tiles` tiles of one call.
+struct Makespan {
+  double whole;   // each tile is packed and multiplied by one thread, which reads the whole weight
+  double shared;  // tiles are packed together, then their rows are split: what others packed lies in their caches
+  double least() const { return whole < shared ? whole : shared; }
+};
+Makespan makespan(const SparseWeight& weight, const TileLayout& layout, std::int64_t tiles, double tile_cycles,
+                  std::int64_t threads);
+
 // Learns from the calls of one kernel whether the session has more threads than the caller's.
 class Helpers {
  public:
   // Whether to split work further than tiles do. Asks again from time to time.
   bool expected();
-  void saw(bool other_thread);
+  // The most threads that were seen to work on one call.
+  std::int64_t threads() const { return threads_.load(std::memory_order_relaxed); }
+  void saw(bool other_thread) { saw_threads(other_thread ? std::uint64_t{3} : std::uint64_t{1}); }
+  void saw_threads(std::uint64_t seen);  // a bit for each (`Scratch::bit`)
 
  private:
   std::atomic<int> alone_{0};
+  std::atomic<std::int64_t> threads_{1};
 };
 
-// The last few plans of a kernel, by shape. A plan is immutable once it is in here.
+// The last few plans of a kernel, by shape, each for a number of threads: one for another number takes its place.
+// A plan is immutable once it is in here.
 template <typename Plan>
 class PlanCache {
  public:
   std::shared_ptr<const Plan> get(const std::vector<std::int64_t>& key,
-                                  const std::function<std::shared_ptr<const Plan>()>& make) {
+                                  const std::function<std::shared_ptr<const Plan>()>& make, std::int64_t threads = 1) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& [shape, plan] : plans_) {
-      if (shape == key) return plan;
+    for (Entry& entry : plans_) {
+      if (entry.key != key) continue;
+      if (entry.threads != threads) entry = {key, threads, make()};
+      return entry.plan;
     }
     if (plans_.size() >= kMost) plans_.erase(plans_.begin());
-    plans_.emplace_back(key, make());
-    return plans_.back().second;
+    plans_.push_back({key, threads, make()});
+    return plans_.back().plan;
   }
 
  private:
+  struct Entry {
+    std::vector<std::int64_t> key;
+    std::int64_t threads;
+    std::shared_ptr<const Plan> plan;
+  };
   static constexpr std::size_t kMost = 4;
   std::mutex mutex_;
-  std::vector<std::pair<std::vector<std::int64_t>, std::shared_ptr<const Plan>>> plans_;
+  std::vector<Entry> plans_;
 };
 
 // Memory of one thread, kept between calls: it is warm in the caches.
 struct Scratch {
   Buffer tile, partial, stage, out;
   Buffer shared;  // of the thread that entered the kernel, read by its helpers
+  std::uint64_t bit = 0;  // one of 64, in turn
 };
 Scratch& scratch();
 

@@ -246,15 +246,17 @@ class SparseConv final : public Kernel {
     }
     float* y = call.output(dims);
     if (p.batch == 0) return;
-    const std::shared_ptr<const Plan> plan = plans_.get({p.height, p.width, p.batch == 1}, [&] {
+    const std::int64_t threads = helpers_.threads();
+    const auto make = [&] {
       Geometry shape{};
       shape.height = p.height;
       shape.width = p.width;
       shape.out_height = p.out_height;
       shape.out_width = p.out_width;
       shape.lanes = isa_.lanes;
-      return make_plan(shape, p.batch);
-    });
+      return make_plan(shape, p.batch, threads);
+    };
+    const std::shared_ptr<const Plan> plan = plans_.get({p.height, p.width, p.batch == 1}, make, threads);
     run(call, *plan, static_cast<const float*>(x->data), p.batch,
         residual ? static_cast<const float*>(residual->data) : nullptr, y);
   }
@@ -311,16 +313,17 @@ class SparseConv final : public Kernel {
     if (any || a_.mode == Mode::kColumns) each_size(Mode::kColumns, columns_geometry);
   }
 
-  std::shared_ptr<const Plan> make_plan(const Geometry& shape, std::int64_t batch) const {
-    double best = 0;
+  std::shared_ptr<const Plan> make_plan(const Geometry& shape, std::int64_t batch, std::int64_t threads) const {
+    double best = 0, tile_cycles = 0;
     Geometry chosen{};
     std::int64_t block_channels = 0;
     candidates(shape, [&](const Geometry& g) {
       if (g.mode != Mode::kDirect && g.layout.channel_stride * 8 > kMostFloats) return;
       const Blocking blocking = best_blocking(weight_, g.layout, g.cost, g.lanes);
-      const double cycles = blocking.cycles * static_cast<double>(g.tiles);
+      const double cycles = makespan(weight_, g.layout, batch * g.tiles, blocking.cycles, threads).least();
       if (best == 0 || cycles < best) {
         best = cycles;
+        tile_cycles = blocking.cycles;
         chosen = g;
         block_channels = blocking.block_channels;
       }
@@ -329,8 +332,9 @@ class SparseConv final : public Kernel {
     if (chosen.mode != Mode::kDirect) {  // offsets are 32-bit
       block_channels = std::min(block_channels, std::max<std::int64_t>(1, kMostFloats / chosen.layout.channel_stride));
     }
-    const double tile_cycles = best / static_cast<double>(chosen.tiles);
-    const std::int64_t chunks = row_chunks(weight_, batch * chosen.tiles, tile_cycles);
+    const Makespan span = makespan(weight_, chosen.layout, batch * chosen.tiles, tile_cycles, threads);
+    const bool split = threads == 1 || span.shared < span.whole;  // one thread splits to learn of others
+    const std::int64_t chunks = split ? row_chunks(weight_, batch * chosen.tiles, tile_cycles) : 1;
     return std::make_shared<const Plan>(
         Plan{chosen, PackedWeight(weight_, chosen.layout, block_channels), split_rows(weight_, chunks)});
   }
@@ -495,8 +499,7 @@ class SparseConv final : public Kernel {
     const auto all_chunks = static_cast<std::int64_t>(plan.row_bounds.size()) - 1;
     const std::int64_t chunks = all_chunks > 1 && helpers_.expected() ? all_chunks : 1;
     const std::int64_t tiles = batch * g.tiles;
-    const float* const caller = reinterpret_cast<const float*>(&scratch());
-    std::atomic<bool> helped{false};
+    std::atomic<std::uint64_t> seen{0};
     const double most_cached = 0.75 * caches().l2 / sizeof(float);
     const bool prefetch_input = static_cast<double>(a_.in * in_plane) > most_cached;
     const bool prefetch_output = static_cast<double>(a_.out * out_plane) * (residual ? 2 : 1) > most_cached;
@@ -523,7 +526,7 @@ class SparseConv final : public Kernel {
 
     call.parallel(static_cast<std::size_t>(tiles * chunks), [&](std::size_t task) {
       Scratch& mine = scratch();
-      if (reinterpret_cast<const float*>(&mine) != caller) helped.store(true, std::memory_order_relaxed);
+      seen.fetch_or(mine.bit, std::memory_order_relaxed);
       const std::int64_t index = static_cast<std::int64_t>(task) / chunks;
       const std::int64_t chunk = static_cast<std::int64_t>(task) % chunks;
       const std::int64_t image = index / g.tiles;
@@ -580,7 +583,7 @@ class SparseConv final : public Kernel {
         isa_.rows(args, weight_.block, g.vectors_of(tile));
       }
     });
-    if (chunks > 1) helpers_.saw(helped);
+    if (tiles * chunks > 1) helpers_.saw_threads(seen);
   }
 
   const Isa& isa_;

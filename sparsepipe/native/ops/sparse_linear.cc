@@ -67,7 +67,8 @@ class SparseLinear final : public Kernel {
     const std::int64_t vectors = ceil_div(rows, isa_.lanes);
     const std::int64_t wide = isa_.max_vectors[weight_.block];
     const std::int64_t key = vectors <= wide ? vectors : wide + 1;
-    const std::shared_ptr<const Plan> plan = plans_.get({key}, [&] { return make_plan(vectors); });
+    const std::int64_t threads = helpers_.threads();
+    const std::shared_ptr<const Plan> plan = plans_.get({key}, [&] { return make_plan(vectors, threads); }, threads);
     by_tile(call, *plan, data, rows, residual, y);
   }
 
@@ -84,7 +85,7 @@ class SparseLinear final : public Kernel {
     });
   }
 
-  std::shared_ptr<const Plan> make_plan(std::int64_t all) const {
+  std::shared_ptr<const Plan> make_plan(std::int64_t all, std::int64_t threads) const {
     TileLayout chosen;
     Blocking chosen_blocking;
     double best = 0;
@@ -102,7 +103,7 @@ class SparseLinear final : public Kernel {
       cost.pack_channel = 8.0 * layout.vectors;
       cost.finish = 8;
       const Blocking blocking = best_blocking(weight_, layout, cost, isa_.lanes);
-      const double cycles = blocking.cycles * static_cast<double>(tiles);
+      const double cycles = makespan(weight_, layout, tiles, blocking.cycles, threads).least();
       if (best == 0 || cycles < best) {
         best = cycles;
         chosen = layout;
@@ -110,7 +111,9 @@ class SparseLinear final : public Kernel {
       }
     }
     const std::int64_t tiles = ceil_div(all, chosen.vectors);
-    const std::int64_t chunks = row_chunks(weight_, tiles, best / static_cast<double>(tiles));
+    const Makespan span = makespan(weight_, chosen, tiles, chosen_blocking.cycles, threads);
+    const bool split = threads == 1 || span.shared < span.whole;  // one thread splits to learn of others
+    const std::int64_t chunks = split ? row_chunks(weight_, tiles, chosen_blocking.cycles) : 1;
     return std::make_shared<const Plan>(
         Plan{chosen, tiles, PackedWeight(weight_, chosen, chosen_blocking.block_channels), split_rows(weight_, chunks)});
   }
@@ -139,11 +142,10 @@ class SparseLinear final : public Kernel {
       });
     }
 
-    std::atomic<bool> helped{false};
-    const void* const caller = &scratch();
+    std::atomic<std::uint64_t> seen{0};
     call.parallel(static_cast<std::size_t>(tiles * chunks), [&](std::size_t task) {
       Scratch& mine = scratch();
-      if (&mine != caller) helped.store(true, std::memory_order_relaxed);
+      seen.fetch_or(mine.bit, std::memory_order_relaxed);
       const std::int64_t tile = static_cast<std::int64_t>(task) / chunks;
       const auto chunk = static_cast<std::size_t>(static_cast<std::int64_t>(task) % chunks);
       const std::int64_t begin = chunks > 1 ? plan.row_bounds[chunk] : 0;
@@ -198,7 +200,7 @@ class SparseLinear final : public Kernel {
         }
       }
     });
-    if (chunks > 1) helpers_.saw(helped);
+    if (tiles * chunks > 1) helpers_.saw_threads(seen);
   }
 
   const Isa& isa_;
