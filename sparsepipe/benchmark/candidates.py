@@ -18,7 +18,9 @@ from sparsepipe.native import operators
 SOME_ROWS = range(2, 16)
 """Rows of a linear layer for which either mode may be the faster one."""
 HOPELESS = 1.5
-"""What is predicted to take so many times the dense time is not tried."""
+"""A layer that is predicted to take so many times the dense time is not tried."""
+NEAR_BEST = 1.3
+"""Nor is a block that is predicted to take so many times what the best one takes."""
 DENSITY_STEPS = 4
 """Layers whose stored shares differ by less than a factor of 2 ** (1 / 4) share a measurement."""
 
@@ -76,7 +78,7 @@ def candidates_of(model: ModelProto, choices: Sequence[Choice], sizes: Sizes) ->
         forced = [
             replace(choice, sparse=True, block=block, mode="auto")
             for choice in choices
-            if choice.predicted.get(block, math.inf) < HOPELESS
+            if choice.predicted.get(block, math.inf) < _limit(choice)
         ]
         rewritten = rewrite(model, forced)
         constants = {tensor.name: tensor for tensor in rewritten.graph.initializer}
@@ -91,6 +93,11 @@ def candidates_of(model: ModelProto, choices: Sequence[Choice], sizes: Sizes) ->
                     block, "auto", _alone(rewritten, node, constants, inputs)
                 )
     return [_candidate(choice, forms[choice.output]) for choice in choices if choice.output in forms]
+
+
+def _limit(choice: Choice) -> float:
+    best = min(choice.predicted.values(), default=math.inf)
+    return NEAR_BEST * best if best < HOPELESS else 0.0
 
 
 def _made_of(output: str, made: Mapping[str, NodeProto], found: Index) -> NodeProto | None:

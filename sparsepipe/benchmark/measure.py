@@ -73,7 +73,7 @@ def measure(
     Args:
         model: without batch normalisations.
         choices: what the cost model made of it.
-        seconds: for all of it, about. Layers that the time does not suffice for stay as they are in `choices`.
+        seconds: of timing, about. Layers that it does not suffice for stay as they are in `choices`.
         progress: called with the share of `seconds` that is over and the name of what is timed next.
 
     Raises:
@@ -86,13 +86,14 @@ def measure(
             advice="Install sparsepipe where there is a C++ compiler (`sparsepipe doctor` says more), or leave out "
             "--measure: the cost model then decides.",
         )
-    started = time.perf_counter()
+    progress(0.0, "preparing layers")
     feeds = _feeds(model)
     sizes = sizes_of(model, {name: value.shape for name, value in feeds.items()}).sizes
     rows = {choice.output: choice for choice in choices}
     saved: dict[str, float] = {}
     groups = _groups(candidates_of(model, choices, sizes))
     streamed = Network.of(model).streamed
+    started = time.perf_counter()
     for done, group in enumerate(groups):
         left = started + seconds * LAYERS_SHARE - time.perf_counter()
         if left <= 0:
@@ -140,7 +141,7 @@ def _time(candidate: Candidate, seconds: float, copies: int) -> tuple[float, For
     kernel_decides = [pair for pair in pairs if pair[1].mode == "auto"]
     best, form = min(kernel_decides, key=lambda pair: pair[0])
     for taken, other in pairs:
-        if other.mode != "auto" and other.block == form.block and taken < WINS_BELOW * best:
+        if other.mode != "auto" and taken < WINS_BELOW * best:
             best, form = taken, other
     return dense, form, best
 
