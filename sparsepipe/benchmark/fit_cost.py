@@ -4,7 +4,7 @@
 
 Each layer of a grid (the shapes of ResNet-50, MobileNetV1 at 224 and 32 pixels, VGG-19, ResNet-20, perceptrons and
 encoders) runs dense in onnxruntime and sparse at several densities and blocks, in turn, in one thread. The constants
-minimise the error of log time; the margin follows from what the fit leaves over, so that 99% of the layers that it lets
+minimise the error of log time; the margin follows from what the fit leaves over, so that 98% of the layers that it lets
 pass do pay. It takes about five minutes and writes `sparsepipe/graph/cost.json`, which the wheel carries. Without
 --isa nothing is timed: the constants are fitted to the samples again.
 """
@@ -71,7 +71,10 @@ LAYOUTS = ((64, 112), (64, 56), (256, 28), (256, 14), (64, 16), (512, 4), (64, 8
 SECONDS = 0.1
 STREAMED_BYTES = 3 << 20
 """Copies of a layer with more bytes of weights do not find them in the L2 cache."""
-PAYING = 0.99
+PAYING = 0.98
+"""A few of the samples are disturbed runs: no margin would let only layers pass that pay."""
+WIDEST = 0.8
+"""Other machines, and layers that share their caches with others, need room in any case."""
 
 
 @dataclass(frozen=True)
@@ -229,11 +232,11 @@ def fit(samples: Mapping[str, Samples]) -> dict[str, Any]:
 
 
 def _pays_below(predicted: Times, measured: Times) -> float:
-    """The margin: the largest one of which `PAYING` of the samples that pass are faster than dense."""
+    """The margin: the largest one up to `WIDEST` of which `PAYING` of the samples that pass are faster than dense."""
     order = np.argsort(predicted)
     paying = np.cumsum(measured[order] < 1) / np.arange(1, len(order) + 1)
     passing = predicted[order][paying >= PAYING]
-    return min(float(passing.max(initial=0.0)), 1.0)
+    return min(float(passing.max(initial=0.0)), WIDEST)
 
 
 Observations = Sequence[tuple[Mapping[str, float], float]]

@@ -11,10 +11,11 @@ many vectors as the registers hold,
     sparse = fma[r] E vectors + entry[r] E tiles + row (O / r) tiles + pack inputs + copy inputs taps + out outputs
              + far (inputs + outputs) + stream E (4 + 4 r) + call
 
-with O K, inputs and outputs in vectors. `place` is added to `fma` where the kernel may read the input where it lies; up
-to three rows of a linear layer are computed one by one, without tiles. `stream` counts in networks whose weights
-together exceed the L2 cache, `far` for inputs and outputs that do. One to three rows of a linear layer are mostly
-reading of weights: where those of the layer alone would fit the cache, the worse of both cases counts.
+with O K, inputs and outputs in vectors. `thin` is added to `mac` for windows of few outputs, `place` to `fma` where the
+kernel may read the input where it lies; up to three rows of a linear layer are computed one by one, without tiles.
+`stream` counts in networks whose weights together exceed the L2 cache, `far` for inputs and outputs that do. One to
+three rows of a linear layer are mostly reading of weights: where those of the layer alone would fit the cache, the
+worse of both cases counts.
 
 The constants are in `cost.json` beside this file, a set for each instruction set, with the processor and the spread of
 what they leave unexplained. `python -m sparsepipe.benchmark.fit_cost` fits them to single layers. Those of AVX-512,
@@ -44,6 +45,8 @@ CACHE_BYTES = 4 << 20
 """Networks with more bytes of weights stream them from beyond the L2 cache in every call."""
 FAR_BYTES = 1 << 20
 """Inputs and outputs of a layer that take more than this do not stay in the L2 cache."""
+THIN = 16
+"""Up to so many outputs onnxruntime's convolutions of more than one position are slower for each product."""
 CONSTANTS_FILE = Path(__file__).with_name("cost.json")
 
 Constants = Mapping[str, float]
@@ -133,14 +136,18 @@ def dense_terms(work: Work, isa: Isa) -> dict[str, float]:
     size = work.outputs * work.columns
     # onnxruntime computes convolutions for as many outputs at once as a vector holds
     outputs = math.ceil(work.outputs / isa.lanes) * isa.lanes if work.kind == "conv" else work.outputs
-    return {
-        f"{kind}.mac": outputs * work.columns * work.positions / isa.lanes,
+    products = outputs * work.columns * work.positions / isa.lanes
+    terms = {
+        f"{kind}.mac": products,
         f"{kind}.act": work.moved / isa.lanes,
         "dense.far": work.far / isa.lanes,
         f"{kind}.read": size / isa.lanes,
         "dense.stream": 4.0 * size * work.streamed,
         f"{kind}.call": 1.0,
     }
+    if work.taps > 1 and work.outputs <= THIN:
+        terms["dense.thin"] = products
+    return terms
 
 
 def sparse_terms(work: Work, stored: float, block: int, isa: Isa) -> dict[str, float]:
@@ -222,7 +229,7 @@ def fitted(isa: Isa) -> Constants:
 def pays_below() -> float:
     """A layer goes sparse where it is predicted to take less than this share of the dense time.
 
-    So far from 1 that, of the layers that the constants were fitted to, 99% of those that pass do pay.
+    So far from 1 that, of the timed layers that the constants were fitted to, 98% of those that pass do pay.
     """
     return float(_file()["pays_below"])
 

@@ -179,7 +179,7 @@ def test_of_the_timed_layers_that_were_to_pay_nearly_all_did(isa: str) -> None:
     ]
     chosen = [measured < 1 for predicted, measured in timed if predicted < cost.pays_below()]
     assert len(chosen) > 300
-    assert np.mean(chosen) > 0.95
+    assert np.mean(chosen) > 0.96
     assert sum(chosen) > 0.8 * sum(measured < 1 for _, measured in timed)  # not by leaving everything dense
 
 
@@ -197,7 +197,7 @@ def test_the_fit_finds_the_constants_that_made_the_times() -> None:
     changes = [(floats, 900 + 0.06 * floats) for floats in (100, 10_000, 1_000_000)]
     machine = {"cpu": "made up", "onnxruntime": "0"}
     found = fit_cost.fit({cost.REFERENCE: fit_cost.Samples(machine, layers, changes)})
-    assert found["pays_below"] > 0.95
+    assert found["pays_below"] == fit_cost.WIDEST
     fitted = found["fits"][cost.REFERENCE]
     assert fitted["spread"]["dense"] < 0.03
     assert fitted["spread"]["sparse"] < 0.03
