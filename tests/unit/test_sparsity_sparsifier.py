@@ -64,6 +64,7 @@ def test_resuming_is_bit_exact(make: Callable[[], Method], cut: int) -> None:
 
     assert resumed.mask_set.digest() == sparsifier.mask_set.digest()
     assert resumed.metrics() == sparsifier.metrics()
+    assert resumed.mask_set.rounds == sparsifier.mask_set.rounds
     assert resumed.mask_set.reasons == sparsifier.mask_set.reasons
     assert resumed.masks_final
     for name, counter in sparsifier.mask_set.counters.items():
