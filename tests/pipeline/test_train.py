@@ -424,7 +424,7 @@ def test_training_validation_and_test_samples_are_disjoint(tmp_path: Path, monke
         (kill, 7, ()),
         (kill, 19, ()),
         (kill, STEPS, ()),
-        (kill, 14, ("method=rigl", "optimizer={name='adamw', lr=0.01}")),
+        (kill, 14, ("method=rigl", "optimizer={name='adamw', lr=0.01}", "train.precision=fp16")),
         (kill, 11, ("method=gmp",)),
         (kill, 17, ("method=magnitude-oneshot", "train.checkpoint_every=5")),
         (kill, 20, ("method=set", "method.pattern='2x1'", "train.precision=bf16")),
