@@ -344,6 +344,20 @@ def test_concurrent_calls_of_one_session(session: Any, model: Any, threads: int)
     assert not failures
 
 
+@pytest.mark.parametrize(("shape", "side"), [((64, 512, 1, 1), 14), ((64, 256, 3, 3), 14), ((64, 128, 3, 3), 7)])
+def test_two_threads_give_the_bits_of_one(session: Any, model: Any, shape: tuple[int, ...], side: int) -> None:
+    """Once a second thread was seen, another plan takes the place of the first."""
+    random = np.random.default_rng(0)
+    values, deltas = operators.encode(masked(random, shape, 1, 0.1))
+    node = operators.sparse_conv(["X", "values", "deltas"], "Y", weight_shape=shape, pads=[shape[2] // 2] * 4)
+    file = model(node, {"values": values, "deltas": deltas})
+    x = random.standard_normal((1, shape[1], side, side)).astype(np.float32)
+    expected = session(file).run(None, {"X": x})[0]
+    several = session(file, threads=2)
+    for _ in range(20):
+        np.testing.assert_array_equal(several.run(None, {"X": x})[0], expected)
+
+
 @given(
     index=st.sets(st.integers(0, 200_000), max_size=30),
     dtype=st.sampled_from([np.uint8, np.uint16, None]),

@@ -108,6 +108,10 @@ struct PlanesArgs {
   Epilogue epilogue;       // its bias is that of the first channel
 };
 
+// A tile of fewer sums (block * vectors) keeps two, or else four, partial sums of each, to hide the latency of the FMA
+// units: the number decides in which order the entries of a row are added.
+constexpr int kSumsForOneChain = 6, kSumsForTwoChains = 4;
+
 constexpr int kMaxVectors = 16;
 constexpr int kBlocks[] = {1, 2, 4};
 

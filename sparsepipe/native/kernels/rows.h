@@ -115,7 +115,7 @@ SPARSEPIPE_INLINE void finish(const vf (&sum)[R][T], const RowsArgs& a, std::int
 
 // Independent sums: enough to hide the latency of the FMA units even for small tiles.
 template <int R, int T>
-constexpr int kChains = R * T >= 8 ? 1 : (R * T >= 4 ? 2 : 4);
+constexpr int kChains = R * T >= kSumsForOneChain ? 1 : (R * T >= kSumsForTwoChains ? 2 : 4);
 
 // Rows between the prefetch of an output and its use.
 template <int R>

@@ -154,6 +154,18 @@ Makespan makespan(const SparseWeight& weight, const TileLayout& layout, std::int
   return {static_cast<double>(rounds) * tile_cycles + lines, (all + lines) / n + packed * (1 - 1 / n) + kHandOver};
 }
 
+bool same_order(int block, const Tiling& a, const Tiling& b) {
+  const auto chains = [&](int vectors) {
+    const int sums = block * vectors;
+    return sums >= kernels::kSumsForOneChain ? 1 : (sums >= kernels::kSumsForTwoChains ? 2 : 4);
+  };
+  const int all = chains(a.vectors);
+  const bool even = chains(a.last_vectors) == all && chains(b.vectors) == all && chains(b.last_vectors) == all;
+  if (a.groups != b.groups || (!even && a.vectors != b.vectors)) return false;
+  const bool in_turn = even && all == 1 && a.groups == 1;  // then blocks of channels change nothing
+  return in_turn || a.block_channels == b.block_channels;
+}
+
 namespace {
 constexpr int kConvinced = 4;   // calls without a helper after which none is expected
 constexpr int kAskAgain = 256;  // calls after which to try again

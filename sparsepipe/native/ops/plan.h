@@ -80,6 +80,15 @@ struct Makespan {
 Makespan makespan(const SparseWeight& weight, const TileLayout& layout, std::int64_t tiles, double tile_cycles,
                   std::int64_t threads);
 
+// A way to cut the work into tiles, as far as it decides in which order the entries of a row are added.
+struct Tiling {
+  int vectors = 0, last_vectors = 0;  // of a tile, and of the last one
+  int groups = 1;
+  std::int64_t block_channels = 0;
+};
+// Whether both give the same bits.
+bool same_order(int block, const Tiling& a, const Tiling& b);
+
 // Learns from the calls of one kernel whether the session has more threads than the caller's.
 class Helpers {
  public:

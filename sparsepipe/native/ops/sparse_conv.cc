@@ -317,17 +317,29 @@ class SparseConv final : public Kernel {
     double best = 0, tile_cycles = 0;
     Geometry chosen{};
     std::int64_t block_channels = 0;
-    candidates(shape, [&](const Geometry& g) {
-      if (g.mode != Mode::kDirect && g.layout.channel_stride * 8 > kMostFloats) return;
-      const Blocking blocking = best_blocking(weight_, g.layout, g.cost, g.lanes);
-      const double cycles = makespan(weight_, g.layout, batch * g.tiles, blocking.cycles, threads).least();
-      if (best == 0 || cycles < best) {
-        best = cycles;
-        tile_cycles = blocking.cycles;
-        chosen = g;
-        block_channels = blocking.block_channels;
-      }
-    });
+    const auto choose = [&](std::int64_t count) {
+      const auto tiling = [](const Geometry& g, std::int64_t channels) {
+        return Tiling{g.vectors, g.vectors_of(g.tiles - 1), g.layout.groups, channels};
+      };
+      const Mode mode = chosen.mode;
+      const Tiling alone = count > 1 ? tiling(chosen, block_channels) : Tiling{};
+      best = 0;
+      candidates(shape, [&](const Geometry& g) {
+        if (g.mode != Mode::kDirect && g.layout.channel_stride * 8 > kMostFloats) return;
+        const Blocking blocking = best_blocking(weight_, g.layout, g.cost, g.lanes);
+        if (count > 1 && g.mode != mode) return;
+        if (count > 1 && !same_order(weight_.block, alone, tiling(g, blocking.block_channels))) return;
+        const double cycles = makespan(weight_, g.layout, batch * g.tiles, blocking.cycles, count).least();
+        if (best == 0 || cycles < best) {
+          best = cycles;
+          tile_cycles = blocking.cycles;
+          chosen = g;
+          block_channels = blocking.block_channels;
+        }
+      });
+    };
+    choose(1);
+    if (threads > 1 && best > 0) choose(threads);  // among those that give the same bits
     if (best == 0) throw Error("stride, dilation and input are too large together");
     if (chosen.mode != Mode::kDirect) {  // offsets are 32-bit
       block_channels = std::min(block_channels, std::max<std::int64_t>(1, kMostFloats / chosen.layout.channel_stride));

@@ -88,28 +88,38 @@ class SparseLinear final : public Kernel {
   std::shared_ptr<const Plan> make_plan(std::int64_t all, std::int64_t threads) const {
     TileLayout chosen;
     Blocking chosen_blocking;
-    double best = 0;
-    std::int64_t before = 0;
-    for (int most = isa_.max_vectors[weight_.block]; most >= 1; --most) {
-      const std::int64_t tiles = ceil_div(all, most);
-      TileLayout layout;
-      layout.vectors = static_cast<int>(ceil_div(all, tiles));
-      if (layout.vectors == before) continue;
-      before = layout.vectors;
-      layout.channels = in_;
-      layout.channel_stride = static_cast<std::int64_t>(layout.vectors) * isa_.lanes;
-      layout.tap = {0};
-      Cost cost;
-      cost.pack_channel = 8.0 * layout.vectors;
-      cost.finish = 8;
-      const Blocking blocking = best_blocking(weight_, layout, cost, isa_.lanes);
-      const double cycles = makespan(weight_, layout, tiles, blocking.cycles, threads).least();
-      if (best == 0 || cycles < best) {
-        best = cycles;
-        chosen = layout;
-        chosen_blocking = blocking;
+    const auto choose = [&](std::int64_t count) {
+      const auto tiling = [&](const TileLayout& layout, const Blocking& blocking) {
+        const auto last = static_cast<int>((all - 1) % layout.vectors + 1);
+        return Tiling{layout.vectors, last, layout.groups, blocking.block_channels};
+      };
+      const Tiling alone = count > 1 ? tiling(chosen, chosen_blocking) : Tiling{};
+      double best = 0;
+      std::int64_t before = 0;
+      for (int most = isa_.max_vectors[weight_.block]; most >= 1; --most) {
+        const std::int64_t tiles = ceil_div(all, most);
+        TileLayout layout;
+        layout.vectors = static_cast<int>(ceil_div(all, tiles));
+        if (layout.vectors == before) continue;
+        before = layout.vectors;
+        layout.channels = in_;
+        layout.channel_stride = static_cast<std::int64_t>(layout.vectors) * isa_.lanes;
+        layout.tap = {0};
+        Cost cost;
+        cost.pack_channel = 8.0 * layout.vectors;
+        cost.finish = 8;
+        const Blocking blocking = best_blocking(weight_, layout, cost, isa_.lanes);
+        if (count > 1 && !same_order(weight_.block, alone, tiling(layout, blocking))) continue;
+        const double cycles = makespan(weight_, layout, tiles, blocking.cycles, count).least();
+        if (best == 0 || cycles < best) {
+          best = cycles;
+          chosen = layout;
+          chosen_blocking = blocking;
+        }
       }
-    }
+    };
+    choose(1);
+    if (threads > 1) choose(threads);  // among those that give the same bits
     const std::int64_t tiles = ceil_div(all, chosen.vectors);
     const Makespan span = makespan(weight_, chosen, tiles, chosen_blocking.cycles, threads);
     const bool split = threads == 1 || span.shared < span.whole;  // one thread splits to learn of others
