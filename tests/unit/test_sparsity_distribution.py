@@ -324,6 +324,13 @@ def test_bad_targets_are_refused_with_the_key_named(options: dict[str, object], 
         plan(**options)
 
 
+def test_an_override_that_would_leave_nothing_leaves_one_weight() -> None:
+    nnz, _ = plan(
+        overrides=[{"layers": "0", "sparsity": 0.9999}, {"layers": "4", "sparsity": 0.9999, "pattern": "2x1"}]
+    )
+    assert (nnz["0.weight"], nnz["4.weight"]) == (1, 2)
+
+
 def test_a_distribution_may_be_given_as_relative_densities() -> None:
     """By hand: 3 x density in the first two layers; 8*27 + 16*72 = 1368 weights and 256 + 2560 = 2816 others."""
     nnz, layers = plan(distribution={"[01]": 3, "*.weight": 1})
