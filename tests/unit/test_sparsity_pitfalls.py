@@ -110,6 +110,17 @@ def test_02_t_is_the_optimizer_step_and_the_bonus_zero_where_its_logarithm_is() 
     assert sorted(set(seen)) == [5, 10]
 
 
+def test_02_the_bonus_of_an_update_is_that_of_the_step_and_not_of_the_round() -> None:
+    """After 20 steps c ln t is 3.0 c, so N = 0 beats N = 3 by 2.2 c; were t the round, 2, by 0.5 c."""
+    method = DSTEE(sparsity=0.5, c=1.0, update_every=10, drop_fraction=1.0, drop_schedule="constant")
+    bench = Bench(method, (1, 4), 100)
+    for _ in range(19):
+        bench.step(torch.zeros(1, 4))
+    bench.counters.copy_(torch.tensor([[3, 3, 0, 0]]))
+    bench.step(torch.tensor([[1.5, 1.5, 0.0, 0.0]]))  # between the two differences
+    assert bench.mask.tolist() == [[False, False, True, True]]
+
+
 def test_03_just_dropped_weights_may_regrow_and_then_keep_value_and_state() -> None:
     bench = Bench(RigL(sparsity=0.5, update_every=4), (4, 4), 100, lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9))
     active = bench.mask.clone()
@@ -494,8 +505,12 @@ def test_19_a_training_that_resumes_ends_in_the_same_bits(cut: int) -> None:
     def start(seed: int) -> tuple[Any, torch.optim.Optimizer, Sparsifier]:
         model = network()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        method = SNFS(sparsity=0.8, update_every=3) if cut % 3 else dst_ee(update_every=3, c=0.05)
-        return model, optimizer, Sparsifier(model, optimizer, method, total_steps=20, seed=seed)
+        methods = (
+            dst_ee(update_every=3, c=0.05),
+            SNFS(sparsity=0.8, update_every=3),
+            SET(sparsity=0.8, update_every=3),
+        )
+        return model, optimizer, Sparsifier(model, optimizer, methods[cut % 3], total_steps=20, seed=seed)
 
     model, optimizer, sparsifier = start(3)
     train(model, optimizer, range(cut))
