@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from sparsepipe.errors import ArtefactError, ModelError
+from sparsepipe.errors import ArtefactError, ModelError, RecipeError
 from sparsepipe.sparsity import options
 from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.masks import MaskSet, unpack_mask
@@ -21,6 +22,8 @@ from sparsepipe.sparsity.weights import maskable, same_weights, unwrapped
 
 log = logging.getLogger("sparsepipe")
 
+STATE_KEYS = ("step", "rounds", "seed", "method", "shapes", "masks", "counters", "averages", "reasons", "nonzero")
+
 
 class Sparsifier:
     """Keeps the weights of `model` sparse while `optimizer` trains them; the training loop stays as it is.
@@ -28,6 +31,8 @@ class Sparsifier:
     After every optimizer step all inactive weights are exactly zero, for any optimizer, and the method may have
     changed the masks. Gradients that were accumulated, averaged over ranks, clipped or unscaled are used as they
     arrive at the step, which is where they are complete; a step that a `GradScaler` skips counts for nothing.
+
+    Weights have one Sparsifier: another one for the same optimizer takes the place of an earlier one of any of them.
 
     Args:
         model: the module whose `named_parameters()` name the masks, or what `torch.compile`, DDP or Fabric made of it.
@@ -45,8 +50,10 @@ class Sparsifier:
         ArtefactError: `state` is of another model or of other options, or the model is not loaded.
         ModelError: nothing can be masked, `optimizer` is none of torch's, or the parameters are sharded (FSDP). During
             training: the processes have different masks.
-        RecipeError: the target cannot be reached, or an override matches no layer.
+        RecipeError: `method` is none, the target cannot be reached, or an override matches no layer.
     """
+
+    _at_work: ClassVar[WeakSet[Sparsifier]] = WeakSet()
 
     def __init__(
         self,
@@ -63,6 +70,12 @@ class Sparsifier:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # the wrappers of Fabric and Accelerate keep it there
         if not isinstance(optimizer, Optimizer):
             raise ModelError(f"A Sparsifier needs a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+        if not isinstance(method, Method):
+            raise RecipeError(
+                f"A Sparsifier needs a method, not {method!r}.",
+                where="method",
+                advice="Give it one with its options: DSTEE(sparsity=0.9).",
+            )
         self.method = method
         self.step = 0
         """Optimizer steps taken so far."""
@@ -85,6 +98,7 @@ class Sparsifier:
                 self.load_state_dict(state)
                 self._check_weights_are_loaded()
             self._replicas.compare(self._network, self.step)
+        self._take_place()
         # A compiled `optimizer.step` leaves its graph for them: traced, they would be compiled anew at every step.
         self._hooks = [
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
@@ -174,8 +188,7 @@ class Sparsifier:
             self.method.finalize(self._network)
             self._network.mask_weights()
             self._network.mask_copies()
-        for hook in self._hooks:
-            hook.remove()
+        self._leave()
         if not self.masks_final:
             steps, sparsity = f"{self.step} of {self._network.total_steps}", f"{self.mask_set.sparsity:.2%}"
             log.warning(
@@ -233,6 +246,23 @@ class Sparsifier:
             self._network.history = MaskHistory(self.mask_set, self.step)
             if history is not None:
                 self._network.history.load_state_dict(history)
+
+    def _take_place(self) -> None:
+        """Two masks of one weight would leave what both keep: fewer weights than either says."""
+        network = self._network
+        for other in list(self._at_work):
+            theirs = {id(other._network.weights[name].parameter) for name in other._network.layers}
+            if other._network.optimizer is network.optimizer and any(
+                id(network.weights[name].parameter) in theirs for name in network.layers
+            ):
+                other._leave()
+                log.warning("Another Sparsifier of the same weights ends after its step %d.", other.step)
+        self._at_work.add(self)
+
+    def _leave(self) -> None:
+        self._at_work.discard(self)
+        for hook in self._hooks:
+            hook.remove()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -292,6 +322,13 @@ class Sparsifier:
         self._network.gradients.clear()
 
     def _refuse_other(self, state: Mapping[str, Any]) -> None:
+        missing = [key for key in STATE_KEYS if key not in state]
+        if missing:
+            raise ArtefactError(
+                f"It is not the state of a Sparsifier: there is no {', '.join(map(repr, missing))}.",
+                where="sparsifier state",
+                advice="Give what Sparsifier.state_dict() returned; model and optimizer have states of their own.",
+            )
         shapes = {name: list(shape) for name, shape in self.mask_set.shapes().items()}
         for what, ours, theirs in (
             ("option", self.method.describe(), state["method"]),

@@ -113,6 +113,44 @@ def test_a_state_of_another_method_or_model_is_refused_with_the_difference_named
         Sparsifier(wider, sgd(wider.parameters()), RigL(), total_steps=10).load_state_dict(state)
 
 
+@pytest.mark.parametrize("given", ["to load_state_dict", "to the constructor"])
+def test_what_is_no_state_of_a_sparsifier_is_refused_and_changes_nothing(given: str) -> None:
+    model = network()
+    sparsifier = Sparsifier(model, sgd(model.parameters()), method(), total_steps=10)
+    digest = sparsifier.mask_set.digest()
+    with pytest.raises(ArtefactError, match="not the state of a Sparsifier: there is no 'step'"):
+        if given == "to load_state_dict":
+            sparsifier.load_state_dict(model.state_dict())
+        else:
+            Sparsifier(model, sgd(model.parameters()), method(), total_steps=10, state=model.state_dict())
+    assert sparsifier.mask_set.digest() == digest
+    assert inactive_are_positive_zero(model, sparsifier)
+
+
+def test_a_second_sparsifier_of_the_same_weights_takes_the_place_of_the_first(caplog: pytest.LogCaptureFixture) -> None:
+    """As when a cell of a notebook runs again: two would keep what is in both masks, which is less than either says."""
+    model = network()
+    optimizer = sgd(model.parameters())
+    first = Sparsifier(model, optimizer, method(), total_steps=40, seed=0)
+    train(model, optimizer, range(3))
+    second = Sparsifier(model, optimizer, method(), total_steps=40, seed=1)
+    assert "ends after its step 3" in caplog.text
+    train(model, optimizer, range(3, 12))
+    assert (first.step, second.step) == (3, 9)
+    assert inactive_are_positive_zero(model, second)
+    nonzero = sum(int(model.get_parameter(name).count_nonzero()) for name in second.masks)
+    assert nonzero > 0.8 * second.mask_set.nnz  # those of dead units stay zero; two independent masks share a fifth
+
+
+def test_two_sparsifiers_of_different_weights_share_an_optimizer(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    optimizer = sgd(model.parameters())
+    parts = [Sparsifier(part, optimizer, SET(sparsity=0.8), total_steps=9) for part in (model[:4], model[4:])]
+    train(model, optimizer, range(5))
+    assert [part.step for part in parts] == [5, 5]
+    assert "ends after" not in caplog.text
+
+
 def test_weights_loaded_before_the_sparsifier_was_made_are_noticed() -> None:
     model = network()
     optimizer = sgd(model.parameters())
@@ -150,6 +188,7 @@ def test_freeze_ends_sparse_training_and_leaves_the_optimizer_alone() -> None:
     [
         (lambda m: Sparsifier(m, m, Static(), total_steps=1), ModelError, "torch.optim.Optimizer"),
         (lambda m: Sparsifier(m, sgd(m.parameters()), Static(), total_steps=0), RecipeError, "total_steps"),
+        (lambda m: Sparsifier(m, sgd(m.parameters()), "dst-ee", total_steps=1), RecipeError, "method, not 'dst-ee'"),
         (lambda m: Sparsifier(m, sgd(nn.Linear(2, 2).parameters()), Static(), total_steps=1), ModelError, "no weight"),
         (
             lambda m: Sparsifier(nn.BatchNorm1d(3), sgd(m.parameters()), Static(), total_steps=1),
