@@ -134,7 +134,7 @@ def _finite(layer: KernelLayer) -> KernelLayer:
 
 def _convolution(base: str, node: NodeProto, found: Index) -> KernelLayer:
     weight = _weight(node.input[1], found)
-    window = _window(node, weight.shape[2:])
+    window = window_of(node, weight.shape[2:])
     return KernelLayer(base, weight, _bias(node, weight.shape[0], found), node.input[0], window, node)
 
 
@@ -144,7 +144,7 @@ def _read_conv(node: NodeProto, found: Index) -> KernelLayer:
     return _convolution("SparseConv", node, found)
 
 
-def _window(node: NodeProto, kernel: Sequence[int]) -> dict[str, Sequence[int]]:
+def window_of(node: NodeProto, kernel: Sequence[int]) -> dict[str, Sequence[int]]:
     """Strides, pads and dilations in numbers."""
     if (rank := len(kernel)) not in (1, 2):
         raise Stays(f"no kernel for convolutions in {rank} dimensions")

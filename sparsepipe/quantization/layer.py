@@ -1,0 +1,168 @@
+"""A layer of a quantised graph: an fp32 operator between DequantizeLinear and QuantizeLinear, read as one of int8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, numpy_helper
+
+from sparsepipe.graph.index import Index, integer, is_standard, number
+from sparsepipe.graph.kernel_layer import Stays, window_of
+from sparsepipe.graph.shapes import Shapes
+
+Array = NDArray[Any]
+BYTES = (TensorProto.UINT8, TensorProto.INT8)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A quantised tensor: the names of its bytes, scale and zero point."""
+
+    name: str
+    scale: str
+    zero_point: str
+
+
+@dataclass
+class QLayer:
+    """A layer in the terms of the int8 kernels.
+
+    Attributes:
+        base: its operator, a key of `quantized.INPUTS`.
+        weight: int8 [O, I, *kernel].
+        weight_scale: name of the scales, one or [O].
+        bias: name of the int32 bias [O]; empty where there is none.
+        source: what it takes.
+        output: what the product alone would give.
+        window: strides, pads and dilations of a convolution.
+        nodes: the nodes that it stands for.
+        last: the node whose output it makes.
+        residual: what is added to it.
+        sum: what it gives where something is added.
+    """
+
+    base: str
+    weight: NDArray[np.int8]
+    weight_scale: str
+    bias: str
+    source: Quantised
+    output: Quantised
+    window: Mapping[str, Sequence[int]]
+    last: NodeProto
+    nodes: list[NodeProto] = field(default_factory=list)
+    residual: Quantised | None = None
+    sum: Quantised | None = None
+
+
+def read(node: NodeProto, found: Index) -> QLayer:
+    """`node`, an fp32 operator, as the int8 kernels see it.
+
+    Raises:
+        Stays: there is no kernel for it, or it is not quantised.
+    """
+    if not is_standard(node, "Conv", "Gemm", "MatMul"):
+        raise Stays(f"no int8 kernel for {node.op_type}")
+    source, weight = _source(node.input[0], found), _source(node.input[1], found)
+    if source is None or weight is None or source.name in found.constants:
+        raise Stays("not quantised")
+    values = _constant(weight.name, found)
+    if values.dtype != np.int8 or np.any(_constant(weight.zero_point, found)):
+        raise Stays("the weight is not symmetric int8")
+    bias = node.input[2] if len(node.input) > 2 else ""
+    step = _quantiser(node.output[0], found)
+    if step is None:
+        raise Stays("its output is not quantised")
+    output = Quantised(step.output[0], step.input[1], step.input[2])
+    kinds = {_kind(one.zero_point, found) for one in (source, output)}
+    if len(kinds) != 1 or not kinds <= set(BYTES):
+        raise Stays("input and output are not bytes of one type")
+    if is_standard(node, "Conv"):
+        base, window = "SparseQConv", window_of(node, values.shape[2:])
+        if integer(node, "group", 1) != 1:
+            raise Stays(f"convolution of {integer(node, 'group', 1)} groups")
+    else:
+        base, window = "SparseQLinear", {}
+        values = _rows(node, values)
+    if _constant(weight.scale, found).size not in (1, len(values)):
+        raise Stays("its scales are not those of outputs")
+    layer = QLayer(base, values, weight.scale, _bias(bias, len(values), found), source, output, window, step)
+    layer.nodes = [node, step]
+    return layer
+
+
+def fuse_sum(layer: QLayer, found: Index, shapes: Shapes) -> None:
+    """Take a sum with another quantised tensor of the same shape into a convolution, in place."""
+    back = _only_user(layer.output.name, found)
+    if layer.base != "SparseQConv" or back is None or not is_standard(back, "DequantizeLinear"):
+        return
+    add = _only_user(back.output[0], found)
+    if add is None or not is_standard(add, "Add"):
+        return
+    other = add.input[1] if add.input[0] == back.output[0] else add.input[0]
+    residual, step = _source(other, found), _quantiser(add.output[0], found)
+    if residual is None or step is None or residual.name in found.constants:
+        return
+    kinds = {_kind(name, found) for name in (layer.output.zero_point, residual.zero_point, step.input[2])}
+    if len(kinds) == 1 and shapes.same(back.output[0], other):
+        layer.residual = residual
+        layer.sum = Quantised(step.output[0], step.input[1], step.input[2])
+        layer.nodes += [back, add, step]
+        layer.last = step
+
+
+def _source(name: str, found: Index) -> Quantised | None:
+    """The quantised form of an fp32 tensor."""
+    step = found.producers.get(name)
+    if step is None or not is_standard(step, "DequantizeLinear") or len(step.input) != 3:
+        return None
+    if step.input[1] not in found.constants or step.input[2] not in found.constants:
+        return None
+    return Quantised(*step.input)
+
+
+def _quantiser(name: str, found: Index) -> NodeProto | None:
+    """The QuantizeLinear that alone uses an fp32 tensor."""
+    step = _only_user(name, found)
+    if step is None or not is_standard(step, "QuantizeLinear") or len(step.input) != 3:
+        return None
+    return step if step.input[1] in found.constants and step.input[2] in found.constants else None
+
+
+def _only_user(name: str, found: Index) -> NodeProto | None:
+    users = found.consumers.get(name, [])
+    return users[0] if len(users) == 1 and not found.pinned(name) else None
+
+
+def _constant(name: str, found: Index) -> Array:
+    if name not in found.constants:
+        raise Stays("the weight is not constant")
+    return numpy_helper.to_array(found.constants[name])
+
+
+def _kind(name: str, found: Index) -> int:
+    return int(found.constants[name].data_type)
+
+
+def _rows(node: NodeProto, weight: Array) -> Array:
+    if weight.ndim != 2:
+        raise Stays(f"a weight of {weight.ndim} dimensions is several matrices")
+    if is_standard(node, "MatMul"):
+        return weight.T
+    if integer(node, "transA", 0) or number(node, "alpha", 1.0) != 1 or number(node, "beta", 1.0) != 1:
+        raise Stays("no kernel for transA, or alpha or beta other than 1")
+    return weight if integer(node, "transB", 0) else weight.T
+
+
+def _bias(name: str, outputs: int, found: Index) -> str:
+    """The name of the int32 bias behind the fp32 one; its scale is that of the product, by the tools' own rule."""
+    if not name:
+        return ""
+    bias = found.producers.get(name)
+    stored = found.constants.get(bias.input[0]) if bias is not None and is_standard(bias, "DequantizeLinear") else None
+    if stored is None or bias is None or stored.data_type != TensorProto.INT32 or list(stored.dims) != [outputs]:
+        raise Stays("the bias is not int32 for each output")
+    return str(bias.input[0])

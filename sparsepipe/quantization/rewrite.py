@@ -1,0 +1,179 @@
+"""The `universal` target in int8: quantised layers as operators of the kernel library, each with a fallback body.
+
+The layers keep the numbers that quantisation gave them, so a file computes the same with the library, without it, and
+as plain int8 file, but for rounding by 1 in sums. A layer's ReLU or Clip is the range of its output. Layers that
+follow one another exchange bytes: nothing is left between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+
+from sparsepipe.graph.choice import Choice, fixed
+from sparsepipe.graph.index import copy, fresh, index, is_standard, label, opset
+from sparsepipe.graph.kernel_layer import Stays
+from sparsepipe.graph.shapes import Shapes
+from sparsepipe.graph.tidy import tidy
+from sparsepipe.graph.universal import OLDEST_IR
+from sparsepipe.native import operators, quantized
+from sparsepipe.quantization.layer import QLayer, Quantised, fuse_sum, read
+
+FEWEST_VALUES = 256
+FEWEST_INPUTS = 8
+"""As for fp32: smaller weights take microseconds either way, and convolutions of images stay dense."""
+RELATIVE: Mapping[int, float] = {4: 1.0, 2: 1.5, 1: 2.5}
+"""Time of a stored value in blocks of so many outputs, in times of a value of onnxruntime's dense int8 layer."""
+PAYS_BELOW = 0.8
+LAYERS = ("Conv", "Gemm", "MatMul")
+
+
+def rewrite(model: ModelProto) -> tuple[ModelProto, list[Choice]]:
+    """A copy of a quantised model whose sparse layers are operators of the kernel library, and a row for each layer.
+
+    Args:
+        model: as `calibrate.quantise` gives it.
+    """
+    result = copy(model)
+    try:
+        result.graph.CopyFrom(onnx.shape_inference.infer_shapes(result).graph)
+    except Exception:  # a model of more than 2 GB, or with operators that onnx does not know: its sums are not fused
+        pass
+    choices = _choose(result.graph)
+    chosen = {choice.output: choice for choice in choices if choice.sparse}
+    if not chosen:
+        return result, choices
+    shapes = Shapes(result.graph, fixed(result.graph))
+    bodies: dict[str, onnx.FunctionProto] = {}
+    # From the end: a sum of two branches is fused with the layer that runs last.
+    for node in reversed(list(result.graph.node)):
+        if node.output and node.output[0] in chosen:
+            made = _replace(result.graph, node, chosen[node.output[0]], shapes)
+            bodies.setdefault(made.op_type, quantized.function_for(made, opset(result)))
+    _drop_unused(result.graph)
+    result.functions.extend(bodies[name] for name in sorted(bodies))
+    result.opset_import.append(helper.make_opsetid(operators.DOMAIN, operators.VERSION))
+    result.ir_version = max(result.ir_version, OLDEST_IR)
+    return result, choices
+
+
+def best_block(weight: NDArray[np.int8]) -> tuple[int, float]:
+    """Outputs of the blocks in which a weight is expected to run fastest, and its time in times of the dense one.
+
+    Args:
+        weight: int8 [O, I, ...].
+    """
+    times = {
+        block: RELATIVE[block] * len(quantized.encode(weight, block)[1]) * block * quantized.QUAD / weight.size
+        for block in RELATIVE
+        if len(weight) % block == 0
+    }
+    block = min(times, key=times.__getitem__)
+    return block, times[block]
+
+
+def _choose(graph: GraphProto) -> list[Choice]:
+    found = index(graph)
+    choices = []
+    for node in graph.node:
+        if not is_standard(node, *LAYERS):
+            continue
+        step = found.producers.get(node.input[1])
+        stored = step.input[0] if step is not None and is_standard(step, "DequantizeLinear") else node.input[1]
+        if stored not in found.constants:
+            continue
+        weight = numpy_helper.to_array(found.constants[stored])
+        row = Choice(
+            name=stored.removesuffix("_quantized"),
+            node=label(node),
+            op=node.op_type,
+            shape=tuple(weight.shape),
+            nnz=int(np.count_nonzero(weight)),
+            size=weight.size,
+            sparsity=1 - np.count_nonzero(weight) / max(weight.size, 1),
+            dense_bytes=weight.nbytes,
+            bytes=weight.nbytes,
+            sparse=False,
+            block=0,
+            reason="",
+            output=node.output[0],
+        )
+        try:
+            choices.append(_judge(row, read(node, found)))
+        except Stays as reason:
+            choices.append(replace(row, reason=str(reason)))
+    return choices
+
+
+def _judge(row: Choice, layer: QLayer) -> Choice:
+    weight = layer.weight
+    if weight.size < FEWEST_VALUES:
+        raise Stays(f"only {weight.size} values")
+    if layer.base == "SparseQConv" and weight.shape[1] < FEWEST_INPUTS:
+        raise Stays(f"convolution of {weight.shape[1]} channels")
+    block, time = best_block(weight)
+    if time >= PAYS_BELOW:
+        raise Stays(f"blocks of {block}x4 would take {time:.2f} of the dense int8 time")
+    values, deltas = quantized.encode(weight, block)
+    return replace(
+        row,
+        sparse=True,
+        block=block,
+        bytes=values.nbytes + deltas.nbytes,
+        reason=f"blocks of {block}x4 take about {time:.2f} of the dense int8 time",
+        kernel=layer.base,
+    )
+
+
+def _replace(graph: GraphProto, node: NodeProto, choice: Choice, shapes: Shapes) -> NodeProto:
+    found = index(graph)
+    layer = read(node, found)
+    fuse_sum(layer, found, shapes)
+    stem = choice.name.removesuffix(".weight")
+    stored = []
+    for name, value in zip(("values", "deltas"), quantized.encode(layer.weight, choice.block), strict=True):
+        stored.append(fresh(f"{stem}.{name}", graph))
+        graph.initializer.append(numpy_helper.from_array(value, stored[-1]))
+    inputs = [*_names(layer.source), *stored, layer.weight_scale, layer.output.scale, layer.output.zero_point]
+    inputs += [layer.bias] if layer.bias or layer.residual else []
+    if layer.residual is not None and layer.sum is not None:
+        inputs += [*_names(layer.residual), layer.sum.scale, layer.sum.zero_point]
+    shape, output = layer.weight.shape, layer.last.output[0]
+    if layer.base == "SparseQConv":
+        made = quantized.sparse_qconv(
+            inputs, output, weight_shape=shape, block=choice.block, name=node.name, **layer.window
+        )
+    else:
+        made = quantized.sparse_qlinear(inputs, output, weight_shape=shape, block=choice.block, name=node.name)
+    position = next(place for place, entry in enumerate(graph.node) if entry.output[:1] == made.output[:1])
+    graph.node.insert(position, made)
+    for gone in layer.nodes:
+        graph.node.remove(gone)
+    return made
+
+
+def _names(tensor: Quantised) -> list[str]:
+    return [tensor.name, tensor.scale, tensor.zero_point]
+
+
+def _drop_unused(graph: GraphProto) -> None:
+    """Remove the steps between fp32 and int8 that nothing uses any more."""
+    while True:
+        found = index(graph)
+        idle = [
+            node
+            for node in graph.node
+            if is_standard(node, "DequantizeLinear", "QuantizeLinear")
+            and node.output[0] not in found.consumers
+            and not found.pinned(node.output[0])
+        ]
+        if not idle:
+            break
+        for node in idle:
+            graph.node.remove(node)
+    tidy(graph)
