@@ -30,6 +30,18 @@ from sparsepipe.cli import common
     help="universal: choose by timing dense and sparse layers on this machine, one thread, batch 1.",
 )  # fmt: skip
 @click.option("--measure-seconds", type=float, metavar="N", help="About how long that may take. Default: 30.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "int8"]),
+    help="int8: static, for the targets dense and universal. Default: fp32.",
+)  # fmt: skip
+@click.option(
+    "--calibrate", metavar="DATA", help="int8: the dataset on whose training split the ranges of activations are found."
+)
+@click.option(
+    "--calibration", type=click.Choice(["minmax", "percentile", "entropy"]),
+    help="int8: how ranges come from values. Default: minmax.",
+)  # fmt: skip
+@click.option("--calibration-samples", type=int, metavar="N", help="int8: how many samples. Default: 128.")
 @click.option("--out", type=click.Path(path_type=Path), help="Output folder. Default: export/ in the run folder.")
 @common.model_option
 @common.overrides_option
@@ -42,6 +54,10 @@ def command(
     isa: str | None,
     measure: bool | None,
     measure_seconds: float | None,
+    precision: str | None,
+    calibrate: str | None,
+    calibration: str | None,
+    calibration_samples: int | None,
     out: Path | None,
     trusted_model: str | None,
     overrides: tuple[str, ...],
@@ -60,6 +76,10 @@ def command(
         "isa": isa,
         "measure": measure,
         "measure_seconds": measure_seconds,
+        "precision": precision,
+        "calibrate": calibrate,
+        "calibration": calibration,
+        "calibration_samples": calibration_samples,
     }
     if source.is_file():
         config = common.section(None, "export", overrides, flags)
@@ -90,6 +110,8 @@ def command(
 def _stored(layer: Mapping[str, Any]) -> str:
     if not layer["sparse"]:
         return "dense"
+    if layer.get("kernel", "").startswith("SparseQ"):
+        return f"sparse {layer['block']}x4"
     return f"sparse {layer['block']}x1" if layer.get("block", 1) > 1 else "sparse"
 
 

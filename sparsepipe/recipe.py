@@ -136,6 +136,15 @@ class Export(Section):
     """universal: choose by timing the layers on this machine instead of by the cost model alone."""
     measure_seconds: Annotated[float, Field(gt=0)] = 30.0
     """About how long measuring may take."""
+    precision: Literal["fp32", "int8"] = "fp32"
+    """int8: weights int8 for each output channel, activations uint8 for each tensor. `portable` is not written then."""
+    calibrate: NamedChoice | None = None
+    """int8: the dataset on whose training split the ranges of activations are found."""
+    calibration: Literal["minmax", "percentile", "entropy"] = "minmax"
+    """int8: how the range of a tensor comes from its values. The last two keep all of them in memory."""
+    calibration_samples: PositiveInt = 128
+    calibration_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """int8: which samples of the split are taken."""
 
 
 class Validation(Section):

@@ -98,7 +98,7 @@ def _named(model: ModelProto, exclude: Collection[str]) -> tuple[ModelProto, lis
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the tools print, and what they recommend: a preprocessing that has been done here, or is of no use."""
+    """Without what the tools print, and their advice on a preprocessing that changes nothing here."""
     was = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

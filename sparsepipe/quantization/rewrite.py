@@ -7,6 +7,7 @@ follow one another exchange bytes: nothing is left between them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -40,10 +41,9 @@ def rewrite(model: ModelProto) -> tuple[ModelProto, list[Choice]]:
         model: as `calibrate.quantise` gives it.
     """
     result = copy(model)
-    try:
+    # It fails for more than 2 GB, and for operators that onnx does not know: then sums are not fused.
+    with contextlib.suppress(Exception):
         result.graph.CopyFrom(onnx.shape_inference.infer_shapes(result).graph)
-    except Exception:  # a model of more than 2 GB, or with operators that onnx does not know: its sums are not fused
-        pass
     choices = _choose(result.graph)
     chosen = {choice.output: choice for choice in choices if choice.sparse}
     if not chosen:

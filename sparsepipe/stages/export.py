@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sparsepipe.benchmark.measure import Outcome
+    from sparsepipe.stages.int8 import Int8
 
 log = logging.getLogger("sparsepipe")
 
 LAYERS_FILE = "layers.json"
+INT8 = "int8"
 COMMON_IR_VERSION = 10
 """Version of the file format that any onnxruntime since 1.18 reads. The onnx package writes its own newest one, which
 onnxruntime reads only months later."""
@@ -53,6 +55,7 @@ class Plan:
         folded: the model without batch normalisations.
         kernels: what `universal` runs sparse, in `folded`; empty where that is not exported.
         outcome: what measuring found; None where the cost model decided.
+        int8: the files in int8; None in fp32.
     """
 
     model: ModelProto
@@ -60,6 +63,7 @@ class Plan:
     folded: ModelProto
     kernels: Sequence[Choice]
     outcome: Outcome | None = None
+    int8: Int8 | None = None
 
 
 TARGETS: Mapping[str, Callable[[Plan], ModelProto]] = {
@@ -87,6 +91,7 @@ def run(
         ArtefactError: the artefact is damaged.
         MissingExtraError: torch or onnxscript is not installed.
     """
+    _check_settings(config)
     try:
         from sparsepipe.graph.build import build
     except ImportError as error:
@@ -118,6 +123,7 @@ def from_onnx(path: Path, config: recipe.Export, out: Path) -> Artefact:
     Raises:
         GraphError: the file cannot be read, cannot be converted to the opset, or cannot be loaded by onnxruntime.
     """
+    _check_settings(config)
     with bar("Export", _steps(config)) as progress:
         model = load(path)
         if "opset" in config.model_fields_set:
@@ -143,6 +149,7 @@ def export_onnx(network: nn.Module, input_shape: tuple[int, ...], out: str | Pat
         MissingExtraError: onnxscript is not installed.
     """
     config = recipe.check(recipe.Export, settings, where="export")
+    _check_settings(config)
     try:
         from sparsepipe.graph.build import build
     except ImportError as error:
@@ -207,7 +214,7 @@ def _write(
     advance: Callable[..., None],
 ) -> Artefact:
     """Choose, rewrite, check and write; nothing is written before every file is known to be good."""
-    plan = _plan(model, config, advance)
+    plan = _plan(model, properties, config, advance)
     total = sparsity(plan.layers)
     common = {
         **properties,
@@ -217,8 +224,8 @@ def _write(
     }
     advance(note="checking")
     files: dict[str, bytes] = {}
-    for target in config.targets:
-        rewritten = TARGETS[target](plan)
+    for target in _targets(config):
+        rewritten = TARGETS[target](plan) if plan.int8 is None else index.copy(plan.int8.files[target])
         stamp(rewritten, {**common, "sparsepipe.target": target})
         files[target] = serialise(rewritten, where=file_name(target))
     advance(note="writing")
@@ -237,14 +244,40 @@ def _write(
             layers=rows,
             kernels=[asdict(choice) for choice in plan.kernels],
             measured=_facts(plan.outcome),
+            precision=config.precision,
+            calibration_samples=plan.int8.samples if plan.int8 else None,
         )
     advance()
     return Artefact.read(out, "export")
 
 
-def _plan(model: ModelProto, config: recipe.Export, advance: Callable[..., None]) -> Plan:
+def _check_settings(config: recipe.Export) -> None:
+    if config.precision == INT8:
+        from sparsepipe.stages import int8
+
+        int8.check_settings(config)
+
+
+def _targets(config: recipe.Export) -> Sequence[str]:
+    if config.precision == INT8:
+        from sparsepipe.stages.int8 import TARGETS as WITH_INT8
+
+        return [target for target in config.targets if target in WITH_INT8]
+    return config.targets
+
+
+def _plan(
+    model: ModelProto, properties: Mapping[str, str], config: recipe.Export, advance: Callable[..., None]
+) -> Plan:
     """Which layers become sparse: by size, by the cost model and, where that is asked for, by timing them."""
     layers = survey(model)
+    if config.precision == INT8:
+        from sparsepipe.stages import int8
+
+        advance(0, note="calibrating")
+        folded = fold(model)[0]
+        made = int8.prepare(folded, properties, config)
+        return Plan(model, layers, folded, made.kernels if "universal" in config.targets else [], int8=made)
     if "universal" not in config.targets:
         return Plan(model, layers, model, [])
     folded = fold(model)[0]

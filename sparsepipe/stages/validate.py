@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, PositiveInt
 from sparsepipe import data as datasets
 from sparsepipe.artefact import Artefact, draft, write_json
 from sparsepipe.benchmark.statistics import wilson
+from sparsepipe.data.dataset import Dataset
 from sparsepipe.data.registry import SOURCES
 from sparsepipe.errors import ArtefactError, DataError, GraphError, SparsepipeError
 from sparsepipe.progress import track
@@ -213,19 +214,7 @@ def _material(
 
 def _test_split(choice: Choice, taken: Sequence[Input], spec: ModelSpec | None, config: ValidateConfig) -> _Material:
     dataset = datasets.load(choice.name, choice.options)
-    if len(taken) != 1:
-        names = ", ".join(entry.name for entry in taken)
-        raise DataError(f"A dataset gives one input, the network takes {len(taken)} ({names}).", where=choice.name)
-    (entry,) = taken
-    shape = (entry.shape[0] if entry.shape else None, *dataset.input_shape)
-    fits = len(entry.shape) == len(shape) and all(
-        size == given or not isinstance(size, int) for size, given in zip(entry.shape[1:], shape[1:], strict=True)
-    )
-    if not fits:
-        raise DataError(
-            f"Its samples have the shape {list(dataset.input_shape)}, the network takes {list(entry.shape[1:])}.",
-            where=choice.name,
-        )
+    entry = input_for(dataset, taken, where=choice.name)
     preprocessing, notes = dataset.preprocessing, []
     if spec is None:
         notes.append("the file names no preprocessing, so that of the dataset was used")
@@ -237,8 +226,30 @@ def _test_split(choice: Choice, taken: Sequence[Input], spec: ModelSpec | None, 
     def load(indices: Any) -> Any:
         return datasets.prepare(dataset.test.load(indices), preprocessing)
 
-    samples = labelled_samples(replace(entry, shape=shape), dataset.test.labels, config.batch_size, load)
+    samples = labelled_samples(entry, dataset.test.labels, config.batch_size, load)
     return _Material(samples, choice.name, len(dataset.classes), "; ".join(notes) or None)
+
+
+def input_for(dataset: Dataset, taken: Sequence[Input], where: str) -> Input:
+    """The only input of a network, with the shape of the samples of a dataset.
+
+    Raises:
+        DataError: the network takes several inputs, or samples of another shape.
+    """
+    if len(taken) != 1:
+        names = ", ".join(entry.name for entry in taken)
+        raise DataError(f"A dataset gives one input, the network takes {len(taken)} ({names}).", where=where)
+    (entry,) = taken
+    shape = (entry.shape[0] if entry.shape else None, *dataset.input_shape)
+    fits = len(entry.shape) == len(shape) and all(
+        size == given or not isinstance(size, int) for size, given in zip(entry.shape[1:], shape[1:], strict=True)
+    )
+    if not fits:
+        raise DataError(
+            f"Its samples have the shape {list(dataset.input_shape)}, the network takes {list(entry.shape[1:])}.",
+            where=where,
+        )
+    return replace(entry, shape=shape)
 
 
 def _random(taken: Sequence[Input], networks: Sequence[Network], config: ValidateConfig, note: str) -> _Material:

@@ -47,7 +47,7 @@ def imported_rooms(path: Path) -> set[str]:
     return {name.split(".")[1] for name in imports(path) if name.startswith("sparsepipe.") and "." in name}
 
 
-@pytest.mark.parametrize("room", ["formats", "graph", "runtime", "benchmark", "data"])
+@pytest.mark.parametrize("room", ["formats", "graph", "quantization", "runtime", "benchmark", "data"])
 def test_rooms_of_the_base_install_do_not_import_torch(room: str) -> None:
     for path in files(room):
         if path.name != "build.py":
