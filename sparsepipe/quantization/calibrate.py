@@ -78,7 +78,7 @@ def quantise(
         except Exception as error:  # onnxruntime's tools raise errors of every kind
             text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise GraphError(f"onnxruntime's tools cannot quantise it: {text}.", where=where) from error
-        result = ModelProto.FromString(target.read_bytes())
+        result: ModelProto = ModelProto.FromString(target.read_bytes())
     result.ir_version = model.ir_version
     del result.metadata_props[:]
     result.metadata_props.extend(model.metadata_props)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -143,13 +144,10 @@ def _replace(graph: GraphProto, node: NodeProto, choice: Choice, shapes: Shapes)
     inputs += [layer.bias] if layer.bias or layer.residual else []
     if layer.residual is not None and layer.sum is not None:
         inputs += [*_names(layer.residual), layer.sum.scale, layer.sum.zero_point]
-    shape, output = layer.weight.shape, layer.last.output[0]
-    if layer.base == "SparseQConv":
-        made = quantized.sparse_qconv(
-            inputs, output, weight_shape=shape, block=choice.block, name=node.name, **layer.window
-        )
-    else:
-        made = quantized.sparse_qlinear(inputs, output, weight_shape=shape, block=choice.block, name=node.name)
+    output = layer.last.output[0]
+    make = quantized.sparse_qconv if layer.base == "SparseQConv" else quantized.sparse_qlinear
+    shared: dict[str, Any] = {"weight_shape": layer.weight.shape, "block": choice.block, **layer.window}
+    made = make(inputs, output, name=node.name, **shared)
     position = next(place for place, entry in enumerate(graph.node) if entry.output[:1] == made.output[:1])
     graph.node.insert(position, made)
     for gone in layer.nodes:
