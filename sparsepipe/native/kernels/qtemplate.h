@@ -60,35 +60,42 @@ SPARSEPIPE_INLINE void requantized(const vi (&sum)[T], const Requantize& q, std:
   }
 }
 
+// `a` must not be what the loop over the entries reads: constants of this would stay in registers that it needs.
 template <int R, int T, bool kAdds>
 SPARSEPIPE_INLINE void finish(const vi (&sum)[R][T], const QRowsArgs& a, std::int64_t row) {
   constexpr int kVectors = (T + 3) / 4;
   const std::int64_t shift = (row - a.row_begin) * R * a.y_stride;
   const Run& first = a.runs[0];
-  const bool whole = a.run_count == 1 && first.count == T * kLanes;
+  const bool one = a.run_count == 1;
   SPARSEPIPE_UNROLL
   for (int r = 0; r < R; ++r) {
     std::uint8_t* y = a.y + shift + r * a.y_stride;
-    alignas(64) std::uint8_t stage[kVectors * kPositions + 64];
+    alignas(64) std::uint8_t stage[kVectors * kPositions];
     const std::uint8_t* residual = nullptr;
     if constexpr (kAdds) {
       const std::uint8_t* from = a.residual + shift + r * a.y_stride;
-      if (whole) {
-        residual = from + first.to;
-      } else {
-        for (std::int32_t i = 0; i < a.run_count; ++i) copy_bytes(from + a.runs[i].to, stage + a.runs[i].from, a.runs[i].count);
+      residual = from + first.to;
+      if (!one || first.count < T * kLanes) {
+        for (std::int32_t i = 0; i < a.run_count; ++i) {
+          copy_bytes(from + a.runs[i].to, stage + a.runs[i].from, a.runs[i].count);
+        }
         residual = stage;
       }
     }
     vb bytes[kVectors];
     requantized<T, kAdds>(sum[r], a.requantize, row * R + r, residual, bytes);
-    if (whole && T % 4 == 0) {
+    if (one) {
+      std::int64_t left = first.count;
       SPARSEPIPE_UNROLL
-      for (int i = 0; i < kVectors; ++i) *reinterpret_cast<loose_vb*>(y + first.to + i * kPositions) = bytes[i];
+      for (int i = 0; i < kVectors; ++i, left -= kPositions) {
+        if (left > 0) store_bytes(y + first.to + i * kPositions, bytes[i], left < kPositions ? left : kPositions);
+      }
     } else {
       SPARSEPIPE_UNROLL
-      for (int i = 0; i < kVectors; ++i) *reinterpret_cast<loose_vb*>(stage + i * kPositions) = bytes[i];
-      for (std::int32_t i = 0; i < a.run_count; ++i) copy_bytes(stage + a.runs[i].from, y + a.runs[i].to, a.runs[i].count);
+      for (int i = 0; i < kVectors; ++i) *reinterpret_cast<vb*>(stage + i * kPositions) = bytes[i];
+      for (std::int32_t i = 0; i < a.run_count; ++i) {
+        copy_bytes(stage + a.runs[i].from, y + a.runs[i].to, a.runs[i].count);
+      }
     }
   }
 }
@@ -130,7 +137,9 @@ SPARSEPIPE_INLINE void rows_of(const QRowsArgs& a) {
         for (int t = 0; t < T; ++t) sum[0][r][t] = add(sum[0][r][t], sum[c][r][t]);
       }
     }
-    finish<R, T, kAdds>(sum[0], a, row);
+    const QRowsArgs* hidden = &a;
+    __asm__("" : "+r"(hidden));
+    finish<R, T, kAdds>(sum[0], *hidden, row);
   }
 }
 

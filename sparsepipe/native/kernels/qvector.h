@@ -44,8 +44,20 @@ SPARSEPIPE_INLINE vi add(vi a, vi b) {
   typedef std::uint32_t vu __attribute__((vector_size(kLanes * 4)));
   return reinterpret_cast<vi>(reinterpret_cast<vu>(a) + reinterpret_cast<vu>(b));
 }
-SPARSEPIPE_INLINE vf at_least(vf x, vf low) { return low > x ? low : x; }
-SPARSEPIPE_INLINE vf at_most(vf x, vf high) { return high < x ? high : x; }
+SPARSEPIPE_INLINE vf at_least(vf x, vf low) {
+#if defined(__AVX512F__) && SPARSEPIPE_LANES == 16  // of the comparison GCC makes a mask and a blend
+  return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(low)));
+#else
+  return low > x ? low : x;
+#endif
+}
+SPARSEPIPE_INLINE vf at_most(vf x, vf high) {
+#if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
+  return reinterpret_cast<vf>(_mm512_min_ps(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(high)));
+#else
+  return high < x ? high : x;
+#endif
+}
 
 SPARSEPIPE_INLINE void copy_bytes(const std::uint8_t* from, std::uint8_t* to, std::int64_t n) {
   if (n >= 16) {
@@ -221,10 +233,30 @@ SPARSEPIPE_INLINE vb to_bytes(vi a, vi b, vi c, vi d, std::int32_t shift) {
 
 // kLanes bytes as integers.
 SPARSEPIPE_INLINE vi from_bytes(const std::uint8_t* p) {
-  typedef std::uint8_t narrow __attribute__((vector_size(kLanes)));
-  typedef std::uint8_t loose __attribute__((vector_size(kLanes), aligned(1), may_alias));
-  const narrow bytes = *reinterpret_cast<const loose*>(p);
-  return __builtin_convertvector(bytes, vi);
+#if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
+  return reinterpret_cast<vi>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__) && SPARSEPIPE_LANES == 8
+  return reinterpret_cast<vi>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  vi v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// The first n bytes only, n <= kPositions.
+SPARSEPIPE_INLINE void store_bytes(std::uint8_t* to, vb v, std::int64_t n) {
+  if (n == kPositions) {
+    *reinterpret_cast<loose_vb*>(to) = v;
+    return;
+  }
+#if defined(__AVX512BW__) && SPARSEPIPE_LANES == 16
+  _mm512_mask_storeu_epi8(to, (1ull << n) - 1, reinterpret_cast<__m512i>(v));
+#else
+  alignas(64) std::uint8_t bytes[kPositions];
+  *reinterpret_cast<vb*>(bytes) = v;
+  copy_bytes(bytes, to, n);
+#endif
 }
 
 // Four channels' bytes of kPositions positions, position by position.
