@@ -10,6 +10,8 @@
 
 using namespace sparsepipe::kernels;
 
+bool quantized_kernels_agree();  // quantized_kernel_test.cc
+
 namespace {
 
 std::mt19937 generator(1);
@@ -171,5 +173,6 @@ int main() {
     std::printf("%s: %s\n", (*isa)->name, passed ? "passed" : "FAILED");
     good = good && passed;
   }
+  good = quantized_kernels_agree() && good;
   return good ? 0 : 1;
 }

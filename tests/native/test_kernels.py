@@ -11,7 +11,7 @@ import pytest
 import sparsepipe.native
 
 SOURCES = Path(sparsepipe.native.__file__).parent
-PROGRAM = Path(__file__).with_name("kernel_test.cc")
+PROGRAM = ";".join(str(Path(__file__).with_name(name)) for name in ("kernel_test.cc", "quantized_kernel_test.cc"))
 
 
 def build(folder: Path, *options: str) -> Path:
@@ -43,4 +43,5 @@ def test_kernels_on_aarch64(tmp_path: Path) -> None:
     )  # fmt: skip
     result = subprocess.run([emulator, str(program)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
-    assert {"neon: passed", "portable: passed"} <= set(result.stdout.splitlines())
+    names = {"neon", "portable", "int8 neondot", "int8 neon", "int8 portable"}
+    assert {f"{name}: passed" for name in names} <= set(result.stdout.splitlines())

@@ -16,6 +16,7 @@ constexpr int kQuad = 4;  // input channels of a block
 struct Requantize {
   const std::int32_t* bias;  // per output channel: bias - zero point of the input * sum of the weights (mod 2^32)
   const float* scale;        // per output channel: x_scale * w_scale / y_scale
+  bool plain;  // uint8 without bounds of an activation, and sums far from the limits of int32
   float least, most;         // bounds of scale * sum before it is rounded: the type's, without the zero point
   std::int32_t shift;        // added after the (last) rounding: the zero point as uint8; with a residual 0 or 128
   std::uint8_t low, high;    // bounds of the fused activation, as uint8
@@ -36,7 +37,7 @@ struct Run {
 struct QRowsArgs {
   const std::uint8_t* x;
   const char* entries;
-  const std::uint32_t* row_start;
+  const std::uint32_t* row_start;  // entries of row i: [row_start[i], row_start[i + 1])
   std::int64_t row_begin, row_end;
   std::uint8_t* y;               // channel row_begin * block
   const std::uint8_t* residual;  // the same channel, or nullptr
@@ -60,7 +61,7 @@ struct QIsa {
   bool (*supported)();
   void (*rows)(const QRowsArgs&, int block, int vectors);
   // out[group * out_stride + 4 * i + c] = x[(4 * group + c) * stride + i] ^ flip for i < count; where the last group has
-  // fewer than four channels, the others' bytes are any.
+  // fewer than four channels, the others' bytes are any, and so are those up to the next multiple of a vector.
   void (*pack)(const std::uint8_t* x, std::int64_t stride, std::int64_t channels, std::int64_t count,
                std::uint8_t flip, std::uint8_t* out, std::int64_t out_stride);
   // Every step-th byte of each row.

@@ -34,34 +34,54 @@ SPARSEPIPE_INLINE vb limited(vb v, const Requantize& q) {
   return v ^ broadcast(q.flip);
 }
 
-// Bytes of T vectors of sums of one channel. `residual`: of the same positions, where there is one.
-template <int T, bool kAdds>
+// Bytes of T vectors of sums of one channel. `residual`: of the same positions, where there is one. kPlain: uint8 within
+// the bounds of the type, and no sum comes near the limits of int32.
+template <int T, bool kAdds, bool kPlain>
 SPARSEPIPE_INLINE void requantized(const vi (&sum)[T], const Requantize& q, std::int64_t channel,
                                    const std::uint8_t* residual, vb (&bytes)[(T + 3) / 4]) {
   constexpr int kWhole = (T + 3) / 4 * 4;
   const vf scale = broadcast(q.scale[channel]), least = broadcast(q.least), most = broadcast(q.most);
+  const vf far = broadcast(65536.0f);
   vi result[kWhole] = {};
   SPARSEPIPE_UNROLL
   for (int t = 0; t < T; ++t) {
-    result[t] = rounded(to_float(sum[t]) * scale, least, most);
+    vf v = to_float(sum[t]) * scale;
     if constexpr (kAdds) {
-      // Saturated here, too: the output of the product is a byte before it meets the residual.
-      const vf inner = at_least(to_float(result[t]), least) + broadcast(q.zero_point);
-      const vi flip = broadcast(std::int32_t{q.flip});
-      const vf other = to_float((from_bytes(residual + t * kLanes) ^ flip) - flip);  // flipped twice: the sign extended
-      const vf total = multiply_add(inner, broadcast(q.sum_ratio),
-                                    multiply_add(other, broadcast(q.residual_ratio), broadcast(q.fixed)));
-      result[t] = rounded(total, broadcast(-65536.0f), broadcast(65536.0f));
+      // Adding 1.5 * 2^23 rounds to an integer in the low bits. The output of the product is a byte before it meets the
+      // residual, so it saturates here, too.
+      v = at_most(at_least(v, least), most) + broadcast(12582912.0f);
+      v -= broadcast(12582912.0f - q.zero_point);
+      vi other = from_bytes(residual + t * kLanes);
+      if constexpr (!kPlain) {
+        const vi flip = broadcast(std::int32_t{q.flip});
+        other = (other ^ flip) - flip;  // flipped twice: the sign extended
+      }
+      v = multiply_add(v, broadcast(q.sum_ratio),
+                       multiply_add(to_float(other), broadcast(q.residual_ratio), broadcast(q.fixed)));
+      result[t] = kPlain ? rounded_small(v) : rounded(v, -far, far);
+    } else {
+      result[t] = kPlain ? rounded_small(v) : rounded(v, least, most);
     }
   }
   SPARSEPIPE_UNROLL
   for (int i = 0; i < kWhole / 4; ++i) {
-    bytes[i] = limited(to_bytes(result[4 * i], result[4 * i + 1], result[4 * i + 2], result[4 * i + 3], q.shift), q);
+    bytes[i] = to_bytes(result[4 * i], result[4 * i + 1], result[4 * i + 2], result[4 * i + 3], q.shift);
+    if constexpr (!kPlain) bytes[i] = limited(bytes[i], q);
   }
 }
 
+// Not inlined: each is in a hundred tiles.
+__attribute__((noinline)) void take_runs(const Run* runs, std::int32_t count, const std::uint8_t* from,
+                                         std::uint8_t* stage) {
+  for (std::int32_t i = 0; i < count; ++i) copy_bytes(from + runs[i].to, stage + runs[i].from, runs[i].count);
+}
+__attribute__((noinline)) void put_runs(const Run* runs, std::int32_t count, const std::uint8_t* stage,
+                                        std::uint8_t* to) {
+  for (std::int32_t i = 0; i < count; ++i) copy_bytes(stage + runs[i].from, to + runs[i].to, runs[i].count);
+}
+
 // `a` must not be what the loop over the entries reads: constants of this would stay in registers that it needs.
-template <int R, int T, bool kAdds>
+template <int R, int T, bool kAdds, bool kPlain>
 SPARSEPIPE_INLINE void finish(const vi (&sum)[R][T], const QRowsArgs& a, std::int64_t row) {
   constexpr int kVectors = (T + 3) / 4;
   const std::int64_t shift = (row - a.row_begin) * R * a.y_stride;
@@ -76,14 +96,12 @@ SPARSEPIPE_INLINE void finish(const vi (&sum)[R][T], const QRowsArgs& a, std::in
       const std::uint8_t* from = a.residual + shift + r * a.y_stride;
       residual = from + first.to;
       if (!one || first.count < T * kLanes) {
-        for (std::int32_t i = 0; i < a.run_count; ++i) {
-          copy_bytes(from + a.runs[i].to, stage + a.runs[i].from, a.runs[i].count);
-        }
+        take_runs(a.runs, a.run_count, from, stage);
         residual = stage;
       }
     }
     vb bytes[kVectors];
-    requantized<T, kAdds>(sum[r], a.requantize, row * R + r, residual, bytes);
+    requantized<T, kAdds, kPlain>(sum[r], a.requantize, row * R + r, residual, bytes);
     if (one) {
       std::int64_t left = first.count;
       SPARSEPIPE_UNROLL
@@ -93,9 +111,7 @@ SPARSEPIPE_INLINE void finish(const vi (&sum)[R][T], const QRowsArgs& a, std::in
     } else {
       SPARSEPIPE_UNROLL
       for (int i = 0; i < kVectors; ++i) *reinterpret_cast<vb*>(stage + i * kPositions) = bytes[i];
-      for (std::int32_t i = 0; i < a.run_count; ++i) {
-        copy_bytes(stage + a.runs[i].from, y + a.runs[i].to, a.runs[i].count);
-      }
+      put_runs(a.runs, a.run_count, stage, y);
     }
   }
 }
@@ -104,7 +120,7 @@ SPARSEPIPE_INLINE void finish(const vi (&sum)[R][T], const QRowsArgs& a, std::in
 template <int R, int T>
 constexpr int kChains = R * T >= 8 ? 1 : (R * T >= 4 ? 2 : 4);
 
-template <int R, int T, bool kAdds>
+template <int R, int T, bool kAdds, bool kPlain>
 SPARSEPIPE_INLINE void rows_of(const QRowsArgs& a) {
   constexpr int C = kChains<R, T>;
   const auto* entries = reinterpret_cast<const QEntry<R>*>(a.entries);
@@ -139,7 +155,7 @@ SPARSEPIPE_INLINE void rows_of(const QRowsArgs& a) {
     }
     const QRowsArgs* hidden = &a;
     __asm__("" : "+r"(hidden));
-    finish<R, T, kAdds>(sum[0], *hidden, row);
+    finish<R, T, kAdds, kPlain>(sum[0], *hidden, row);
   }
 }
 
@@ -147,7 +163,7 @@ SPARSEPIPE_INLINE void rows_of(const QRowsArgs& a) {
 template <int R>
 constexpr int most_vectors() {
   constexpr int fit = (SPARSEPIPE_REGISTERS - 2 - (R < 4 ? R : (SPARSEPIPE_REGISTERS > 16 ? 4 : 1)) * kWords) / R;
-  constexpr int cap = R == 4 ? 6 : kMostQVectors;
+  constexpr int cap = kLanes == 16 ? (R == 4 ? 5 : kMostQVectors) : (R == 4 ? 3 : 4);
   return fit < cap ? fit : cap;
 }
 
@@ -157,9 +173,9 @@ void rows_dispatch(const QRowsArgs& a, int vectors) {
     if (vectors != T) {
       rows_dispatch<R, T + 1>(a, vectors);
     } else if (a.residual) {
-      rows_of<R, T, true>(a);
+      a.requantize.plain ? rows_of<R, T, true, true>(a) : rows_of<R, T, true, false>(a);
     } else {
-      rows_of<R, T, false>(a);
+      a.requantize.plain ? rows_of<R, T, false, true>(a) : rows_of<R, T, false, false>(a);
     }
   }
 }
@@ -179,6 +195,7 @@ void pack(const std::uint8_t* x, std::int64_t stride, std::int64_t channels, std
           std::uint8_t* out, std::int64_t out_stride) {
   const vb mask = broadcast(flip);
   const std::int64_t whole = count / kPositions * kPositions;
+  alignas(64) std::uint8_t last[kQuad * kPositions];
   for (std::int64_t first = 0; first < channels; first += kQuad, out += out_stride) {
     const std::uint8_t* plane[kQuad];
     for (std::int64_t c = 0; c < kQuad; ++c) plane[c] = x + (first + c < channels ? first + c : first) * stride;
@@ -187,20 +204,42 @@ void pack(const std::uint8_t* x, std::int64_t stride, std::int64_t channels, std
       interleave(bytes(plane[0] + i), bytes(plane[1] + i), bytes(plane[2] + i), bytes(plane[3] + i), out + 4 * i);
     }
     if (whole < count) {
-      alignas(64) std::uint8_t in[kQuad][kPositions] = {}, packed[kQuad * kPositions];
-      for (int c = 0; c < kQuad; ++c) copy_bytes(plane[c] + whole, in[c], count - whole);
-      interleave(bytes(in[0]), bytes(in[1]), bytes(in[2]), bytes(in[3]), packed);
-      copy_bytes(packed, out + 4 * whole, 4 * (count - whole));
+      const std::int64_t left = count - whole;
+      interleave(load_bytes(plane[0] + whole, left) ^ mask, load_bytes(plane[1] + whole, left) ^ mask,
+                 load_bytes(plane[2] + whole, left) ^ mask, load_bytes(plane[3] + whole, left) ^ mask, last);
+      for (std::int64_t i = 0; i < left; i += kLanes) store(out + 4 * (whole + i), load(last + 4 * i));
     }
   }
 }
 
-// 16 of 32 bytes: 0, 2, 4, ... or 1, 3, 5, ...
-template <int kFirst>
-SPARSEPIPE_INLINE bytes16 every_second(const std::uint8_t* from) {
-  typedef std::uint16_t pairs __attribute__((vector_size(32), aligned(1), may_alias));
-  typedef std::uint8_t bytes __attribute__((vector_size(16)));
-  return __builtin_convertvector(*reinterpret_cast<const pairs*>(from) >> (8 * kFirst), bytes);
+template <int N>
+struct Bytes {
+  typedef std::uint8_t type __attribute__((vector_size(N)));
+  typedef std::uint8_t loose __attribute__((vector_size(N), aligned(1), may_alias));
+  typedef std::uint16_t pairs __attribute__((vector_size(2 * N)));
+  typedef std::uint16_t loose_pairs __attribute__((vector_size(2 * N), aligned(1), may_alias));
+};
+
+// N of 2 N bytes: 0, 2, 4, ... or 1, 3, 5, ...
+template <int N, int kFirst>
+SPARSEPIPE_INLINE void every_second(const std::uint8_t* from, std::uint8_t* to) {
+  using V = Bytes<N>;
+  const typename V::pairs in = *reinterpret_cast<const typename V::loose_pairs*>(from) >> (8 * kFirst);
+  *reinterpret_cast<typename V::loose*>(to) = __builtin_convertvector(in & 0xff, typename V::type);
+}
+
+// 0, 2, ... of 2 count - 1 bytes.
+template <int N>
+SPARSEPIPE_INLINE void halve(const std::uint8_t* from, std::int64_t count, std::uint8_t* to) {
+  if (count > N) {
+    for (std::int64_t i = 0; i + N < count; i += N) every_second<N, 0>(from + 2 * i, to + i);
+    // The byte after the last one that is wanted may lie outside of the tensor: the last vector ends with that one.
+    every_second<N, 1>(from + 2 * (count - N) - 1, to + count - N);
+  } else if constexpr (N > 4) {
+    halve<N / 2>(from, count, to);
+  } else {
+    for (std::int64_t i = 0; i < count; ++i) to[i] = from[2 * i];
+  }
 }
 
 void fill(const std::uint8_t* plane, const QStageRow* rows, std::int32_t row_count, std::int32_t step,
@@ -210,17 +249,11 @@ void fill(const std::uint8_t* plane, const QStageRow* rows, std::int32_t row_cou
     std::uint8_t* to = stage + row->target;
     if (step == 1) {
       copy_bytes(from, to, row->count);
-      continue;
+    } else if (step == 2) {
+      halve<(kLanes >= 8 ? 16 : 8)>(from, row->count, to);
+    } else {
+      for (std::int64_t i = 0; i < row->count; ++i) to[i] = from[i * step];
     }
-    std::int32_t i = 0;
-    if (step == 2 && row->count > 16) {
-      for (; i + 16 < row->count; i += 16) *reinterpret_cast<bytes16*>(to + i) = every_second<0>(from + 2 * i);
-      // The byte after the last one that is wanted may lie outside of the tensor: the last vector ends with that one.
-      const std::int64_t last = row->count - 16;
-      *reinterpret_cast<bytes16*>(to + last) = every_second<1>(from + 2 * last - 1);
-      continue;
-    }
-    for (; i < row->count; ++i) to[i] = from[static_cast<std::int64_t>(i) * step];
   }
 }
 

@@ -59,12 +59,9 @@ SPARSEPIPE_INLINE vf at_most(vf x, vf high) {
 #endif
 }
 
-SPARSEPIPE_INLINE void copy_bytes(const std::uint8_t* from, std::uint8_t* to, std::int64_t n) {
-  if (n >= 16) {
-    std::int64_t i = 0;
-    for (; i + 16 <= n; i += 16) *reinterpret_cast<bytes16*>(to + i) = *reinterpret_cast<const bytes16*>(from + i);
-    if (i < n) *reinterpret_cast<bytes16*>(to + n - 16) = *reinterpret_cast<const bytes16*>(from + n - 16);
-  } else if (n >= 8) {
+// Fewer than 16 bytes.
+SPARSEPIPE_INLINE void copy_few(const std::uint8_t* from, std::uint8_t* to, std::int64_t n) {
+  if (n >= 8) {
     const std::uint64_t a = *reinterpret_cast<const word8*>(from), b = *reinterpret_cast<const word8*>(from + n - 8);
     *reinterpret_cast<word8*>(to) = a;
     *reinterpret_cast<word8*>(to + n - 8) = b;
@@ -74,6 +71,19 @@ SPARSEPIPE_INLINE void copy_bytes(const std::uint8_t* from, std::uint8_t* to, st
     *reinterpret_cast<word4*>(to + n - 4) = b;
   } else {
     for (std::int64_t i = 0; i < n; ++i) to[i] = from[i];
+  }
+}
+
+SPARSEPIPE_INLINE void copy_bytes(const std::uint8_t* from, std::uint8_t* to, std::int64_t n) {
+  if (n >= 16) {
+    std::int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+      *reinterpret_cast<bytes16*>(to + i) = *reinterpret_cast<const bytes16*>(from + i);
+      __asm__("" : : : "memory");  // or GCC calls memmove
+    }
+    if (i < n) *reinterpret_cast<bytes16*>(to + n - 16) = *reinterpret_cast<const bytes16*>(from + n - 16);
+  } else {
+    copy_few(from, to, n);
   }
 }
 
@@ -184,6 +194,18 @@ SPARSEPIPE_INLINE vi rounded(vf x, vf least, vf most) {
 #endif
 }
 
+// To the nearest integer, halves to the even one, for |x| < 2^22.
+SPARSEPIPE_INLINE vi rounded_small(vf x) {
+#if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
+  return reinterpret_cast<vi>(_mm512_cvtps_epi32(reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__) && SPARSEPIPE_LANES == 8
+  return reinterpret_cast<vi>(_mm256_cvtps_epi32(reinterpret_cast<__m256>(x)));
+#else
+  const vf far = broadcast(65536.0f);
+  return rounded(x, -far, far);
+#endif
+}
+
 // a * b + c, rounded once.
 SPARSEPIPE_INLINE vf multiply_add(vf a, vf b, vf c) {
 #if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
@@ -244,6 +266,17 @@ SPARSEPIPE_INLINE vi from_bytes(const std::uint8_t* p) {
 #endif
 }
 
+// n < kPositions bytes, then zeros.
+SPARSEPIPE_INLINE vb load_bytes(const std::uint8_t* from, std::int64_t n) {
+#if defined(__AVX512BW__) && SPARSEPIPE_LANES == 16
+  return reinterpret_cast<vb>(_mm512_maskz_loadu_epi8((1ull << n) - 1, from));
+#else
+  alignas(64) std::uint8_t bytes[kPositions] = {};
+  kPositions > 16 ? copy_bytes(from, bytes, n) : copy_few(from, bytes, n);
+  return *reinterpret_cast<const vb*>(bytes);
+#endif
+}
+
 // The first n bytes only, n <= kPositions.
 SPARSEPIPE_INLINE void store_bytes(std::uint8_t* to, vb v, std::int64_t n) {
   if (n == kPositions) {
@@ -255,7 +288,7 @@ SPARSEPIPE_INLINE void store_bytes(std::uint8_t* to, vb v, std::int64_t n) {
 #else
   alignas(64) std::uint8_t bytes[kPositions];
   *reinterpret_cast<vb*>(bytes) = v;
-  copy_bytes(bytes, to, n);
+  kPositions > 16 ? copy_bytes(bytes, to, n) : copy_few(bytes, to, n);
 #endif
 }
 

@@ -9,15 +9,14 @@ using kernels::kQuad;
 
 PackedQWeight::PackedQWeight(const QWeight& weight, std::int64_t group_bytes, const std::vector<std::int32_t>& tap,
                              bool wide)
-    : row_start_(&weight.row_start) {
+    : row_start_(weight.row_start) {
   const auto block = static_cast<std::size_t>(weight.block);
   const std::size_t size = sizeof(std::int32_t) + block * kQuad * (wide ? 2 : 1);
   entries_.resize(weight.entries() * size);
   char* to = entries_.data();
   const std::int8_t* values = weight.values.data();
   for (const std::uint32_t column : weight.column) {
-    const std::int64_t group = column / weight.positions;
-    const auto offset = static_cast<std::int32_t>(group * group_bytes +
+    const auto offset = static_cast<std::int32_t>(column / weight.positions * group_bytes +
                                                   tap[static_cast<std::size_t>(column % weight.positions)]);
     std::memcpy(to, &offset, sizeof offset);
     to += sizeof offset;
@@ -32,6 +31,23 @@ PackedQWeight::PackedQWeight(const QWeight& weight, std::int64_t group_bytes, co
       }
     }
   }
+}
+
+std::vector<std::int64_t> PackedQWeight::split(std::int64_t chunks) const {
+  // A row costs its entries and about eight more.
+  const auto rows = static_cast<std::int64_t>(row_start_.size()) - 1;
+  const auto work = [&](std::int64_t row) {
+    return static_cast<double>(row_start_[static_cast<std::size_t>(row)]) + 8.0 * static_cast<double>(row);
+  };
+  std::vector<std::int64_t> bounds{0};
+  std::int64_t row = 0;
+  for (std::int64_t c = 1; c < chunks; ++c) {
+    const double goal = work(rows) * static_cast<double>(c) / static_cast<double>(chunks);
+    while (row < rows && work(row) < goal) ++row;
+    bounds.push_back(row);
+  }
+  bounds.push_back(rows);
+  return bounds;
 }
 
 double qtile_cycles(const QWeight& weight, const kernels::QIsa& isa, int vectors) {
@@ -58,22 +74,6 @@ int best_qvectors(const QWeight& weight, const kernels::QIsa& isa, std::int64_t 
     }
   }
   return best;
-}
-
-std::vector<std::int64_t> split_qrows(const QWeight& weight, std::int64_t chunks) {
-  // A row costs its entries and about eight more.
-  const auto work = [&](std::int64_t row) {
-    return static_cast<double>(weight.row_start[static_cast<std::size_t>(row)]) + 8.0 * static_cast<double>(row);
-  };
-  std::vector<std::int64_t> bounds{0};
-  std::int64_t row = 0;
-  for (std::int64_t c = 1; c < chunks; ++c) {
-    const double goal = work(weight.rows) * static_cast<double>(c) / static_cast<double>(chunks);
-    while (row < weight.rows && work(row) < goal) ++row;
-    bounds.push_back(row);
-  }
-  bounds.push_back(weight.rows);
-  return bounds;
 }
 
 std::int64_t qrow_chunks(const QWeight& weight, std::int64_t tiles, double tile_cycles) {

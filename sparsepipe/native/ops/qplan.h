@@ -15,11 +15,13 @@ class PackedQWeight {
   PackedQWeight(const QWeight& weight, std::int64_t group_bytes, const std::vector<std::int32_t>& tap, bool wide);
 
   const char* entries() const { return entries_.data(); }
-  const std::uint32_t* row_start() const { return row_start_->data(); }
+  const std::uint32_t* row_start() const { return row_start_.data(); }
+  // Splits the rows into `chunks` ranges of about equal work; returns chunks + 1 bounds.
+  std::vector<std::int64_t> split(std::int64_t chunks) const;
 
  private:
   std::vector<char> entries_;
-  const std::vector<std::uint32_t>* row_start_;  // of the weight, which outlives this
+  std::vector<std::uint32_t> row_start_;
 };
 
 // Cycles of one tile of so many vectors, roughly.
@@ -27,9 +29,6 @@ double qtile_cycles(const QWeight& weight, const kernels::QIsa& isa, int vectors
 
 // Vectors of a tile for `positions` positions: those of least cost, evened out over the tiles.
 int best_qvectors(const QWeight& weight, const kernels::QIsa& isa, std::int64_t positions);
-
-// Splits the block rows into `chunks` ranges of about equal work; returns chunks + 1 bounds.
-std::vector<std::int64_t> split_qrows(const QWeight& weight, std::int64_t chunks);
 
 // Chunks of rows so that a few threads find work even where the tiles are few; 1 where splitting does not pay.
 std::int64_t qrow_chunks(const QWeight& weight, std::int64_t tiles, double tile_cycles);

@@ -129,7 +129,7 @@ float ratio(float scale, float other, const char* name) {
 }  // namespace
 
 Quantization::Quantization(const Node& node, const QWeight& weight, std::int64_t out, bool residual)
-    : type(abi::kUndefined), weight_sum_(static_cast<std::size_t>(out), 0) {
+    : type(abi::kUndefined), weight_sum_(static_cast<std::size_t>(out), 0), weight_size_(weight_sum_) {
   x_zero_point_ = read_zero_point(node, kXZeroPoint, "x_zero_point", type);
   const float x_scale = read_scales(node, kXScale, "x_scale", 1)[0];
   std::vector<float> w_scale = read_scales(node, kWScale, "w_scale", out);
@@ -152,7 +152,9 @@ Quantization::Quantization(const Node& node, const QWeight& weight, std::int64_t
          e < weight.row_start[static_cast<std::size_t>(row) + 1]; ++e) {
       const std::int8_t* value = weight.values.data() + static_cast<std::size_t>(e) * weight.block * kQuad;
       for (int k = 0; k < weight.block * kQuad; ++k) {
-        weight_sum_[static_cast<std::size_t>(row * weight.block + k / kQuad)] += value[k];
+        const auto o = static_cast<std::size_t>(row * weight.block + k / kQuad);
+        weight_sum_[o] += value[k];
+        weight_size_[o] += std::abs(value[k]);
       }
     }
   }
@@ -200,6 +202,18 @@ std::uint8_t Quantization::input_flip(const kernels::QIsa& isa) const {
   return (type == abi::kInt8) == isa.is_signed ? 0 : 0x80;
 }
 
+// Whether no rounded number comes near the limits of int32: the kernels need not bound them then.
+bool Quantization::is_small() const {
+  constexpr double kLimit = 1 << 22;
+  const kernels::Requantize& q = requantize_;
+  bool small = 256.0 * (q.sum_ratio + q.residual_ratio) + std::fabs(q.fixed) < kLimit;
+  for (std::size_t o = 0; o < scale_.size(); ++o) {
+    const double most = 255.0 * static_cast<double>(weight_size_[o]) + std::fabs(static_cast<double>(bias_[o]));
+    small = small && most < 2147483648.0 && most * scale_[o] < kLimit;
+  }
+  return small;
+}
+
 kernels::Requantize Quantization::requantize(const kernels::QIsa& isa) {
   const std::int64_t shift = isa.is_signed == (type == abi::kInt8) ? 0 : (isa.is_signed ? -128 : 128);
   folded_.clear();
@@ -210,6 +224,7 @@ kernels::Requantize Quantization::requantize(const kernels::QIsa& isa) {
   }
   requantize_.bias = folded_.data();
   requantize_.scale = scale_.data();
+  requantize_.plain = type == abi::kUint8 && requantize_.low == 0 && requantize_.high == 255 && is_small();
   return requantize_;
 }
 

@@ -51,7 +51,9 @@ class Quantization {
 
  private:
   std::int32_t x_zero_point_ = 0;
-  std::vector<std::int64_t> weight_sum_;
+  bool is_small() const;
+
+  std::vector<std::int64_t> weight_sum_, weight_size_;  // sizes: of the absolute values
   std::vector<std::int32_t> bias_, folded_;
   std::vector<float> scale_;
   kernels::Requantize requantize_{};

@@ -116,8 +116,9 @@ class SparseQConv final : public Kernel {
     }
     const double tile_cycles = qtile_cycles(weight_, isa_, g.vectors);
     const std::int64_t chunks = qrow_chunks(weight_, g.batch * g.tiles, tile_cycles);
-    return std::make_shared<const Plan>(
-        Plan{g, PackedQWeight(weight_, g.group_bytes, g.tap, isa_.wide), split_qrows(weight_, chunks)});
+    PackedQWeight packed(weight_, g.group_bytes, g.tap, isa_.wide);
+    std::vector<std::int64_t> bounds = packed.split(chunks);
+    return std::make_shared<const Plan>(Plan{std::move(g), std::move(packed), std::move(bounds)});
   }
 
   // Phases, bands and taps of the packed planes.

@@ -41,7 +41,6 @@ class SparseQLinear final : public Kernel {
     weight_ = read_qweight(node, out_, in_, 1);
     quantization_ = std::make_unique<Quantization>(node, weight_, out_, false);
     requantize_ = quantization_->requantize(q);
-    vector_bounds_ = split_qrows(weight_, qrow_chunks(weight_, 1, 2.0 * weight_.entries()));
   }
 
   void compute(const Call& call) override {
@@ -66,8 +65,9 @@ class SparseQLinear final : public Kernel {
       const std::int64_t width = static_cast<std::int64_t>(vectors) * q_.lanes;
       if (weight_.groups > kMostFloats / (kQuad * width)) throw Error("the weight has too many columns");
       const std::int64_t chunks = qrow_chunks(weight_, ceil_div(rows, width), qtile_cycles(weight_, q_, vectors));
-      return std::make_shared<const Plan>(
-          Plan{vectors, width, PackedQWeight(weight_, kQuad * width, {0}, q_.wide), split_qrows(weight_, chunks)});
+      PackedQWeight packed(weight_, kQuad * width, {0}, q_.wide);
+      std::vector<std::int64_t> bounds = packed.split(chunks);
+      return std::make_shared<const Plan>(Plan{vectors, width, std::move(packed), std::move(bounds)});
     });
     by_tile(call, *plan, data, rows, y);
   }
@@ -84,8 +84,10 @@ class SparseQLinear final : public Kernel {
   }
 
   void by_row(const Call& call, const std::uint8_t* x, std::int64_t rows, std::uint8_t* y) {
-    const std::shared_ptr<const PackedQWeight> weight = vector_weights_.get({0}, [&] {
-      return std::make_shared<const PackedQWeight>(weight_, kQuad, std::vector<std::int32_t>{0}, q_.wide);
+    const std::shared_ptr<const Plan> plan = plans_.get({0}, [&] {
+      PackedQWeight packed(weight_, kQuad, {0}, q_.wide);
+      std::vector<std::int64_t> bounds = packed.split(qrow_chunks(weight_, 1, 2.0 * weight_.entries()));
+      return std::make_shared<const Plan>(Plan{0, 0, std::move(packed), std::move(bounds)});
     });
     const std::int64_t padded = weight_.groups * kQuad;
     std::uint8_t* packed = bytes(scratch().shared, rows * padded);
@@ -93,14 +95,14 @@ class SparseQLinear final : public Kernel {
       std::memcpy(packed + row * padded, x + row * in_, static_cast<std::size_t>(in_));
     }
     flip(packed, rows * padded);
-    const auto chunks = static_cast<std::int64_t>(vector_bounds_.size()) - 1;
+    const auto chunks = static_cast<std::int64_t>(plan->row_bounds.size()) - 1;
     call.parallel(static_cast<std::size_t>(chunks * rows), [&](std::size_t task) {
       const std::int64_t row = static_cast<std::int64_t>(task) / chunks;
       const auto chunk = static_cast<std::size_t>(static_cast<std::int64_t>(task) % chunks);
-      const std::int64_t begin = vector_bounds_[chunk], end = vector_bounds_[chunk + 1];
+      const std::int64_t begin = plan->row_bounds[chunk], end = plan->row_bounds[chunk + 1];
       const std::int64_t first = begin * weight_.block, count = (end - begin) * weight_.block;
       auto* sums = reinterpret_cast<std::int32_t*>(scratch().out.at_least(static_cast<std::size_t>(count) + 1));
-      q_.vector(packed + row * padded, weight->entries(), weight->row_start(), begin, end, weight_.block, sums);
+      q_.vector(packed + row * padded, plan->weight.entries(), plan->weight.row_start(), begin, end, weight_.block, sums);
       q_.requantize(sums, first, count, requantize_, y + row * out_ + first);
     });
   }
@@ -204,9 +206,7 @@ class SparseQLinear final : public Kernel {
   QWeight weight_;
   std::unique_ptr<Quantization> quantization_;
   kernels::Requantize requantize_{};
-  std::vector<std::int64_t> vector_bounds_;
   PlanCache<Plan> plans_;
-  PlanCache<PackedQWeight> vector_weights_;
   mutable Helpers helpers_;
 };
 
