@@ -23,6 +23,8 @@ kernel position; inputs are padded with zeros to a multiple of 4. The nonzero bl
 i // 4) * P + p`` with G groups of inputs and P kernel positions. ``values`` holds them, int8 [blocks, r, 4], and
 ``deltas`` the differences of consecutive b as in `operators`.
 
+``QMaxPool(X) -> Y`` is MaxPool of uint8 or int8 in NCHW, where onnxruntime's own one is slow or changes the layout.
+
 The fallback body of an operator rebuilds the dense weight, which onnxruntime folds into a constant, for QLinearConv, or
 for DequantizeLinear, Gemm and QuantizeLinear, which onnxruntime fuses to one integer product.
 """
@@ -53,7 +55,9 @@ INPUTS = {
     "SparseQLinear": (
         "X", "x_scale", "x_zero_point", "values", "deltas", "w_scale", "y_scale", "y_zero_point", "B",
     ),
+    "QMaxPool": ("X",),
 }  # fmt: skip
+WINDOW = ("kernel_shape", "strides", "pads", "dilations")
 ACTIVATIONS = ("none", "relu", "clip")
 
 
@@ -144,12 +148,8 @@ def sparse_qconv(
         limits: the bounds of activation "clip", integers of Y's type.
         name: of the node.
     """
-    rank = len(weight_shape) - 2
     attributes: dict[str, Any] = {
-        "kernel_shape": list(weight_shape[2:]),
-        "strides": list(strides or [1] * rank),
-        "pads": list(pads or [0] * 2 * rank),
-        "dilations": list(dilations or [1] * rank),
+        **_window(weight_shape[2:], strides, pads, dilations),
         "group": 1,
         "in_channels": weight_shape[1],
         "out_channels": weight_shape[0],
@@ -179,6 +179,33 @@ def sparse_qlinear(
     return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
 
+def qmax_pool(
+    source: str,
+    output: str,
+    *,
+    kernel_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    name: str = "",
+) -> onnx.NodeProto:
+    """A QMaxPool node; the arguments as of MaxPool (ceil_mode 0), each of ``pads`` below the kernel's size."""
+    window = _window(kernel_shape, strides, pads, dilations)
+    return helper.make_node("QMaxPool", [source], [output], name=name, domain=DOMAIN, **window)
+
+
+def _window(
+    kernel: Sequence[int], strides: Sequence[int] | None, pads: Sequence[int] | None, dilations: Sequence[int] | None
+) -> dict[str, list[int]]:
+    rank = len(kernel)
+    return {
+        "kernel_shape": list(kernel),
+        "strides": list(strides or [1] * rank),
+        "pads": list(pads or [0] * 2 * rank),
+        "dilations": list(dilations or [1] * rank),
+    }
+
+
 def _shared(block: int, activation: str, limits: tuple[int, int] | None) -> dict[str, Any]:
     if activation not in ACTIVATIONS:
         raise ValueError(f"the int8 operators have no activation {activation!r}, only {', '.join(ACTIVATIONS)}")
@@ -195,6 +222,12 @@ def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
     """
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     base = next(name for name in INPUTS if node.op_type.startswith(name))
+    if base == "QMaxPool":
+        window = {name: name for name in WINDOW}
+        pool = with_references(helper.make_node("MaxPool", ["X"], ["Y"]), window, AttributeProto.INTS)
+        made = helper.make_function(DOMAIN, base, ["X"], ["Y"], [pool], [helper.make_opsetid("", opset)])
+        made.attribute.extend(sorted(WINDOW))
+        return made
     names = INPUTS[base][: len(node.input)]
     present = {name for name, value in zip(names, node.input, strict=True) if value}
     if base == "SparseQConv":
@@ -266,7 +299,7 @@ def _dense_weight(sizes: tuple[str, str], kernel: str | None = None) -> list[onn
 def _convolution(bias: bool) -> list[onnx.NodeProto]:
     inputs = ["X", "x_scale", "x_zero_point", "W", "w_scale", "w_zero_point", "y_scale", "y_zero_point"]
     conv = helper.make_node("QLinearConv", [*inputs, *(["B"] if bias else [])], ["y0"], group=1)
-    window = {name: name for name in ("kernel_shape", "strides", "pads", "dilations")}
+    window = {name: name for name in WINDOW}
     return [_constant("w_zero_point", 0, np.int8), with_references(conv, window, AttributeProto.INTS)]
 
 

@@ -127,6 +127,7 @@ const std::vector<Family>& quantized_families() {
       made.push_back({"SparseQLinear", types, 8, type, make_sparse_qlinear, 0});
       types.insert(types.end(), {type, abi::kFloat, type, abi::kFloat, type});
       made.push_back({"SparseQConv", types, 8, type, make_sparse_qconv, kQResidual});
+      made.push_back({"QMaxPool", {type}, 1, type, make_qmax_pool, 0});
     }
     return made;
   }();
@@ -153,6 +154,7 @@ std::vector<Op> all_operators() {
   }
   for (const Family& family : quantized_families()) {
     for (const auto& [activation, suffix] : {of_conv[0], of_conv[1], of_conv[2]}) {
+      if (family.types.size() == 1 && *suffix) continue;  // pooling has no activation
       ops.push_back(describe(family, activation, suffix, false));
       if (family.residual) ops.push_back(describe(family, activation, suffix, true));
     }
