@@ -133,7 +133,7 @@ bool rows_agree(const QIsa& isa, int block, int vectors) {
   // The whole tile, its start, or pieces of it.
   std::vector<Run> runs;
   if (choice(3) == 0) {
-    for (int from = 0, to = 0; from < width;) {
+    for (int from = choice(3), to = 0; from < width;) {
       const int count = std::min(1 + choice(20), width - from);
       runs.push_back({from, to, count});
       from += count + choice(3);

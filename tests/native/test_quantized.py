@@ -274,6 +274,39 @@ def test_leading_dimensions(session: Any, leading: tuple[int, ...]) -> None:
         np.testing.assert_array_equal(session(layer.model(), native=False).run(None, layer.feeds)[0], expected)
 
 
+@st.composite
+def poolings(draw: st.DrawFn) -> dict[str, Any]:
+    rank = draw(st.sampled_from([2, 2, 1]))
+    kernel = draw(st.lists(st.integers(1, 4), min_size=rank, max_size=rank))
+    dilations = draw(st.lists(st.integers(1, 2), min_size=rank, max_size=rank))
+    return {
+        "kernel_shape": kernel,
+        "strides": draw(st.lists(st.integers(1, 3), min_size=rank, max_size=rank)),
+        "pads": [draw(st.integers(0, size - 1)) for size in kernel * 2],
+        "dilations": dilations,
+        "sizes": [dilations[i] * (kernel[i] - 1) + 1 + draw(st.integers(0, 60)) for i in range(rank)],
+    }
+
+
+@settings(max_examples=60)
+@given(case=poolings(), dtype=INT8, channels=st.integers(1, 5), batch=st.integers(0, 2), seed=st.integers(0, 99))
+def test_max_pool(
+    session: Any, isa: str, case: dict[str, Any], dtype: Any, channels: int, batch: int, seed: int
+) -> None:
+    sizes = case.pop("sizes")
+    feeds = {"X": int8_models.activations(np.random.default_rng(seed), (batch, channels, *sizes), dtype, False)}
+    node = quantized.qmax_pool("X", "Y", name="the_node", **case)
+    expected = unoptimised(int8_models.model([helper.make_node("MaxPool", ["X"], ["Y"], **case)], {}, feeds), feeds)
+    file = int8_models.model([node], {}, feeds, [quantized.function_for(node)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEPIPE_ISA", isa)
+        native = session(file, threads=2)
+    for runs in (native, session(file, native=False)):
+        actual = runs.run(None, feeds)[0]
+        assert actual.dtype == expected.dtype
+        np.testing.assert_array_equal(actual, expected)
+
+
 def test_operators_exchange_int8(session: Any) -> None:
     """Two convolutions and a sum in a row: nothing but bytes in between, and the bits of the dense chain."""
     first = convolution(BIG | {"shape": (16, 8, 3, 3), "sizes": [9, 11], "residual": False, "activation": "none"})

@@ -239,6 +239,31 @@ def test_residual_of_another_shape(session: Any) -> None:
             native.run(None, layer.feeds | {"residual": np.zeros(shape, np.uint8)})
 
 
+@pytest.mark.parametrize(
+    ("window", "word"),
+    [
+        ({"kernel_shape": [0, 3]}, "kernel_shape"),
+        ({"kernel_shape": [2, 3], "pads": [2, 0, 0, 0]}, "pads"),
+        ({"kernel_shape": [2, 3], "pads": [0, 0, 0, 3]}, "pads"),
+        ({"kernel_shape": [2, 3], "strides": [0, 1]}, "strides"),
+        ({"kernel_shape": [2, 3], "dilations": [1, -1]}, "dilations"),
+    ],
+)
+def test_windows_of_max_pool(session: Any, window: dict[str, Any], word: str) -> None:
+    node = quantized.qmax_pool("X", "Y", name="the_node", **window)
+    feeds = {"X": np.ones((1, 2, 5, 5), np.uint8)}
+    with pytest.raises(Exception, match=f"(?s)the_node.*{word}"):
+        session(int8_models.model([node], {}, feeds))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 2), (1, 2, 5), (1, 2, 1, 5), (1, 2, 0, 5), (1, 2, 3, 4, 5)])
+def test_shapes_of_max_pool(session: Any, shape: tuple[int, ...]) -> None:
+    node = quantized.qmax_pool("X", "Y", kernel_shape=[2, 3], name="the_node")
+    native = session(int8_models.model([node], {}, {"X": np.ones((1, 2, 5, 5), np.uint8)}))
+    with pytest.raises(Exception, match="the_node"):
+        native.run(None, {"X": np.zeros(shape, np.uint8)})
+
+
 def test_empty_batch(session: Any) -> None:
     layer = good()
     assert session(layer.model(body=False)).run(None, {"X": layer.feeds["X"][:0]})[0].shape == (0, 8, 6, 6)

@@ -86,7 +86,7 @@ SPARSEPIPE_INLINE void finish(const vi (&sum)[R][T], const QRowsArgs& a, std::in
   constexpr int kVectors = (T + 3) / 4;
   const std::int64_t shift = (row - a.row_begin) * R * a.y_stride;
   const Run& first = a.runs[0];
-  const bool one = a.run_count == 1;
+  const bool one = a.run_count == 1 && first.from == 0;
   SPARSEPIPE_UNROLL
   for (int r = 0; r < R; ++r) {
     std::uint8_t* y = a.y + shift + r * a.y_stride;
