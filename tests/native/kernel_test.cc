@@ -124,9 +124,11 @@ bool vector_agrees(const Isa& isa, int block) {
   for (float& v : x) v = number();
   const std::vector<std::uint16_t> narrow(c.column.begin(), c.column.end());
   const std::vector<std::uint32_t> wide(c.column.begin(), c.column.end());
-  const bool is_narrow = choice(2) == 0;
+  const bool is_narrow = choice(2) == 0, adds = choice(2) == 0;
+  std::vector<float> residual(y.size());
+  for (float& v : residual) v = number();
   isa.vector(x.data(), is_narrow ? narrow.data() : nullptr, is_narrow ? nullptr : wide.data(), c.values.data(),
-             c.row_start.data(), 0, c.rows, block, c.epilogue, y.data());
+             c.row_start.data(), 0, c.rows, block, c.epilogue, adds ? residual.data() : nullptr, y.data());
   if (is_narrow && narrow.empty()) return true;
   for (int r = 0; r < c.rows; ++r) {
     for (int b = 0; b < block; ++b) {
@@ -134,7 +136,8 @@ bool vector_agrees(const Isa& isa, int block) {
       for (std::uint32_t e = c.row_start[static_cast<std::size_t>(r)]; e < c.row_start[static_cast<std::size_t>(r) + 1]; ++e) {
         sum += double(c.values[e * static_cast<std::size_t>(block) + static_cast<std::size_t>(b)]) * x[wide[e]];
       }
-      if (!close(activated(sum, c.epilogue), y[static_cast<std::size_t>(r * block + b)], 4)) return false;
+      const auto at = static_cast<std::size_t>(r * block + b);
+      if (!close(activated(sum + (adds ? residual[at] : 0.0f), c.epilogue), y[at], 4)) return false;
     }
   }
   return true;
