@@ -196,7 +196,7 @@ def qmax_pool(
 
 def _window(
     kernel: Sequence[int], strides: Sequence[int] | None, pads: Sequence[int] | None, dilations: Sequence[int] | None
-) -> dict[str, list[int]]:
+) -> dict[str, Any]:
     rank = len(kernel)
     return {
         "kernel_shape": list(kernel),
