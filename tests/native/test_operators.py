@@ -319,6 +319,23 @@ def test_not_a_number_passes_through(session: Any, model: Any) -> None:
     assert np.isnan(session(model(node, constants)).run(None, {"X": x})[0]).all()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_one_row_may_hold_the_whole_weight(session: Any, model: Any, threads: int) -> None:
+    """Its rows cannot be split evenly: some threads get none."""
+    random = np.random.default_rng(0)
+    weight = np.zeros((32, 16384, 1, 1), np.float32)
+    weight[0] = random.standard_normal((16384, 1, 1)) / 128
+    values, deltas = operators.encode(weight)
+    node = operators.sparse_conv(
+        ["X", "values", "deltas"], "Y", weight_shape=weight.shape, mode="direct", name="the_node"
+    )
+    x = random.standard_normal((1, 16384, 16, 17)).astype(np.float32)
+    expected = np.tensordot(weight[:, :, 0, 0].astype(np.float64), x.astype(np.float64), (1, 1)).transpose(1, 0, 2, 3)
+    native = session(model(node, {"values": values, "deltas": deltas}), threads=threads)
+    for _ in range(2):
+        agree(expected, native.run(None, {"X": x})[0])
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_concurrent_calls_of_one_session(session: Any, model: Any, threads: int) -> None:
     random = np.random.default_rng(0)

@@ -547,6 +547,7 @@ class SparseConv final : public Kernel {
       kernels::RowsArgs args{};
       args.row_begin = chunks > 1 ? plan.row_bounds[static_cast<std::size_t>(chunk)] : 0;
       args.row_end = chunks > 1 ? plan.row_bounds[static_cast<std::size_t>(chunk) + 1] : weight_.rows;
+      if (args.row_begin == args.row_end) return;  // one row is most of the weight
       args.entries = plan.weight.entries();
       args.groups = plan.weight.groups();
       args.y_stride = out_plane;
