@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import sparsepipe
+from sparsepipe import launch
 
 EPOCHS, SAMPLES, BATCH = 4, 128, 8
 
@@ -112,3 +113,4 @@ def main(which: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+    launch.leave(0)
