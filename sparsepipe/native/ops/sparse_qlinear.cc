@@ -130,7 +130,7 @@ class SparseQLinear final : public Kernel {
   void unpack(const std::uint8_t* out, std::int64_t pitch, std::int64_t outputs, std::int64_t rows, std::int64_t first,
               std::uint8_t* y) const {
     std::int64_t o = 0;
-    if (out_ % kQuad == 0 && is_aligned(y)) {
+    if (out_ % kQuad == 0 && is_aligned(y + first)) {
       const std::int64_t words = outputs / kQuad;
       std::uint8_t* packed = bytes(scratch().partial, words * pitch * kQuad);
       q_.pack(out, pitch, words * kQuad, pitch, 0, packed, pitch * kQuad);
