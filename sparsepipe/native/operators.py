@@ -40,7 +40,7 @@ MODES = {
     "SparseConv": ("auto", "direct", "flat", "rows", "columns", "shift"),
     "SparseLinear": ("auto", "vector", "tiles"),
 }
-"""Operator -> ways of reading the input, as the attribute ``mode`` numbers them (what they do: ``ops/sparse_conv.cc``,
+"""Operator -> ways of reading the input, as the attribute ``mode`` numbers them (what they do: ``ops/conv_tiles.h``,
 ``ops/sparse_linear.cc``); "auto" leaves it to the kernel, which also takes another one where that of the node does not
 fit the shapes it meets."""
 ACTIVATIONS = {"none": "", "relu": "Relu", "clip": "Clip", "hardswish": "HardSwish", "silu": "Silu", "gelu": "Gelu"}

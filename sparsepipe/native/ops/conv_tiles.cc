@@ -1,0 +1,205 @@
+#include "ops/conv_tiles.h"
+
+namespace sparsepipe {
+
+std::int64_t slot_of(const Geometry& g, std::int64_t row) {
+  return std::find(g.slot_row.begin(), g.slot_row.end(), row) - g.slot_row.begin();
+}
+
+std::int64_t stage_column(const Attributes& a, const Geometry& g, std::int64_t k) {
+  const std::int64_t shift = k * a.dilation_w;
+  return shift % a.stride_w * g.phase_stride + shift / a.stride_w;
+}
+
+namespace {
+
+// The input rows (relative to the first output row of a tile) that `rows` output rows read, in an order in which the
+// rows of one kernel position are consecutive: by phase of the stride, then ascending.
+std::vector<std::int64_t> needed_rows(const Attributes& a, std::int64_t rows) {
+  std::vector<std::pair<std::int64_t, std::int64_t>> needed;
+  for (std::int64_t k = 0; k < a.kernel_h; ++k) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t row = r * a.stride_h + k * a.dilation_h;
+      needed.emplace_back(row % a.stride_h, row / a.stride_h);
+    }
+  }
+  std::sort(needed.begin(), needed.end());
+  needed.erase(std::unique(needed.begin(), needed.end()), needed.end());
+  std::vector<std::int64_t> list;
+  list.reserve(needed.size());
+  for (const auto& [phase, index] : needed) list.push_back(index * a.stride_h + phase);
+  return list;
+}
+
+void size_stage(const Attributes& a, Geometry& g, std::int64_t rows, std::int64_t columns) {
+  g.slot_row = needed_rows(a, rows);
+  // A copy of `columns` floats from any phase stays inside, and so does one that is rounded up to a vector.
+  g.phase_stride = ceil_div(columns + (a.kernel_w - 1) * a.dilation_w / a.stride_w + 2 * g.lanes, g.lanes) * g.lanes;
+  g.stage_pitch = g.phase_stride * a.stride_w;
+  if (g.stage_pitch * static_cast<std::int64_t>(g.slot_row.size()) > kMostFloats) {
+    throw Error("stride, dilation and input are too large together");
+  }
+}
+
+Geometry flat_geometry(const Attributes& a, Geometry g, int vectors) {
+  const std::int64_t plane = g.out_height * g.out_width;
+  const std::int64_t all = ceil_div(plane, g.lanes);
+  g.vectors = vectors;
+  g.tiles = ceil_div(all, vectors);
+  g.layout.channels = a.in;
+  g.layout.vectors = vectors;
+  g.layout.tap = {0};
+  if (g.mode == Mode::kDirect) {
+    g.layout.channel_stride = plane;
+    g.cost.load = 1.3;
+  } else {
+    g.layout.channel_stride = g.tile_floats();
+    g.cost.pack_channel = 4 + 6.0 * vectors;
+  }
+  return g;
+}
+
+Geometry columns_geometry(const Attributes& a, Geometry g, int vectors) {
+  const std::int64_t plane = g.out_height * g.out_width;
+  g.vectors = vectors;
+  g.tiles = ceil_div(ceil_div(plane, g.lanes), vectors);
+  const std::int64_t taps = a.kernel_h * a.kernel_w;
+  // A copy always moves a whole output row, rounded up; the last one of a tile may reach beyond the tile.
+  const std::int64_t run = std::min(g.out_width, g.tile_floats());
+  const std::int64_t step = run <= 4 ? 4 : (run <= 8 ? 8 : g.lanes);
+  const std::int64_t moved = ceil_div(run, step) * step;
+  const bool inside = g.tiles == 1 && plane - g.out_width + moved <= g.tile_floats();
+  const std::int64_t slot = g.tile_floats() + (inside ? 0 : ceil_div(moved, g.lanes) * g.lanes);
+  const std::int64_t rows = std::min(g.out_height, (g.tile_floats() - 1) / g.out_width + 2);
+  size_stage(a, g, rows, g.out_width + g.lanes);
+  g.layout.channels = a.in;
+  g.layout.vectors = vectors;
+  g.layout.channel_stride = taps * slot;
+  for (std::int64_t t = 0; t < taps; ++t) g.layout.tap.push_back(static_cast<std::int32_t>(t * slot));
+  const double pieces = static_cast<double>(std::min(g.out_height, rows));
+  const double row_cost = 2.5 * static_cast<double>(ceil_div(g.out_width, g.lanes)) + 1;
+  g.cost.pack_channel = 10 + static_cast<double>(g.slot_row.size()) * (4 + row_cost) +
+                        static_cast<double>(taps) * pieces * row_cost;
+  return g;
+}
+
+Geometry rows_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, std::int64_t row_vectors) {
+  g.tile_rows = tile_rows;
+  g.pitch = row_vectors * g.lanes;
+  g.vectors = static_cast<int>(tile_rows * row_vectors);
+  g.column_tiles = ceil_div(ceil_div(g.out_width, g.lanes), row_vectors);
+  g.tiles = ceil_div(g.out_height, tile_rows) * g.column_tiles;
+  const std::int64_t columns = row_vectors * g.lanes;
+  size_stage(a, g, tile_rows, columns);
+  const auto slots = static_cast<std::int64_t>(g.slot_row.size());
+  g.layout.channels = a.in;
+  g.layout.vectors = g.vectors;
+  g.layout.channel_stride = a.kernel_w * slots * columns;
+  for (std::int64_t i = 0; i < a.kernel_h; ++i) {
+    for (std::int64_t j = 0; j < a.kernel_w; ++j) {
+      g.layout.tap.push_back(static_cast<std::int32_t>((j * slots + slot_of(g, i * a.dilation_h)) * columns));
+    }
+  }
+  const auto wide = static_cast<double>(row_vectors);
+  g.cost.pack_channel = 10 + static_cast<double>(slots) * (4 + 2.5 * wide * static_cast<double>(a.stride_w)) +
+                        static_cast<double>(a.kernel_w * slots) * (1 + 2.5 * wide);
+  g.cost.finish = 1.5;
+  return g;
+}
+
+// The floats that a row of sums needs, with the positions that move into it: whole vectors, or half of one where the
+// map is small. The last of these positions may be the first of the next row, where both are padding.
+std::int64_t shift_pitch(const Attributes& a, const Geometry& shape) {
+  const std::int64_t shared = a.stride_w == 1 && a.left > 0 && a.right > 0 && a.kernel_w > 1;
+  const std::int64_t needed = shape.out_width + (a.kernel_w - 1) / a.stride_w - shared;
+  const std::int64_t half = shape.lanes / 2;
+  return needed <= half && half >= 8 ? half : ceil_div(needed, shape.lanes) * shape.lanes;
+}
+
+// The sums of kernel column k belong k / stride positions further left, in column phase k % stride.
+Geometry shift_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, std::int64_t pitch) {
+  g.tile_rows = tile_rows;
+  g.pitch = pitch;
+  g.vectors = static_cast<int>(ceil_div(tile_rows * pitch, g.lanes));
+  g.tiles = ceil_div(g.out_height, tile_rows);
+  size_stage(a, g, tile_rows, pitch);
+  const auto slots = static_cast<std::int64_t>(g.slot_row.size());
+  const std::int64_t phases = std::min(a.stride_w, a.kernel_w);
+  const std::int64_t most_shift = (a.kernel_w - 1) / a.stride_w;
+  g.layout.channels = a.in;
+  g.layout.vectors = g.vectors;
+  g.layout.channel_stride = phases * slots * pitch;
+  g.layout.groups = static_cast<int>(most_shift + 1);
+  for (std::int64_t i = 0; i < a.kernel_h; ++i) {
+    for (std::int64_t j = 0; j < a.kernel_w; ++j) {
+      const std::int64_t slot = j % a.stride_w * slots + slot_of(g, i * a.dilation_h);
+      g.layout.tap.push_back(static_cast<std::int32_t>(slot * pitch));
+      g.layout.group.push_back(static_cast<std::int32_t>(most_shift - j / a.stride_w));
+    }
+  }
+  const double moves = 2.5 * static_cast<double>(ceil_div(pitch, g.lanes));  // of a row
+  const auto rows = static_cast<double>(slots);
+  g.cost.pack_channel = 10 + rows * (2 + moves);
+  if (a.stride_w > 1) {
+    g.cost.pack_channel += rows * (2 + moves * static_cast<double>(a.stride_w - 1)) +
+                           static_cast<double>(phases) * rows * (1 + moves);
+  }
+  if (pitch % g.lanes) g.cost.load = 1 + 0.7 * static_cast<double>(a.kernel_h / 2) / static_cast<double>(a.kernel_h);
+  g.cost.finish = pitch % g.lanes ? 4 : 1.5;
+  g.cost.shift = 1;
+  return g;
+}
+
+}  // namespace
+
+void candidates(const Attributes& a, const Geometry& shape, int most,
+                const std::function<void(const Geometry&)>& consider) {
+  const bool point = a.kernel_h == 1 && a.kernel_w == 1 && a.stride_h == 1 && a.stride_w == 1 &&
+                     a.top + a.left + a.bottom + a.right == 0;
+  const std::int64_t all = ceil_div(shape.out_height * shape.out_width, shape.lanes);
+  const auto each_size = [&](Mode mode, const auto& make) {
+    Geometry g = shape;
+    g.mode = mode;
+    std::int64_t before = 0;
+    for (int most_vectors = most; most_vectors >= 1; --most_vectors) {
+      const std::int64_t tiles = ceil_div(all, most_vectors);
+      const auto vectors = static_cast<int>(ceil_div(all, tiles));
+      if (vectors != before) consider(make(a, g, vectors));
+      before = vectors;
+    }
+  };
+  if (point) {
+    const bool whole = shape.height * shape.width % shape.lanes == 0 && a.in * shape.height * shape.width < kMostFloats;
+    // Channels a multiple of 1 kB apart share few sets of the L1 cache: read in place they were up to 2.5 times slower.
+    const bool spread = shape.height * shape.width % 256 != 0;
+    const bool direct = whole && (a.mode == Mode::kDirect || (spread && a.mode != Mode::kFlat));
+    const bool flat = !direct || a.mode != Mode::kDirect;
+    if (direct) each_size(Mode::kDirect, flat_geometry);
+    if (flat) each_size(Mode::kFlat, flat_geometry);
+    return;
+  }
+  const auto each_height = [&](Mode mode, std::int64_t most_rows, std::int64_t pitch, const auto& make) {
+    Geometry g = shape;
+    g.mode = mode;
+    std::int64_t before = 0;
+    for (std::int64_t rows = std::min(shape.out_height, most_rows); rows >= 1; --rows) {
+      const std::int64_t even = ceil_div(shape.out_height, ceil_div(shape.out_height, rows));
+      if (even != before) consider(make(a, g, even, pitch));
+      before = even;
+    }
+  };
+  const std::int64_t pitch = shift_pitch(a, shape);
+  const bool shifts = a.dilation_w == 1 && pitch <= most * shape.lanes;
+  const bool any = a.mode != Mode::kRows && a.mode != Mode::kColumns && !(a.mode == Mode::kShift && shifts);
+  if (any || a.mode == Mode::kRows) {
+    const std::int64_t wide = ceil_div(shape.out_width, shape.lanes);
+    const std::int64_t row_vectors = ceil_div(wide, ceil_div(wide, most));
+    each_height(Mode::kRows, most / row_vectors, row_vectors, rows_geometry);
+  }
+  if (shifts && (any || a.mode == Mode::kShift)) {
+    each_height(Mode::kShift, most * shape.lanes / pitch, pitch, shift_geometry);
+  }
+  if (any || a.mode == Mode::kColumns) each_size(Mode::kColumns, columns_geometry);
+}
+
+}  // namespace sparsepipe
