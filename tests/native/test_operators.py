@@ -236,50 +236,19 @@ LINEAR = {
 }
 
 
+MANY: dict[str, Any] = {"blocks": 300, "block": 1, "density": 0.3, "bias": True, "mode": "auto", "seed": 0}
+WIDE: dict[str, Any] = {**MANY, "blocks": 9, "block": 2, "density": 0.1}
+
+
 def check_linear(session: Any, model: Any, isa: str, blocks: int, block: int, threads: int, **case: Any) -> None:
     node, constants, feeds = linear_case(outputs=blocks * block, block=block, **case)
     compare(session, model, node, constants, feeds, isa, threads)
 
 
-@example(
-    rows=16,
-    features=2048,
-    blocks=300,
-    block=1,
-    density=0.3,
-    activation="gelu",
-    bias=True,
-    residual=True,
-    mode="auto",
-    threads=2,
-    seed=0,
-)
-@example(
-    rows=1,
-    features=2048,
-    blocks=300,
-    block=1,
-    density=0.3,
-    activation="none",
-    bias=True,
-    residual=False,
-    mode="auto",
-    threads=2,
-    seed=0,
-)
-@example(
-    rows=1,
-    features=70000,
-    blocks=9,
-    block=2,
-    density=0.1,
-    activation="relu",
-    bias=True,
-    residual=True,
-    mode="auto",
-    threads=1,
-    seed=0,
-)
+# Many outputs and features: rows split over threads, wide indices.
+@example(**MANY, rows=16, features=2048, activation="gelu", residual=True, threads=2)
+@example(**MANY, rows=1, features=2048, activation="none", residual=False, threads=2)
+@example(**WIDE, rows=1, features=70000, activation="relu", residual=True, threads=1)
 @settings(max_examples=30)
 @given(**LINEAR)
 def test_linear(session: Any, model: Any, isa: str, **case: Any) -> None:
