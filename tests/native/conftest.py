@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
+import sparsepipe.native
 from sparsepipe.runtime import library_path
 
 ort = pytest.importorskip("onnxruntime")
@@ -27,6 +29,27 @@ def library() -> Path:
     pytest.skip("the native library was not built: there is no C++ compiler")
 
 
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``build(compiler, *options)`` -> a folder with the library and the test programs, built by CMake."""
+
+    def make(compiler: str, *options: str) -> Path:
+        for tool in (compiler, "cmake", "ninja"):
+            if shutil.which(tool) is None:
+                pytest.skip(f"{tool} is not installed")
+        folder = tmp_path_factory.mktemp("build")
+        sources = Path(sparsepipe.native.__file__).parent
+        configure = ["cmake", "-S", str(sources), "-B", str(folder), "-G", "Ninja"]
+        options = (f"-DCMAKE_CXX_COMPILER={compiler}", f"-DSPARSEPIPE_TESTS={Path(__file__).parent}", *options)
+        for command in ([*configure, *options], ["cmake", "--build", str(folder)]):
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+        assert "warning:" not in done.stdout
+        return folder
+
+    return make
+
+
 Session = Callable[..., Any]
 
 
@@ -38,6 +61,8 @@ def session(library: Path) -> Session:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
+        # Each tensor is an allocation of its own, so that a sanitizer sees any access beyond one.
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         if native:
             options.register_custom_ops_library(str(library))
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -14,6 +14,7 @@ from onnx import helper
 from sparsepipe.native import operators
 
 WEIGHT = np.random.default_rng(0).standard_normal((8, 4, 3, 3)).astype(np.float32)
+FILTERS = np.ones((4, 1, 3, 3), np.float32)
 X = np.ones((1, 4, 6, 6), np.float32)
 
 
@@ -29,6 +30,17 @@ def good_linear() -> tuple[Any, dict[str, Any]]:
     values, deltas = operators.encode(WEIGHT.reshape(8, -1), 1)
     node = operators.sparse_linear(["X", "values", "deltas", "B"], "Y", weight_shape=(8, 36), name="the_node")
     return node, {"values": values, "deltas": deltas, "B": np.zeros(8, np.float32)}
+
+
+def good_depthwise() -> tuple[Any, dict[str, Any]]:
+    node = operators.depthwise_conv(
+        ["X", "W", "B"], "Y", weight_shape=FILTERS.shape, pads=[1] * 4, activation="clip", limits=(-1.0, 1.0),
+        name="the_node",
+    )  # fmt: skip
+    return node, {"W": FILTERS, "B": np.zeros(4, np.float32)}
+
+
+GOOD = {"conv": good, "linear": good_linear, "depthwise": good_depthwise}
 
 
 def replaced(node: Any, **attributes: Any) -> Any:
@@ -95,6 +107,78 @@ def test_unknown_modes_of_linear_layers(session: Any, model: Any, mode: int) -> 
     refused(session, model(replaced(node, mode=mode), constants), "mode")
 
 
+@pytest.mark.parametrize(
+    ("attributes", "word"),
+    [
+        ({"in_features": 0}, "in_features"),
+        ({"in_features": 2**63 - 1}, "in_features"),
+        ({"in_features": 36.0}, "in_features"),
+        ({"in_features": 3}, "more than"),
+        ({"in_features": 35}, "more than"),
+        ({"out_features": -8}, "out_features"),
+        ({"out_features": 2**40}, "out_features"),
+        ({"out_features": 7}, "more than"),
+        ({"out_features": 16}, "B"),
+        ({"block": 0}, "block"),
+        ({"block": 3}, "block"),
+        ({"block": 4}, "values"),
+        ({"activation": "silu"}, "activation"),
+        ({"activation": "clip", "min": 1.0, "max": float("nan")}, "min"),
+        ({"mode": 2**40}, "mode"),
+    ],
+)
+def test_attributes_of_linear_layers(session: Any, model: Any, attributes: dict[str, Any], word: str) -> None:
+    node, constants = good_linear()
+    refused(session, model(replaced(node, **attributes), constants), word)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "word"),
+    [
+        ({"channels": 0}, "channels"),
+        ({"channels": 3}, "W"),
+        ({"channels": 2**62}, "channels"),
+        ({"kernel_shape": [3]}, "strides"),
+        ({"kernel_shape": [3, 2]}, "W"),
+        ({"kernel_shape": [2**31, 3]}, "kernel_shape"),
+        ({"strides": [1, 0]}, "strides"),
+        ({"dilations": [4097, 1]}, "dilations"),
+        ({"pads": [0, 0, 0, 2**20]}, "pads"),
+        ({"activation": "gelu"}, "activation"),
+        ({"min": 2.0}, "min"),
+    ],
+)
+def test_attributes_of_depthwise_layers(session: Any, model: Any, attributes: dict[str, Any], word: str) -> None:
+    node, constants = good_depthwise()
+    refused(session, model(replaced(node, **attributes), constants), word)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("conv", "kernel_shape"),
+        ("conv", "in_channels"),
+        ("conv", "out_channels"),
+        ("linear", "in_features"),
+        ("linear", "out_features"),
+        ("depthwise", "kernel_shape"),
+        ("depthwise", "channels"),
+    ],
+)
+def test_missing_attributes(session: Any, model: Any, op: str, name: str) -> None:
+    node, constants = GOOD[op]()
+    refused(session, model(replaced(node, **{name: None}), constants), f"'{name}' is missing")
+
+
+@pytest.mark.parametrize("attributes", [{"pads": [65535] * 4}, {"pads": [65535] * 4, "dilations": [4096] * 2}])
+@pytest.mark.parametrize("op", ["conv", "depthwise"])
+def test_outputs_that_are_too_large(session: Any, model: Any, op: str, attributes: dict[str, Any]) -> None:
+    node, constants = GOOD[op]()
+    native = session(model(replaced(node, **attributes), constants))
+    with pytest.raises(Exception, match=r"the_node.*too large"):
+        native.run(None, {"X": X})
+
+
 def with_constant(name: str, value: Any) -> dict[str, Any]:
     return good()[1] | {name: value}
 
@@ -102,6 +186,7 @@ def with_constant(name: str, value: Any) -> dict[str, Any]:
 VALUES, DELTAS = operators.encode(WEIGHT)
 BAD_CONSTANTS = {
     "index out of range": ("deltas", np.full_like(DELTAS, 255), "outside"),
+    "last index out of range": ("deltas", np.array([*DELTAS[:-1], 2], np.uint8), "outside"),
     "first index out of range": ("deltas", np.array([255, 255, *DELTAS[2:]], np.uint8), "outside"),
     "not ascending": ("deltas", np.array([*DELTAS[:5], 0, *DELTAS[6:]], np.uint8), "ascend"),
     "too few deltas": ("deltas", DELTAS[:-1], "values"),
@@ -113,6 +198,9 @@ BAD_CONSTANTS = {
     "flat values": ("values", VALUES[:, 0], "values"),
     "NaN": ("values", np.where(np.arange(len(VALUES))[:, None] == 3, np.nan, VALUES).astype(np.float32), "finite"),
     "infinity": ("values", np.where(np.arange(len(VALUES))[:, None] == 3, np.inf, VALUES).astype(np.float32), "finite"),
+    "no blocks, but deltas": ("values", VALUES[:0], "values"),
+    "values of another type": ("values", VALUES.astype(np.float64), "Type"),
+    "bias that is not a number": ("B", np.full(8, np.nan, np.float32), "finite"),
     "short bias": ("B", np.zeros(7, np.float32), "B"),
     "bias of two dimensions": ("B", np.zeros((8, 1), np.float32), "B"),
 }
@@ -127,31 +215,80 @@ def test_constants(session: Any, model: Any, case: str) -> None:
         refused(session, model(node, constants | {name: value}), word)
 
 
-@pytest.mark.parametrize("name", ["values", "B"])
-def test_inputs_must_be_constant(session: Any, model: Any, name: str) -> None:
-    node, constants = good()
+BAD_FILTERS = {
+    "fewer channels": FILTERS[:3],
+    "one channel": FILTERS[:1],
+    "a larger kernel": np.ones((4, 1, 3, 4), np.float32),
+    "two filters a channel": np.ones((4, 2, 3, 3), np.float32),
+    "flat": FILTERS.reshape(-1),
+    "empty": np.ones((4, 1, 0, 3), np.float32),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILTERS)
+def test_filters_of_other_shapes(session: Any, model: Any, case: str) -> None:
+    node, constants = good_depthwise()
+    refused(session, model(node, constants | {"W": BAD_FILTERS[case]}), "W", "[4, 1, 3, 3]")
+
+
+@pytest.mark.parametrize("name", ["W", "B"])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_filters_that_are_not_finite(session: Any, model: Any, name: str, number: float) -> None:
+    node, constants = good_depthwise()
+    damaged = constants[name].copy()
+    damaged[2] = number
+    refused(session, model(node, constants | {name: damaged}), name, "finite")
+
+
+CONSTANTS = [(op, name) for op in GOOD for name in GOOD[op]()[1]]
+
+
+@pytest.mark.parametrize(("op", "name"), [case for case in CONSTANTS if case[1] != "deltas"])
+def test_inputs_must_be_constant(session: Any, model: Any, op: str, name: str) -> None:
+    node, constants = GOOD[op]()
     del constants[name]
     refused(session, model(node, constants), name, "constant")
 
 
-def test_truncated_tensor(session: Any, model: Any) -> None:
-    node, constants = good()
-    file = model(node, constants)
-    tensor = next(t for t in file.graph.initializer if t.name == "values")
+@pytest.mark.parametrize(("op", "name"), CONSTANTS)
+def test_truncated_tensor(session: Any, model: Any, op: str, name: str) -> None:
+    file = model(*GOOD[op]())
+    tensor = next(t for t in file.graph.initializer if t.name == name)
     tensor.raw_data = tensor.raw_data[:-5]
-    with pytest.raises(Exception, match="values"):
+    with pytest.raises(Exception, match=name):
         session(file)
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 4, 6), (1, 3, 6, 6), (4, 6, 6), (1, 4, 0, 6), (1, 4, 6, 0), (1, 4, 6, 6, 1), (4,), ()]
-)
-def test_inputs_of_other_shapes(session: Any, model: Any, shape: tuple[int, ...]) -> None:
-    native = session(model(*good()))
+@pytest.mark.parametrize(("op", "name"), [case for case in CONSTANTS if case[1] != "B"])
+def test_inputs_left_out(session: Any, model: Any, op: str, name: str) -> None:
+    node, constants = GOOD[op]()
+    del constants[name]
+    node.input[list(node.input).index(name)] = ""
+    with pytest.raises(Exception, match="the_node"):
+        session(model(node, constants)).run(None, {"X": X})
+
+
+BAD_SHAPES: list[tuple[int, ...]] = [
+    (1, 4, 6), (1, 3, 6, 6), (4, 6, 6), (1, 4, 0, 6), (1, 4, 6, 0), (1, 4, 6, 6, 1), (4,), (), (0, 4, 2**30, 2**20)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", BAD_SHAPES)
+@pytest.mark.parametrize("op", ["conv", "depthwise"])
+def test_inputs_of_other_shapes(session: Any, model: Any, op: str, shape: tuple[int, ...]) -> None:
+    native = session(model(*GOOD[op]()))
     with pytest.raises(Exception, match="the_node"):
         native.run(None, {"X": np.zeros(shape, np.float32)})
     # The session stays usable.
-    assert native.run(None, {"X": X})[0].shape == (1, 8, 6, 6)
+    assert native.run(None, {"X": X})[0].shape == (1, 8 if op == "conv" else 4, 6, 6)
+
+
+@pytest.mark.parametrize("shape", [(), (35,), (36, 1), (2, 0), (0, 37)])
+def test_inputs_of_linear_layers_of_other_shapes(session: Any, model: Any, shape: tuple[int, ...]) -> None:
+    native = session(model(*good_linear()))
+    with pytest.raises(Exception, match="the_node"):
+        native.run(None, {"X": np.zeros(shape, np.float32)})
+    assert native.run(None, {"X": np.ones((2, 36), np.float32)})[0].shape == (2, 8)
 
 
 def test_input_smaller_than_the_kernel(session: Any, model: Any) -> None:
@@ -180,30 +317,42 @@ def test_unknown_instruction_set(session: Any, model: Any, monkeypatch: pytest.M
     refused(session, model(*good()), "SPARSEPIPE_ISA=mmx", "portable")
 
 
-@pytest.mark.parametrize("linear", [False, True])
+NUMBERS = st.one_of(st.integers(-2, 9), st.integers(-(2**63), 2**63 - 1))
+SIZES = {
+    "conv": ["in_channels", "out_channels", "block", "group"],
+    "linear": ["in_features", "out_features", "block"],
+    "depthwise": ["channels"],
+}
+
+
+@st.composite
+def damaged(draw: st.DrawFn, op: str) -> tuple[Any, dict[str, Any]]:
+    """A node and its constants with random attributes, indices and sizes."""
+    node, constants = GOOD[op]()
+    changes: dict[str, Any] = {}
+    if draw(st.booleans()):
+        changes[draw(st.sampled_from(SIZES[op]))] = draw(NUMBERS)
+    if op != "linear" and draw(st.booleans()):
+        name = draw(st.sampled_from(["kernel_shape", "strides", "pads", "dilations"]))
+        changes[name] = draw(st.lists(NUMBERS, max_size=5)) or None
+    if op == "depthwise" and draw(st.booleans()):
+        constants["W"] = np.ones(draw(st.lists(st.integers(0, 5), max_size=5)), np.float32)
+    if op != "depthwise" and draw(st.booleans()):
+        kind = draw(st.sampled_from([np.uint8, np.uint16]))
+        count = draw(st.integers(0, 40))
+        deltas = draw(st.lists(st.integers(0, int(np.iinfo(kind).max)), min_size=count, max_size=count))
+        rows = count + draw(st.sampled_from([0, 0, 0, 1, -1]))
+        columns = draw(st.sampled_from([0, 1, 1, 2, 4]))
+        constants |= {"deltas": np.array(deltas, kind), "values": np.ones((max(rows, 0), columns), np.float32)}
+    return replaced(node, **changes), constants
+
+
+@pytest.mark.parametrize("op", GOOD)
 @settings(max_examples=150)
 @given(data=st.data())
-def test_random_damage(session: Any, model: Any, linear: bool, data: st.DataObject) -> None:
-    """Random attributes, indices and sizes: the session either refuses, naming the node, or runs."""
-    node, constants = good_linear() if linear else good()
-    numbers = st.one_of(st.integers(-2, 9), st.integers(-(2**63), 2**63 - 1))
-    names = ["in_features", "out_features", "block"] if linear else ["in_channels", "out_channels", "block", "group"]
-    changes: dict[str, Any] = {}
-    if data.draw(st.booleans()):
-        changes[data.draw(st.sampled_from(names))] = data.draw(numbers)
-    if not linear and data.draw(st.booleans()):
-        name = data.draw(st.sampled_from(["kernel_shape", "strides", "pads", "dilations"]))
-        changes[name] = data.draw(st.lists(numbers, max_size=5))
-        if not changes[name]:
-            changes[name] = None
-    if data.draw(st.booleans()):
-        kind = data.draw(st.sampled_from([np.uint8, np.uint16]))
-        count = data.draw(st.integers(0, 40))
-        deltas = data.draw(st.lists(st.integers(0, int(np.iinfo(kind).max)), min_size=count, max_size=count))
-        rows = count + data.draw(st.sampled_from([0, 0, 0, 1, -1]))
-        columns = data.draw(st.sampled_from([0, 1, 1, 2, 4]))
-        constants |= {"deltas": np.array(deltas, kind), "values": np.ones((max(rows, 0), columns), np.float32)}
-    file = model(replaced(node, **changes), constants)
+def test_random_damage(session: Any, model: Any, op: str, data: st.DataObject) -> None:
+    """The session either refuses, naming the node, or runs."""
+    file = model(*data.draw(damaged(op)))
     shape = data.draw(st.sampled_from([(1, 4, 6, 6), (2, 4, 9, 3), (1, 4, 1, 1), (1, 1, 36), (3, 36)]))
     message = "the_node"
     try:

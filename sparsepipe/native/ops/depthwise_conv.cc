@@ -32,8 +32,7 @@ class DepthwiseConv final : public Kernel {
     if (!w || w->type != abi::kFloat || w->dims != dims) {
       throw Error("input 'W' must be float32 of shape " + shape_text(dims));
     }
-    const auto* data = static_cast<const float*>(w->data);
-    weight_.assign(data, data + w->size());
+    weight_ = finite(*w, "W");
     bias_ = read_bias(node, 2, channels_);
   }
 

@@ -211,9 +211,15 @@ void Call::parallel(std::size_t count, const std::function<void(std::size_t)>& t
 }
 
 float* Buffer::at_least(std::size_t floats) {
+#ifdef __SANITIZE_ADDRESS__
+  size_ = 0;  // memory of its own and of just the size asked for, each time: any access beyond it is seen
+  constexpr std::size_t kRound = 1;
+#else
+  constexpr std::size_t kRound = 4096;
+#endif
   if (floats <= size_) return data_.get();
   if (floats > (std::size_t{1} << 40)) throw std::bad_alloc();
-  const std::size_t bytes = (floats * sizeof(float) + 4095) / 4096 * 4096;
+  const std::size_t bytes = (floats * sizeof(float) + kRound - 1) / kRound * kRound;
   data_.reset();
   size_ = 0;
   void* memory = nullptr;

@@ -72,6 +72,15 @@ SparseWeight read_weight(const Node& node, std::int64_t out, std::int64_t column
   return weight;
 }
 
+std::vector<float> finite(const Tensor& tensor, const char* name) {
+  const auto* data = static_cast<const float*>(tensor.data);
+  std::vector<float> numbers(data, data + tensor.size());
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    if (!std::isfinite(numbers[i])) throw Error("number " + std::to_string(i) + " of input '" + name + "' is not finite");
+  }
+  return numbers;
+}
+
 std::vector<float> read_bias(const Node& node, std::size_t index, std::int64_t out) {
   const auto bias = node.constant(index, "B");
   if (!bias) return {};
@@ -79,8 +88,7 @@ std::vector<float> read_bias(const Node& node, std::size_t index, std::int64_t o
   if (bias->dims != std::vector<std::int64_t>{out}) {
     throw Error("input 'B' must have shape " + shape_text({out}) + ", not " + shape_text(bias->dims));
   }
-  const auto* data = static_cast<const float*>(bias->data);
-  return {data, data + out};
+  return finite(*bias, "B");
 }
 
 }  // namespace sparsepipe

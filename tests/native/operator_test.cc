@@ -1,0 +1,295 @@
+// The operators on random cases against plain loops in double precision, on every instruction set that this CPU runs.
+// Needs no onnxruntime, so it also runs under an emulator of another architecture.
+//
+//     operator_test CASES SEED     prints one line per instruction set; exits 1 where a case differs
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+
+#include "fake_onnxruntime.h"
+
+using namespace sparsepipe::abi;
+
+extern "C" Status* RegisterCustomOps(SessionOptions*, const ApiBase*);
+
+namespace {
+
+std::mt19937_64 generator;
+
+std::int64_t between(std::int64_t low, std::int64_t high) {
+  return std::uniform_int_distribution<std::int64_t>(low, high)(generator);
+}
+bool coin() { return between(0, 1) == 1; }
+float number() { return std::normal_distribution<float>()(generator); }
+
+Value random_tensor(std::vector<std::int64_t> dims) {
+  Value v = Value::of<float>(kFloat, std::move(dims));
+  for (std::size_t i = 0; i < v.size(); ++i) v.floats()[i] = number();
+  return v;
+}
+
+// A weight [rows, columns] with about that density in blocks of rows; its second block row is empty.
+std::vector<float> random_weight(std::int64_t rows, std::int64_t columns, std::int64_t block, double density) {
+  std::vector<float> w(static_cast<std::size_t>(rows * columns));
+  const double scale = 1 / std::sqrt(std::max(1.0, density * static_cast<double>(columns)));
+  for (std::int64_t b = 0; b < rows / block; ++b) {
+    for (std::int64_t k = 0; k < columns; ++k) {
+      const bool kept = std::uniform_real_distribution<>()(generator) < density && (b != 1 || density == 1);
+      for (std::int64_t r = b * block; kept && r < (b + 1) * block; ++r) {
+        w[static_cast<std::size_t>(r * columns + k)] = static_cast<float>(scale) * number();
+      }
+    }
+  }
+  return w;
+}
+
+// The inputs `values` and `deltas` as sparsepipe/native/operators.py describes them.
+std::pair<Value, Value> encode(const std::vector<float>& w, std::int64_t rows, std::int64_t columns,
+                               std::int64_t block) {
+  std::vector<float> values;
+  std::vector<std::uint16_t> deltas;
+  const bool narrow = coin();
+  const std::int64_t most = narrow ? 255 : 65535;
+  std::int64_t before = 0;
+  for (std::int64_t b = 0; b < rows / block; ++b) {
+    for (std::int64_t k = 0; k < columns; ++k) {
+      const auto at = [&](std::int64_t r) { return w[static_cast<std::size_t>((b * block + r) * columns + k)]; };
+      bool any = false;
+      for (std::int64_t r = 0; r < block; ++r) any = any || at(r) != 0;
+      if (!any) continue;
+      const std::int64_t index = b * columns + k;
+      for (; index - before > most; before += most) {
+        deltas.push_back(static_cast<std::uint16_t>(most));
+        values.insert(values.end(), static_cast<std::size_t>(block), 0.0f);
+      }
+      deltas.push_back(static_cast<std::uint16_t>(index - before));
+      before = index;
+      for (std::int64_t r = 0; r < block; ++r) values.push_back(at(r));
+    }
+  }
+  const auto count = static_cast<std::int64_t>(deltas.size());
+  const std::vector<std::uint8_t> bytes(deltas.begin(), deltas.end());
+  return {Value::of<float>(kFloat, {count, block}, values.data()),
+          narrow ? Value::of<std::uint8_t>(kUint8, {count}, bytes.data())
+                 : Value::of<std::uint16_t>(kUint16, {count}, deltas.data())};
+}
+
+double activated(double x, const std::string& name, double low, double high) {
+  if (name == "relu") return std::max(x, 0.0);
+  if (name == "clip") return std::min(std::max(x, low), high);
+  if (name == "hardswish") return x * std::min(std::max(x / 6 + 0.5, 0.0), 1.0);
+  if (name == "silu") return x / (1 + std::exp(-x));
+  if (name == "gelu") return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+  return x;
+}
+
+std::string numbers(const std::vector<std::int64_t>& list) {
+  std::string text = "[";
+  for (std::int64_t i : list) text += std::to_string(i) + " ";
+  return text + "]";
+}
+
+std::string described(const KernelInfo& info) {
+  std::string text = info.op;
+  for (const auto& [name, value] : info.attributes) {
+    if (const auto* integer = std::get_if<std::int64_t>(&value)) text += " " + name + " " + std::to_string(*integer);
+    if (const auto* list = std::get_if<std::vector<std::int64_t>>(&value)) text += " " + name + " " + numbers(*list);
+  }
+  for (const Value* input : info.inputs) text += " " + (input ? numbers(input->dims) : "-");
+  return text;
+}
+
+// Runs the node twice, the second time by the plan of the first, and compares; says what differs.
+bool agrees(const SessionOptions& options, KernelInfo& info, const std::vector<double>& linear, bool inplace) {
+  const auto& ops = options.domain->operators;
+  const auto op = std::find_if(ops.begin(), ops.end(), [&](const CustomOp* o) { return info.op == o->name(o); });
+  if (op == ops.end()) return std::printf("there is no operator %s\n", info.op.c_str()), false;
+  const auto& name = std::get<std::string>(info.attributes["activation"]);
+  const double low = -0.5, high = 0.75;
+  info.attributes["min"] = static_cast<float>(low);
+  info.attributes["max"] = static_cast<float>(high);
+  void* kernel = nullptr;
+  Status* status = (*op)->create_kernel_v2(*op, fake::api(kApiVersion), &info, &kernel);
+  bool good = status == nullptr;
+  // A call in place overwrites the residual.
+  const Value residual = inplace ? *info.inputs.back() : Value{};
+  const Value saved = inplace ? Value::of<float>(kFloat, residual.dims, residual.floats()) : Value{};
+  for (int call = 0; good && call < 2; ++call) {
+    if (inplace) std::memcpy(residual.data.get(), saved.data.get(), saved.size() * sizeof(float));
+    KernelContext context{&info, static_cast<unsigned>(between(1, 3)), inplace, {}};
+    status = (*op)->compute_v2(kernel, &context);
+    good = status == nullptr && context.output.size() == linear.size();
+    double scale = 1e-6, worst = 0;
+    for (std::size_t i = 0; good && i < linear.size(); ++i) {
+      const double expected = activated(linear[i], name, low, high);
+      scale = std::max(scale, std::fabs(expected));
+      worst = std::max(worst, std::fabs(expected - context.output.floats()[i]));
+    }
+    if (good && worst > 1e-5 * scale) {
+      std::printf("relative error %g\n", worst / scale);
+      good = false;
+    }
+  }
+  if (kernel) (*op)->destroy(kernel);
+  if (!good) std::printf("%s: %s\n", described(info).c_str(), status ? status->message.c_str() : "");
+  delete status;
+  return good;
+}
+
+const double kDensities[] = {0, 0.05, 0.3, 1};
+const std::int64_t kBlocks[] = {1, 2, 4};
+const std::pair<const char*, const char*> kOfConv[] = {
+    {"none", ""}, {"relu", "Relu"}, {"clip", "Clip"}, {"hardswish", "HardSwish"}, {"silu", "Silu"}};
+const std::pair<const char*, const char*> kOfLinear[] = {
+    {"none", ""}, {"relu", "Relu"}, {"clip", "Clip"}, {"gelu", "Gelu"}};
+
+struct Window {
+  std::int64_t kernel, stride, dilation, before, after, size;  // of one axis
+  std::int64_t outputs() const { return (size + before + after - dilation * (kernel - 1) - 1) / stride + 1; }
+};
+
+Window random_window(bool point, bool plain) {
+  Window w{point ? 1 : between(1, 5), 1, 1, 0, 0, 0};
+  if (!plain) w = {w.kernel, between(1, 3), between(1, 3), between(0, 4), between(0, 4), 0};
+  w.size = std::max<std::int64_t>(1, w.dilation * (w.kernel - 1) + 1 - w.before - w.after) + between(0, 40);
+  return w;
+}
+
+// A sparse or depthwise convolution on one or two axes.
+bool convolution_agrees(const SessionOptions& options, bool depthwise) {
+  const bool flat = between(0, 3) == 0, point = !depthwise && coin(), plain = point && coin();
+  const std::int64_t block = depthwise ? 1 : kBlocks[between(0, 2)];
+  const Window h = flat ? Window{1, 1, 1, 0, 0, 1} : random_window(point, plain), w = random_window(point, plain);
+  const std::int64_t out = block * between(1, 6) * (between(0, 9) == 0 ? 8 : 1), in = depthwise ? out : between(1, 24);
+  const std::int64_t taps = h.kernel * w.kernel, columns = (depthwise ? 1 : in) * taps, batch = between(1, 3);
+  const std::int64_t rows = h.outputs(), width = w.outputs();
+  const double density = depthwise ? 1 : kDensities[between(0, 3)];
+  const std::vector<float> weight = random_weight(out, columns, block, density);
+  // Of one axis or two.
+  const auto both = [&](std::int64_t a, std::int64_t b) {
+    return flat ? std::vector<std::int64_t>{b} : std::vector<std::int64_t>{a, b};
+  };
+  const auto shape = [&](std::int64_t first, std::int64_t channels, std::int64_t height, std::int64_t last) {
+    std::vector<std::int64_t> dims{first, channels};
+    for (std::int64_t d : both(height, last)) dims.push_back(d);
+    return dims;
+  };
+  const Value x = random_tensor(shape(batch, in, h.size, w.size)), bias = random_tensor({out});
+  const Value residual = random_tensor(shape(batch, out, rows, width));
+  const bool has_bias = coin(), adds = !depthwise && coin();
+
+  std::vector<double> expected(residual.size());
+  for (std::int64_t n = 0; n < batch; ++n) {
+    for (std::int64_t o = 0; o < out; ++o) {
+      double* const y = expected.data() + (n * out + o) * rows * width;
+      const float* const added = residual.floats() + (n * out + o) * rows * width;
+      for (std::int64_t p = 0; p < rows * width; ++p) {
+        y[p] = (has_bias ? double(bias.floats()[o]) : 0) + (adds ? double(added[p]) : 0);
+      }
+      for (std::int64_t k = 0; k < columns; ++k) {
+        const double value = weight[static_cast<std::size_t>(o * columns + k)];
+        if (value == 0) continue;
+        const std::int64_t channel = depthwise ? o : k / taps, i = k % taps / w.kernel, j = k % w.kernel;
+        const float* const plane = x.floats() + (n * in + channel) * h.size * w.size;
+        for (std::int64_t r = 0; r < rows; ++r) {
+          const std::int64_t row = r * h.stride - h.before + i * h.dilation;
+          if (row < 0 || row >= h.size) continue;
+          for (std::int64_t c = 0; c < width; ++c) {
+            const std::int64_t column = c * w.stride - w.before + j * w.dilation;
+            if (column >= 0 && column < w.size) y[r * width + c] += value * double(plane[row * w.size + column]);
+          }
+        }
+      }
+    }
+  }
+
+  const auto& [activation, suffix] = kOfConv[between(0, 4)];
+  KernelInfo info;
+  info.name = "node";
+  info.op = std::string(depthwise ? "DepthwiseConv" : adds ? "SparseConvAdd" : "SparseConv") + suffix;
+  auto pads = both(h.before, w.before);
+  for (std::int64_t after : both(h.after, w.after)) pads.push_back(after);
+  info.attributes = {{"kernel_shape", both(h.kernel, w.kernel)}, {"strides", both(h.stride, w.stride)},
+                     {"dilations", both(h.dilation, w.dilation)}, {"pads", pads},
+                     {"activation", std::string(activation)}};
+  const Value* b = has_bias ? &bias : nullptr;
+  if (depthwise) {
+    info.attributes["channels"] = out;
+    const Value dense = Value::of<float>(kFloat, shape(out, 1, h.kernel, w.kernel), weight.data());
+    info.inputs = {&x, &dense, b};
+    info.constant = {false, true, has_bias};
+    return agrees(options, info, expected, false);
+  }
+  info.attributes["in_channels"] = in;
+  info.attributes["out_channels"] = out;
+  info.attributes["block"] = block;
+  info.attributes["mode"] = between(0, 4);
+  const auto [values, deltas] = encode(weight, out, columns, block);
+  info.inputs = {&x, &values, &deltas, b, adds ? &residual : nullptr};
+  info.constant = {false, true, true, has_bias, false};
+  return agrees(options, info, expected, adds && coin());
+}
+
+bool linear_agrees(const SessionOptions& options) {
+  const std::int64_t rows = coin() ? between(1, 4) : between(5, 130), in = between(1, 300);
+  const std::int64_t block = kBlocks[between(0, 2)], out = block * between(1, 40);
+  const std::vector<float> weight = random_weight(out, in, block, kDensities[between(0, 3)]);
+  const Value x = random_tensor({rows, in}), bias = random_tensor({out}), residual = random_tensor({rows, out});
+  const bool has_bias = coin(), adds = coin();
+  std::vector<double> expected;
+  for (std::int64_t n = 0; n < rows; ++n) {
+    for (std::int64_t o = 0; o < out; ++o) {
+      double sum = (has_bias ? double(bias.floats()[o]) : 0) + (adds ? double(residual.floats()[n * out + o]) : 0);
+      for (std::int64_t k = 0; k < in; ++k) {
+        sum += double(weight[static_cast<std::size_t>(o * in + k)]) * double(x.floats()[n * in + k]);
+      }
+      expected.push_back(sum);
+    }
+  }
+  const auto [values, deltas] = encode(weight, out, in, block);
+  const auto& [activation, suffix] = kOfLinear[between(0, 3)];
+  KernelInfo info;
+  info.name = "node";
+  info.op = std::string(adds ? "SparseLinearAdd" : "SparseLinear") + suffix;
+  info.attributes = {
+      {"in_features", in}, {"out_features", out}, {"block", block}, {"activation", std::string(activation)}};
+  info.inputs = {&x, &values, &deltas, has_bias ? &bias : nullptr, adds ? &residual : nullptr};
+  info.constant = {false, true, true, has_bias, false};
+  return agrees(options, info, expected, adds && coin());
+}
+
+// Whether the library takes SPARSEPIPE_ISA as it is now: a node without attributes is refused for another reason.
+bool runs_here(const SessionOptions& options) {
+  const CustomOp* op = options.domain->operators.front();
+  KernelInfo info;
+  void* kernel = nullptr;
+  Status* status = op->create_kernel_v2(op, fake::api(kApiVersion), &info, &kernel);
+  const bool refused = status != nullptr && status->message.find("SPARSEPIPE_ISA") != std::string::npos;
+  delete status;
+  return !refused;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) return std::fprintf(stderr, "operator_test CASES SEED\n"), 2;
+  const int cases = std::atoi(argv[1]);
+  const ApiBase base{fake::api, +[]() -> const char* { return "none"; }};
+  SessionOptions options{};
+  if (RegisterCustomOps(&options, &base) != nullptr) return std::printf("cannot register\n"), 1;
+  bool good = true;
+  for (const char* isa : {"avx512", "avx2", "sse4", "neon", "portable"}) {
+    setenv("SPARSEPIPE_ISA", isa, 1);
+    if (!runs_here(options)) continue;
+    generator.seed(static_cast<std::uint64_t>(std::atoll(argv[2])));
+    int failures = 0;
+    for (int i = 0; i < cases; ++i) {
+      failures += !(i % 3 == 0 ? linear_agrees(options) : convolution_agrees(options, i % 3 == 1));
+    }
+    std::printf("%s: %d of %d cases differ\n", isa, failures, cases);
+    good = good && failures == 0;
+  }
+  return good ? 0 : 1;
+}
