@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from sparsepipe.artefact import digest_bytes, write_text
 from sparsepipe.errors import RecipeError
@@ -145,6 +154,20 @@ class Export(Section):
     calibration_samples: PositiveInt = 128
     calibration_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """int8: which samples of the split are taken."""
+
+    @field_validator("measure")
+    @classmethod
+    def _measuring_has_a_choice(cls, measure: bool, info: ValidationInfo) -> bool:
+        if measure and "universal" not in info.data.get("targets", ("universal",)):
+            raise ValueError("only the target universal has a choice that could be measured; add it or do not measure")
+        return measure
+
+    @field_validator("precision")
+    @classmethod
+    def _measuring_is_in_fp32(cls, precision: str, info: ValidationInfo) -> str:
+        if precision == "int8" and info.data.get("measure"):
+            raise ValueError("layers of int8 files are chosen by the cost model; they cannot be measured yet")
+        return precision
 
 
 class Validation(Section):

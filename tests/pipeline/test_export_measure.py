@@ -61,8 +61,8 @@ Export = Callable[..., tuple[int, str, str]]
 def export(path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Export:
     """Exports the network with these options; returns (exit code, stdout, stderr)."""
 
-    def run_verb(*options: str) -> tuple[int, str, str]:
-        arguments = [str(path), "--target", "universal", "--out", str(path.parent / "out"), *options]
+    def run_verb(*options: str, target: str = "universal") -> tuple[int, str, str]:
+        arguments = [str(path), "--target", target, "--out", str(path.parent / "out"), *options]
         monkeypatch.setattr(sys, "argv", ["sparsepipe", "export", *arguments])
         code = 0
         try:
@@ -217,3 +217,16 @@ def test_forms_that_cannot_win_are_not_tried(path: Path) -> None:
     assert [{(form.block, form.mode) for form in entry.forms} >= {(1, "auto")} for entry in found] == [True] * 3
     assert all(form.block < 4 for form in found[1].forms)
     assert {form.mode for form in found[2].forms} == {"auto", "vector", "tiles"}
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "said"),
+    [("dense", [], "only the target universal"), ("universal", ["--precision", "int8"], "cannot be measured")],
+)
+def test_measuring_where_nothing_can_be_chosen_is_refused(
+    tmp_path: Path, export: Export, target: str, options: list[str], said: str
+) -> None:
+    code, _, error = export("--measure", *options, target=target)
+    assert code == 2
+    assert said in " ".join(error.split())
+    assert not (tmp_path / "out").exists()
