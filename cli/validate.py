@@ -12,6 +12,8 @@ from sparsepipe.cli import common
 if TYPE_CHECKING:
     from sparsepipe.recipe import Choice
 
+SHOWN_LAYERS = 3
+
 
 @click.command("validate")
 @click.argument("onnx", nargs=-1, required=True, type=common.existing_path(dir_okay=False))
@@ -21,6 +23,15 @@ if TYPE_CHECKING:
 @click.option("--data", help="Dataset to compare on. Default: the one the network was trained on, or random inputs.")
 @click.option("--max-relative", type=float, help="Largest allowed difference, relative to the largest output.")
 @click.option("--min-agreement", type=float, help="Smallest allowed share of samples with the same top class.")
+@click.option(
+    "--max-drop", type=float, metavar="POINTS",
+    help="int8 files: largest allowed loss of accuracy. Default: 1 point; it counts as more only where its whole 95% "
+    "interval is above this.",
+)  # fmt: skip
+@click.option(
+    "--max-error", type=float, metavar="SHARE",
+    help="int8 files: largest allowed root mean square error, as a share of the output's range. Default: 0.1.",
+)  # fmt: skip
 @click.option("--samples", type=int, default=64, show_default=True, help="Number of random inputs, without a dataset.")
 @common.input_option
 @common.model_option
@@ -32,6 +43,8 @@ def command(
     data: str | None,
     max_relative: float | None,
     min_agreement: float | None,
+    max_drop: float | None,
+    max_error: float | None,
     samples: int,
     input_: dict[str, tuple[int, ...]],
     trusted_model: str | None,
@@ -40,7 +53,8 @@ def command(
 ) -> None:
     """Compare ONNX files with what they were made from: outputs, predicted classes, accuracy.
 
-    Exits with 1 if a file differs by more than the tolerance, and names the first layer that diverges.
+    Exits with 1 if a file differs by more than the tolerance, and names the first layer that diverges. An int8 file is
+    judged by its loss of accuracy and its numeric error instead, and the layers that add most noise are named.
 
     \b
     sparsepipe validate runs/quickstart/export/model.portable.onnx --against runs/quickstart
@@ -49,7 +63,12 @@ def command(
     from sparsepipe import recipe
     from sparsepipe.stages import validate
 
-    flags = {"max_relative": max_relative, "min_agreement": min_agreement}
+    flags = {
+        "max_relative": max_relative,
+        "min_agreement": min_agreement,
+        "int8_max_drop": max_drop,
+        "int8_max_error": max_error,
+    }
     tolerances = common.section(against, "validate", overrides, flags)
     table = {**tolerances.model_dump(), "samples": samples, "input": input_}
     config = recipe.check(validate.ValidateConfig, table, where="validate")
@@ -73,29 +92,68 @@ def dataset(name: str | None) -> Choice | None:
 
 
 def _show(results: list[dict[str, Any]]) -> None:
-    rows = []
-    for result in results:
-        for row in result["candidates"]:
-            accuracy, reference = row["accuracy"], row["reference_accuracy"]
-            divergence = row["first_divergence"]
-            rows.append(
-                [
-                    row["file"],
-                    "passed" if row["passed"] else "FAILED",
-                    row["samples"],
-                    row["max_abs"],
-                    row["max_relative"],
-                    None if row["agreement"] is None else f"{row['agreement']:.2%}",
-                    f"{accuracy['value']:.2%}" if accuracy else None,
-                    f"{reference['value']:.2%}" if reference else None,
-                    divergence["layer"] if divergence else None,
-                ]
-            )
-    common.print_table(
-        ["file", "", "samples", "max abs", "max relative", "same class", "accuracy", "of the reference", "diverges at"],
-        rows,
-    )
+    rows = [row for result in results for row in result["candidates"]]
+    exact = [row for row in rows if row["precision"] != "int8"]
+    if exact:
+        common.print_table(
+            [
+                "file", "", "samples", "max abs", "max relative", "same class", "accuracy", "of the reference",
+                "diverges at",
+            ],
+            [
+                [*_outcome(row), row["max_abs"], row["max_relative"], *_classes(row), _diverging(row)]
+                for row in exact
+            ],
+        )  # fmt: skip
+    quantised = [row for row in rows if row["precision"] == "int8"]
+    if quantised:
+        common.print_table(
+            [
+                "int8 file", "", "samples", "error / range", "same class", "accuracy", "of the reference",
+                "points lost", "noisiest layers (SQNR up to there)",
+            ],
+            [
+                [*_outcome(row), _share(row["rms_of_range"]), *_classes(row), _drop(row), _noisiest(row)]
+                for row in quantised
+            ],
+        )  # fmt: skip
     notes = [result["note"] for result in results]
-    notes += [row["note"] and f"{row['file']}: {row['note']}" for result in results for row in result["candidates"]]
+    notes += [row["note"] and f"{row['file']}: {row['note']}" for row in rows]
     for note in dict.fromkeys(note for note in notes if note):
         click.echo(note)
+
+
+def _outcome(row: dict[str, Any]) -> list[Any]:
+    return [row["file"], "passed" if row["passed"] else "FAILED", row["samples"]]
+
+
+def _classes(row: dict[str, Any]) -> list[str | None]:
+    """Agreement, accuracy and that of the reference."""
+    accuracy, reference = row["accuracy"], row["reference_accuracy"]
+    return [
+        _share(row["agreement"]),
+        f"{accuracy['value']:.2%}" if accuracy else None,
+        f"{reference['value']:.2%}" if reference else None,
+    ]
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2%}"
+
+
+def _diverging(row: dict[str, Any]) -> str | None:
+    divergence = row["first_divergence"]
+    return divergence["layer"] if divergence else None
+
+
+def _drop(row: dict[str, Any]) -> str | None:
+    drop = row["drop_points"]
+    return f"{drop['value']:.2f} ({drop['low']:.2f}–{drop['high']:.2f})" if drop else None
+
+
+def _noisiest(row: dict[str, Any]) -> str | None:
+    named = [
+        layer["layer"] + (f" {layer['sqnr_db']:.0f} dB" if layer["sqnr_db"] is not None else "")
+        for layer in row["noisiest_layers"][:SHOWN_LAYERS]
+    ]
+    return ", ".join(named) or None

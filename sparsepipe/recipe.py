@@ -175,6 +175,14 @@ class Validation(Section):
     """Largest allowed |difference| of the logits, relative to the largest |logit| of the reference."""
     min_agreement: Annotated[float, Field(gt=0, le=1)] = 0.999
     """Smallest allowed share of samples on which both predict the same class."""
+    int8_max_drop: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """int8 files, in place of the two above: largest allowed loss of accuracy, in points. A file fails where the whole
+    95% interval of its loss is above this."""
+    int8_min_agreement: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """int8 files, where labels are not known: smallest allowed share of samples of the same class. A file fails where
+    the whole 95% interval of its share is below this."""
+    int8_max_error: Annotated[float, Field(gt=0)] = 0.1
+    """int8 files: largest allowed root mean square of the differences, in units of the range of the output."""
     batch_size: PositiveInt = 256
 
 

@@ -38,11 +38,16 @@ class Tally:
     agreeing: int | None = None
     correct: int | None = None
     reference_correct: int | None = None
+    lost: int = 0
+    """Samples that the reference alone gets right."""
+    gained: int = 0
+    """Samples that the candidate alone gets right."""
     problem: str | None = None
     not_finite: int = 0
     reference_not_finite: int = 0
     _max_abs: list[float] = field(default_factory=list)
     _scale: list[float] = field(default_factory=list)
+    _error: list[_Error] = field(default_factory=list)
     _worst: float = -1.0
 
     def add(self, reference: Sequence[Array], candidate: Sequence[Array], labels: Array | None = None) -> int | None:
@@ -62,6 +67,7 @@ class Tally:
             return None
         self._max_abs = self._max_abs or [0.0] * len(reference)
         self._scale = self._scale or [0.0] * len(reference)
+        self._error = self._error or [_Error() for _ in reference]
         worst = None
         for index, (expected, found) in enumerate(zip(reference, candidate, strict=True)):
             self.not_finite += _count_not_finite(found)
@@ -69,6 +75,7 @@ class Tally:
             difference = absolute_difference(expected, found)
             self._max_abs[index] = max(self._max_abs[index], float(difference.max(initial=0.0)))
             self._scale[index] = max(self._scale[index], largest(expected))
+            self._error[index].add(expected, difference)
             if index == 0:
                 worst = self._new_worst(difference)
         self._count_classes(reference[0], candidate[0], labels)
@@ -87,6 +94,19 @@ class Tally:
         return max((relative(*pair) for pair in zip(self._max_abs, self._scale, strict=True)), default=0.0)
 
     @property
+    def rms_of_range(self) -> float:
+        """Root mean square of the differences, in units of the range (largest less smallest) of the reference's output.
+
+        Of several outputs the worst counts; infinite where nothing could be compared.
+        """
+        return math.inf if self.problem else max((error.of_range for error in self._error), default=0.0)
+
+    @property
+    def complete(self) -> bool:
+        """Whether there was something to compare, and all of it finite."""
+        return self.problem is None and self.samples > 0 and not self.not_finite and not self.reference_not_finite
+
+    @property
     def agreement(self) -> float | None:
         """Share of samples with the same top-1 class; None where the output holds no classes."""
         return self.agreeing / self.samples if self.agreeing is not None and self.samples else None
@@ -94,9 +114,7 @@ class Tally:
     def passed(self, max_relative: float, min_agreement: float) -> bool:
         """Whether all outputs were finite and compared, and the two networks are as close as this."""
         agrees = self.agreement is None or self.agreement >= min_agreement
-        all_finite = not self.not_finite and not self.reference_not_finite
-        compared = self.problem is None and self.samples > 0
-        return compared and all_finite and self.max_relative <= max_relative and agrees
+        return self.complete and self.max_relative <= max_relative and agrees
 
     @property
     def note(self) -> str | None:
@@ -126,6 +144,30 @@ class Tally:
         if labels is not None:
             self.correct = (self.correct or 0) + int((found == labels).sum())
             self.reference_correct = (self.reference_correct or 0) + int((expected == labels).sum())
+            self.lost += int(((expected == labels) & (found != labels)).sum())
+            self.gained += int(((expected != labels) & (found == labels)).sum())
+
+
+@dataclass
+class _Error:
+    """Squared differences of one output, and the range of the reference's values."""
+
+    squares: float = 0.0
+    count: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+
+    def add(self, expected: Array, difference: Array) -> None:
+        with np.errstate(over="ignore"):
+            self.squares += float(np.square(difference).sum())
+        self.count += difference.size
+        finite_values = expected.astype(np.float64)[np.isfinite(expected.astype(np.float64))]
+        self.low = min(self.low, float(finite_values.min(initial=math.inf)))
+        self.high = max(self.high, float(finite_values.max(initial=-math.inf)))
+
+    @property
+    def of_range(self) -> float:
+        return relative(math.sqrt(self.squares / self.count), self.high - self.low) if self.count else 0.0
 
 
 def has_classes(output: Array) -> bool:

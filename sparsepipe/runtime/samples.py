@@ -31,10 +31,15 @@ class Batch:
 
     def only(self, sample: int) -> dict[str, Array]:
         """The inputs of one sample, as a batch of one."""
+        return self._rows(slice(sample, sample + 1))
+
+    def head(self, count: int) -> dict[str, Array]:
+        """The inputs of the first samples, at most `count`."""
+        return self._rows(slice(count))
+
+    def _rows(self, chosen: slice) -> dict[str, Array]:
         size = len(next(iter(self.inputs.values())))
-        return {
-            name: value[sample : sample + 1] if len(value) == size else value for name, value in self.inputs.items()
-        }
+        return {name: value[chosen] if len(value) == size else value for name, value in self.inputs.items()}
 
 
 @dataclass(frozen=True)

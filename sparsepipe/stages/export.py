@@ -26,7 +26,7 @@ from sparsepipe.graph.universal import rewrite
 from sparsepipe.plugins import is_plugin
 from sparsepipe.progress import bar
 from sparsepipe.runtime import session
-from sparsepipe.spec import SPEC_FILE, ModelSpec
+from sparsepipe.spec import CALIBRATION_KEY, SPEC_FILE, ModelSpec
 from sparsepipe.stages.fit import check_fit
 
 if TYPE_CHECKING:
@@ -221,7 +221,10 @@ def _write(
         **_versions("onnx"),
         "sparsepipe.version": package_versions()["sparsepipe"],
         "sparsepipe.sparsity": f"{total:.6f}",
+        "sparsepipe.precision": config.precision,
     }
+    if plan.int8 is not None and config.calibrate is not None:
+        common[CALIBRATION_KEY] = config.calibrate.model_dump_json()
     advance(note="checking")
     files: dict[str, bytes] = {}
     for target in _targets(config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,15 +15,17 @@ from sparsepipe.artefact import Artefact, draft, write_json
 from sparsepipe.benchmark.statistics import wilson
 from sparsepipe.data.dataset import Dataset
 from sparsepipe.data.registry import SOURCES
-from sparsepipe.errors import ArtefactError, DataError, GraphError, SparsepipeError
+from sparsepipe.errors import ArtefactError, DataError, GraphError, RecipeError, SparsepipeError
 from sparsepipe.progress import track
-from sparsepipe.recipe import Choice, NamedChoice, Recipe, Shapes, Validation
+from sparsepipe.quantization.noise import is_quantised
+from sparsepipe.recipe import Choice, NamedChoice, Recipe, Shapes, Validation, check
 from sparsepipe.runtime import library_path
 from sparsepipe.runtime.compare import Divergence, Tally, finite, first_divergence, has_classes
 from sparsepipe.runtime.inputs import Input, aligned, merge, rename, sized
 from sparsepipe.runtime.network import OnnxNetwork
 from sparsepipe.runtime.samples import Batch, Samples, labelled_samples, random_samples
-from sparsepipe.spec import ModelSpec
+from sparsepipe.spec import CALIBRATION_KEY, ModelSpec
+from sparsepipe.stages import int8_verdict
 from sparsepipe.stages.reference import (
     DENSE_TARGET,
     NETWORK_STAGES,
@@ -147,8 +150,11 @@ class _Trial:
     network: OnnxNetwork
     tally: Tally = field(default_factory=Tally)
     worst: dict[str, Any] = field(default_factory=dict)
+    first: dict[str, Any] = field(default_factory=dict)
+    """Some samples, for a closer look."""
 
     def add(self, batch: Batch, expected: Sequence[Any], samples: Samples) -> None:
+        self.first = self.first or (batch.inputs if samples.fixed else batch.head(int8_verdict.TRACED))
         found = self.network.run(rename(batch.inputs, samples.inputs, self.network.inputs))
         sample = self.tally.add(expected, batch.outputs(found), batch.labels)
         if sample is not None or not self.worst:
@@ -161,7 +167,9 @@ def _validate(candidates: Sequence[OnnxNetwork], reference: Reference, config: V
     for candidate in candidates:
         taken = merge(taken, candidate.inputs)
     taken = sized(taken, config.input)
-    material = _material(taken, [*candidates, network], reference.spec, config)
+    known = reference.spec.data if reference.spec else None
+    known = known or next((data for data in map(_calibration_data, candidates) if data), None)
+    material = _material(taken, [*candidates, network], reference.spec, known, config)
     samples, trials = material.samples, [_Trial(candidate) for candidate in candidates]
     for batch in track(samples, "Validating", len(samples)):
         expected = batch.outputs(network.run(rename(batch.inputs, samples.inputs, network.inputs)))
@@ -187,26 +195,39 @@ def _ways_to_run(path: Path) -> list[OnnxNetwork]:
     return [network, OnnxNetwork(path, library=False)]
 
 
+def _calibration_data(network: OnnxNetwork) -> Choice | None:
+    """The dataset that an int8 file says it was calibrated on."""
+    text = network.metadata.get(CALIBRATION_KEY)
+    try:
+        return check(Choice, json.loads(text), where=network.name) if text else None
+    except (ValueError, RecipeError) as error:
+        raise GraphError(f"The metadata '{CALIBRATION_KEY}' is damaged: {error}.", where=network.name) from error
+
+
 def _material(
-    taken: Sequence[Input], networks: Sequence[Network], spec: ModelSpec | None, config: ValidateConfig
+    taken: Sequence[Input],
+    networks: Sequence[Network],
+    spec: ModelSpec | None,
+    known: Choice | None,
+    config: ValidateConfig,
 ) -> _Material:
-    """The test split of the configured dataset, or of the one that the spec names, or random inputs."""
+    """The test split of the configured dataset, or of the one that a file names, or random inputs."""
     if config.data is not None:
         return _test_split(config.data, taken, spec, config)
-    if spec is None or spec.data is None:
+    if known is None:
         note = "no dataset is known, so random inputs were compared, and there is no accuracy"
         return _random(taken, networks, config, note)
-    if spec.data.name.partition(":")[0] not in SOURCES_AT_HAND:
+    if known.name.partition(":")[0] not in SOURCES_AT_HAND:
         note = (
-            f"the dataset '{spec.data.name}' of the file's metadata is code or a download, which is used only if you "
+            f"the dataset '{known.name}' of the file's metadata is code or a download, which is used only if you "
             "name it; random inputs were compared, and there is no accuracy"
         )
         return _random(taken, networks, config, note)
     try:
-        return _test_split(spec.data, taken, spec, config)
+        return _test_split(known, taken, spec, config)
     except SparsepipeError as error:
         note = (
-            f"the dataset '{spec.data.name}' of the file's metadata cannot be used ({error}); random inputs were "
+            f"the dataset '{known.name}' of the file's metadata cannot be used ({error}); random inputs were "
             "compared, and there is no accuracy"
         )
         return _random(taken, networks, config, note)
@@ -274,14 +295,9 @@ def _check_classes(outputs: Sequence[Any], material: _Material) -> None:
 
 
 def _row(trial: _Trial, network: Network, taken: Sequence[Input], config: ValidateConfig) -> dict[str, Any]:
-    tally, divergence = trial.tally, None
-    passed = tally.passed(config.max_relative, config.min_agreement)
-    notes = [tally.note]
-    if not passed:
-        try:
-            divergence = _first_divergence(trial, network, taken, config.max_relative)
-        except GraphError as error:
-            notes.append(f"The layers cannot be looked at: {error}")
+    tally = trial.tally
+    judged = _judge_int8 if is_quantised(trial.network.model) else _judge
+    passed, facts, notes = judged(trial, network, taken, config)
     return {
         "file": trial.network.name,
         "reference": network.name,
@@ -292,9 +308,38 @@ def _row(trial: _Trial, network: Network, taken: Sequence[Input], config: Valida
         "passed": passed,
         "accuracy": _accuracy(tally.correct, tally.samples),
         "reference_accuracy": _accuracy(tally.reference_correct, tally.samples),
-        "first_divergence": asdict(divergence) if divergence else None,
-        "note": " ".join(note for note in notes if note) or None,
+        **facts,
+        "note": " ".join(note for note in (tally.note, *notes) if note) or None,
     }
+
+
+_Judgement = tuple[bool, dict[str, Any], list[str]]
+
+
+def _judge(trial: _Trial, network: Network, taken: Sequence[Input], config: ValidateConfig) -> _Judgement:
+    """An fp32 file, by its values and classes; where it fails, the first layer that diverges."""
+    passed, divergence, notes = trial.tally.passed(config.max_relative, config.min_agreement), None, []
+    if not passed:
+        try:
+            divergence = _first_divergence(trial, network, taken, config.max_relative)
+        except GraphError as error:
+            notes.append(f"The layers cannot be looked at: {error}")
+    return passed, {"precision": "fp32", "first_divergence": asdict(divergence) if divergence else None}, notes
+
+
+def _judge_int8(trial: _Trial, network: Network, taken: Sequence[Input], config: ValidateConfig) -> _Judgement:
+    """A quantised file, by its accuracy and the noise that it adds, and the layers that add most."""
+    passed, facts, notes = int8_verdict.judge(trial.tally, config)
+    if not passed and trial.tally.correct is None:
+        notes.append(
+            "Activations that random inputs cause may lie outside of the ranges that were calibrated: name a dataset."
+        )
+    worst: list[dict[str, Any]] = []
+    try:
+        worst = int8_verdict.layers(trial.network, network, trial.first, taken)
+    except GraphError as error:
+        notes.append(f"The layers cannot be looked at: {error}")
+    return passed, {"precision": "int8", "first_divergence": None, **facts, "noisiest_layers": worst}, notes
 
 
 def _first_divergence(trial: _Trial, network: Network, taken: Sequence[Input], tolerance: float) -> Divergence | None:

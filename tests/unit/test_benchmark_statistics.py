@@ -133,3 +133,20 @@ def test_the_median_needs_six_blocks_for_an_interval() -> None:
     blocks = [np.arange(10.0)] * 6
     assert statistics.median(blocks[:5], seed=0) is None
     assert statistics.median(blocks, seed=0) == statistics.median(blocks, seed=0)
+
+
+def test_the_interval_of_a_paired_difference_covers_the_true_one() -> None:
+    """By simulation: 95% of intervals hold the difference that the samples were drawn with."""
+    random = np.random.default_rng(0)
+    lost, gained, samples = 0.05, 0.02, 400
+    cells = random.multinomial(samples, [lost, gained, 1 - lost - gained], size=2000)
+    found = [statistics.paired_difference(int(one), int(two), samples) for one, two, _ in cells]
+    assert all(one.low <= one.value <= one.high for one in found)
+    covered = np.mean([one.low <= lost - gained <= one.high for one in found])
+    assert 0.93 < covered < 0.975
+
+
+def test_a_paired_difference_of_nothing_is_zero_with_an_interval() -> None:
+    none = statistics.paired_difference(0, 0, 1000)
+    assert none.value == 0
+    assert -0.003 < none.low < 0 < none.high < 0.003
