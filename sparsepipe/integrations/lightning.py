@@ -58,7 +58,8 @@ class SparseCallback(Callback):
                 "on_save_checkpoint.",
             )
         if self._state is None and self._sparsifier is not None and pl_module is self._module:
-            self._state = self._sparsifier.state_dict()
+            # Another training of the same module, with schedules of its own.
+            self._state = {**self._sparsifier.state_dict(), "total_steps": self._steps(trainer)}
         self._sparsifier = Sparsifier(
             pl_module,
             trainer.optimizers[0],

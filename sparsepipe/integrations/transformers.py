@@ -72,7 +72,8 @@ class SparseCallback(TrainerCallback):
         if state.global_step:
             saved = _read(Path(self._checkpoint or _folder(args, state)))
         elif self._sparsifier is not None and model is self._model:
-            saved = self._sparsifier.state_dict()
+            # Another training of the same model, with schedules of its own.
+            saved = {**self._sparsifier.state_dict(), "total_steps": state.max_steps}
         self._model = model
         self._sparsifier = Sparsifier(
             model, optimizer, self.method, total_steps=state.max_steps, state=saved, **self._settings

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from sparsepipe.errors import ArtefactError, ModelError, RecipeError
+from sparsepipe.errors import ModelError, RecipeError
 from sparsepipe.sparsity import options
+from sparsepipe.sparsity import state as saved
+from sparsepipe.sparsity.gradients import refuse_scaled
 from sparsepipe.sparsity.history import MaskHistory
-from sparsepipe.sparsity.masks import MaskSet, unpack_mask
+from sparsepipe.sparsity.masks import MaskSet
 from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.replicas import Replicas, refuse_sharded
 from sparsepipe.sparsity.weights import maskable, same_weights, unwrapped
 
 log = logging.getLogger("sparsepipe")
-
-STATE_KEYS = ("step", "rounds", "seed", "method", "shapes", "masks", "counters", "averages", "reasons", "nonzero")
 
 
 class Sparsifier:
@@ -80,7 +80,9 @@ class Sparsifier:
         self.step = 0
         """Optimizer steps taken so far."""
         refuse_sharded(model)
-        weights = maskable(unwrapped(model), optimizer)
+        self._model = unwrapped(model)
+        self._groups = len(optimizer.param_groups)
+        weights = maskable(self._model, optimizer)
         self._replicas = Replicas(process_group)
         self._check_every = options.count("check_every", check_every)
         with torch.no_grad():
@@ -96,7 +98,7 @@ class Sparsifier:
                 with self._network.preserved():
                     method.attach(self._network)
                 self.load_state_dict(state)
-                self._check_weights_are_loaded()
+                saved.check_weights_are_loaded(self._network)
             self._replicas.compare(self._network, self.step)
         self._take_place()
         # A compiled `optimizer.step` leaves its graph for them: traced, they would be compiled anew at every step.
@@ -177,7 +179,8 @@ class Sparsifier:
 
         Without it clipping works on the dense gradient, whose norm is mostly that of inactive weights, and the
         absolute bonus of DST-EE is compared with clipped gradients. It belongs between `backward` (with a `GradScaler`,
-        `unscale_`) and the clipping, in every step.
+        `unscale_`) and the clipping, in every step. Without `unscale_` the step is an error, if it is one whose
+        gradients the method uses.
         """
         self._take_gradients(scale=None)
         self._prepared = True
@@ -201,20 +204,7 @@ class Sparsifier:
 
         Masks are bits, counters int16. Load it into a Sparsifier made with the same method for the same model.
         """
-        masks = self.mask_set
-        return {
-            "step": self.step,
-            "rounds": masks.rounds,
-            "seed": self._network.seed,
-            "method": self.method.describe(),
-            "shapes": {name: list(shape) for name, shape in masks.shapes().items()},
-            "masks": masks.pack(),
-            "counters": {name: counter.clone() for name, counter in masks.counters.items()},
-            "averages": {name: average.clone() for name, average in self._network.averages.items()},
-            "reasons": dict(masks.reasons),
-            "nonzero": {name: self._nonzero(name) for name in masks.counters},
-            "history": None if self.history is None else self.history.state_dict(),
-        }
+        return saved.of(self._network, self.method, self.step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`. Load the model and the optimizer after making the Sparsifier, not before.
@@ -224,28 +214,10 @@ class Sparsifier:
         Raises:
             ArtefactError: the state is of another model or of other options; the message names the first difference.
         """
-        self._refuse_other(state)
-        tensors = self._network.tensors
-        for name in self.mask_set.counters.keys() - state["counters"].keys():
-            self.mask_set.make_dense(tensors[name], name)
-        for name, counter in state["counters"].items():
-            weight, mask = tensors[name], unpack_mask(name, state["masks"][name], tuple(state["shapes"][name]))
-            self.mask_set.change(weight, name, mask.to(weight.device))
-            self.mask_set.counters[name].copy_(counter)
-        self._network.averages = {
-            name: torch.empty_like(tensors[name], dtype=average.dtype).copy_(average)
-            for name, average in state["averages"].items()
-        }
-        self.mask_set.reasons = dict(state["reasons"])
-        self.mask_set.rounds = int(state["rounds"])
+        saved.refuse_other(state, self._network, self.method)
+        saved.restore(state, self._network)
         self.step = int(state["step"])
-        self._network.seed = int(state["seed"])
         self._expected_nonzero = dict(state["nonzero"])
-        history = state.get("history")
-        if self.history is not None or history is not None:
-            self._network.history = MaskHistory(self.mask_set, self.step)
-            if history is not None:
-                self._network.history.load_state_dict(history)
 
     def _take_place(self) -> None:
         """Two masks of one weight would leave what both keep: fewer weights than either says."""
@@ -259,6 +231,16 @@ class Sparsifier:
                 log.warning("Another Sparsifier of the same weights ends after its step %d.", other.step)
         self._at_work.add(self)
 
+    def _warn_of_added(self, optimizer: Optimizer) -> None:
+        self._groups = len(optimizer.param_groups)
+        added = [name for name in maskable(self._model, optimizer) if name not in self._network.weights]
+        if added:
+            log.warning(
+                "%s: added to the optimizer after the Sparsifier was made, so dense and not counted. For a sparse one, "
+                "make another Sparsifier once all groups are there; it takes the place of this one.",
+                ", ".join(map(repr, added)),
+            )
+
     def _leave(self) -> None:
         self._at_work.discard(self)
         for hook in self._hooks:
@@ -267,16 +249,20 @@ class Sparsifier:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if len(optimizer.param_groups) != self._groups:
+            self._warn_of_added(optimizer)
         # args[0] is the optimizer itself; a closure computes the gradients only inside the step.
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._around(kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):
             return (args[0], self._around(args[1]), *args[2:]), kwargs
         # GradScaler leaves unscaling and skipping to optimizers that can do both themselves (fused ones).
-        found_inf = getattr(optimizer, "found_inf", None)
+        found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         self._skipped = found_inf is not None and bool(found_inf)
-        if not self._prepared and not self._skipped:
-            self._take_gradients(getattr(optimizer, "grad_scale", None))
+        if self._prepared:
+            refuse_scaled(self._network, scale)
+        elif not self._skipped:
+            self._take_gradients(scale)
         return None
 
     def _around(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -296,7 +282,8 @@ class Sparsifier:
     def _take_gradients(self, scale: Tensor | None) -> None:
         """Keep the dense gradients if this step's update needs them, then mask those that the optimizer will see."""
         if self._expected_nonzero:
-            self._check_weights_were_loaded_last()
+            saved.check_weights_were_loaded_last(self._network, self._expected_nonzero)
+            self._expected_nonzero = {}
         network = self._network
         network.gradients.clear()
         if self.method.needs_gradients(network, self.step + 1):
@@ -320,54 +307,3 @@ class Sparsifier:
                 if rounds % self._check_every == 0:
                     self._replicas.compare(self._network, self.step)
         self._network.gradients.clear()
-
-    def _refuse_other(self, state: Mapping[str, Any]) -> None:
-        missing = [key for key in STATE_KEYS if key not in state]
-        if missing:
-            raise ArtefactError(
-                f"It is not the state of a Sparsifier: there is no {', '.join(map(repr, missing))}.",
-                where="sparsifier state",
-                advice="Give what Sparsifier.state_dict() returned; model and optimizer have states of their own.",
-            )
-        shapes = {name: list(shape) for name, shape in self.mask_set.shapes().items()}
-        for what, ours, theirs in (
-            ("option", self.method.describe(), state["method"]),
-            ("shape of", shapes, state["shapes"]),
-        ):
-            for key in [*theirs, *ours]:
-                if ours.get(key) != theirs.get(key):
-                    raise ArtefactError(
-                        f"The checkpoint was made with another {what} '{key}': "
-                        f"{theirs.get(key, 'none')} there, {ours.get(key, 'none')} here.",
-                        where="sparsifier state",
-                        advice="Resume with the model and the recipe that the checkpoint was made with.",
-                    )
-
-    def _nonzero(self, name: str) -> int:
-        return int(self._network.weights[name].parameter.count_nonzero())
-
-    def _check_weights_were_loaded_last(self) -> None:
-        """Making a Sparsifier cuts the weights to its first masks, so weights loaded before that are spoilt."""
-        expected, self._expected_nonzero = self._expected_nonzero, {}
-        for name, count in expected.items():
-            weight = self._network.weights[name].parameter
-            found = int((weight * self.mask_set[name]).count_nonzero())
-            if found < count // 2:
-                raise ArtefactError(
-                    f"Only {found} of {count} weights are left in '{name}': the model was loaded too early.",
-                    where="sparsifier state",
-                    advice="Make the Sparsifier first, then load the model, the optimizer and the Sparsifier.",
-                )
-
-    def _check_weights_are_loaded(self) -> None:
-        """Weights that were saved with the state are zero wherever its masks are."""
-        for name in self.mask_set.counters:
-            weight = self._network.weights[name].parameter
-            found = int((weight * ~self.mask_set[name]).count_nonzero())
-            if found:
-                raise ArtefactError(
-                    f"{found} weights of '{name}' are not zero although the state says that they are inactive.",
-                    where="sparsifier state",
-                    advice="Load model and optimizer from the same checkpoint as the state, before making the "
-                    "Sparsifier with it.",
-                )

@@ -114,6 +114,41 @@ def test_a_state_of_another_method_or_model_is_refused_with_the_difference_named
 
 
 @pytest.mark.parametrize("given", ["to load_state_dict", "to the constructor"])
+def test_a_state_of_a_longer_training_is_refused_unless_its_steps_are_changed_on_purpose(given: str) -> None:
+    """With other total_steps all schedules jump at the resume, and updates that were over begin again."""
+    model = network()
+    optimizer = sgd(model.parameters())
+    state = Sparsifier(model, optimizer, method(), total_steps=40).state_dict()
+
+    def resume(state: dict[str, Any]) -> Sparsifier:
+        if given == "to the constructor":
+            return Sparsifier(model, optimizer, method(), total_steps=60, state=state)
+        resumed = Sparsifier(model, optimizer, method(), total_steps=60)
+        resumed.load_state_dict(state)
+        return resumed
+
+    with pytest.raises(ArtefactError, match=r"another 'total_steps': 40 there, 60 here.*total_steps=40"):
+        resume(state)
+    assert resume({**state, "total_steps": 60}).mask_set.nnz == 874
+
+
+def test_weights_that_join_the_optimizer_later_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    optimizer = sgd(model[0].parameters())
+    sparsifier = Sparsifier(model, optimizer, method(), total_steps=40)
+    train(model, optimizer, range(2))
+    optimizer.add_param_group({"params": model[1].parameters()})
+    train(model, optimizer, range(2))
+    assert not caplog.records, "a normalisation stays dense anyway"
+    optimizer.add_param_group({"params": [*model[4].parameters(), *model[6].parameters()]})
+    train(model, optimizer, range(2))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("'4.weight', '6.weight': added to the optimizer after")
+    assert list(sparsifier.masks) == ["0.weight"]
+    assert set(Sparsifier(model, optimizer, method(), total_steps=40).masks) == {"0.weight", "4.weight", "6.weight"}
+
+
+@pytest.mark.parametrize("given", ["to load_state_dict", "to the constructor"])
 def test_what_is_no_state_of_a_sparsifier_is_refused_and_changes_nothing(given: str) -> None:
     model = network()
     sparsifier = Sparsifier(model, sgd(model.parameters()), method(), total_steps=10)
