@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,6 +17,8 @@ from sparsepipe.sparsity import options
 from sparsepipe.sparsity.distribution import DISTRIBUTIONS, NAMES, apportion, global_magnitude, proportional
 from sparsepipe.sparsity.pattern import Pattern, Shape, Unstructured, parse
 from sparsepipe.sparsity.weights import Weight
+
+log = logging.getLogger("sparsepipe")
 
 OVERRIDE_KEYS = ("layers", "sparsity", "pattern", "dense")
 GIVEN = "given"
@@ -163,6 +166,8 @@ class Target:
         if override.dense:
             density, reason = 1.0, f"override '{override.layers}'"
         elif misfit:
+            if override.pattern is not None or override.sparsity is not None:
+                log.warning("'%s' stays dense in spite of the override '%s': %s.", weight.name, override.layers, misfit)
             density, reason = None, misfit
         elif policy and override.sparsity is None and (override.pattern is None or override.pattern.density is None):
             density, reason = None, policy

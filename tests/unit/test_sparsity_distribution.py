@@ -324,6 +324,25 @@ def test_bad_targets_are_refused_with_the_key_named(options: dict[str, object], 
         plan(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"overrides": [{"layers": "0", "pattern": "4x4"}]}, True),
+        ({"overrides": [{"layers": "0", "sparsity": 0.5}], "pattern": "4x4"}, True),
+        ({"overrides": [{"layers": "0", "dense": True}], "pattern": "4x4"}, False),
+        ({"pattern": "4x4"}, False),  # many layers may not fit the pattern of all: `reasons` holds them
+    ],
+)
+def test_an_override_that_a_layer_cannot_follow_is_told_with_the_layer(
+    options: dict[str, Any], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    nnz, _ = plan(**options)
+    assert nnz["0.weight"] == 8 * 3 * 9
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    expected = "'0.weight' stays dense in spite of the override '0': 3 input channels are not divisible by 4"
+    assert [text[: len(expected)] for text in told] == [expected] * warned
+
+
 def test_an_override_that_would_leave_nothing_leaves_one_weight() -> None:
     nnz, _ = plan(
         overrides=[{"layers": "0", "sparsity": 0.9999}, {"layers": "4", "sparsity": 0.9999, "pattern": "2x1"}]
