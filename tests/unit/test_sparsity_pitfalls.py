@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from sparsepipe.errors import ModelError
 from sparsepipe.sparsity.distribution import erk
 from sparsepipe.sparsity.drop_grow import DropGrow
 from sparsepipe.sparsity.masks import MaskSet
@@ -358,6 +360,54 @@ def test_11_scores_are_unscaled_and_a_skipped_step_counts_for_nothing(name: str,
     assert digests[0] == digests[1]
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw fused"])
+@pytest.mark.parametrize("clipped", [False, True])
+def test_11_gradients_taken_before_they_are_unscaled_are_refused(
+    name: str, clipped: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their scores are 65,536 times too large. Clipping hides the scale, except from a fused optimizer."""
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    sparsifier = Sparsifier(model, optimizer, dst_ee(), total_steps=20)
+    scaler = torch.amp.GradScaler("cpu")
+    seen = None
+    for step in range(4):  # the fourth has the first update
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        sparsifier.prepare_gradients()
+        if clipped:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        try:
+            scaler.step(optimizer)
+        except ModelError as error:
+            seen = error
+        scaler.update()
+    assert sparsifier.step == 3 + (seen is None)
+    if clipped and "fused" not in name:
+        assert seen is None
+        assert "call scaler.unscale_(optimizer) before prepare_gradients()" in caplog.text
+    else:
+        assert "divided by 65536 after prepare_gradients()" in str(seen)
+
+
+@pytest.mark.parametrize("norm", [1e-3, 1e3])
+def test_11_clipping_after_unscaling_is_no_error_however_hard(norm: float, caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    optimizer = sgd(model.parameters())
+    sparsifier = Sparsifier(model, optimizer, dst_ee(update_every=1), total_steps=20)
+    scaler = torch.amp.GradScaler("cpu")
+    for step in range(12):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        scaler.unscale_(optimizer)
+        sparsifier.prepare_gradients()
+        nn.utils.clip_grad_norm_(model.parameters(), norm)
+        scaler.step(optimizer)
+        scaler.update()
+    assert sparsifier.step == sparsifier.mask_set.rounds == 12
+    assert not caplog.records
+
+
 def test_12_a_scaled_loss_leaves_rigl_unchanged_and_dst_ee_only_with_a_scaled_or_relative_c() -> None:
     shared: dict[str, Any] = {"sparsity": 0.8, "update_every": 5}
     digests = [trained(RigL(**shared), scale=k)[1].mask_set.digest() for k in (1.0, 1024.0)]
@@ -586,34 +636,75 @@ def test_22_a_state_holds_masks_as_bits_and_counters_as_int16_that_never_wrap() 
     assert int(state["counters"]["weight"].max()) == 32_767
 
 
-def test_23_the_epoch_is_selected_on_samples_held_out_from_training_and_never_on_the_test_split() -> None:
+def test_23_the_epoch_is_selected_on_samples_held_out_from_training_and_the_test_split_is_read_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every sample is known by its two first pixels, so that what was read, when and for what is seen.
+
+    The labels are noise: the training accuracy rises to the end, while the validation accuracy has its best epoch
+    somewhere, and the test accuracy elsewhere.
+    """
     pytest.importorskip("lightning_fabric")
+    from sparsepipe import data
+    from sparsepipe.artefact import draft
     from sparsepipe.data import ArraySplit, Dataset
     from sparsepipe.recipe import parse
     from sparsepipe.spec import Preprocessing
-    from sparsepipe.stages.assembly import assemble
+    from sparsepipe.stages import trainer
+    from sparsepipe.stages.assembly import Assembly
     from sparsepipe.stages.train import TrainConfig
     from sparsepipe.training.device import fabric
-
-    class Untouchable:
-        def __len__(self) -> int:
-            return 30
-
-        def __getattr__(self, name: str) -> Any:
-            raise AssertionError("training looked at the test split")
+    from sparsepipe.training.loop import Epoch, Loop
 
     generator = np.random.default_rng(0)
-    images = ArraySplit(generator.integers(0, 255, (60, 8, 8, 1), np.uint8), np.arange(60) % 3)
-    untouchable: Any = Untouchable()
-    preprocessing = Preprocessing(scale=1 / 255, mean=(0.5,), std=(0.5,))
-    dataset = Dataset("own", ("a", "b", "c"), images, untouchable, (1, 8, 8), preprocessing)
-    table = {"model": "mlp", "data": "own", "train": {"epochs": 2, "batch_size": 8, "validation": 0.2}}
-    training = assemble(TrainConfig.from_recipe(parse(table)), dataset, fabric("cpu", "fp32"))
-    training.loop.run(on_step=lambda: None, on_epoch=lambda epoch: None)
-    assert training.loop.best is not None
-    scored = sum(len(labels) for _, labels in training.validation)
-    assert scored == 12
-    assert training.loop.total_steps == 2 * (48 // 8)
+    pixels = generator.integers(0, 255, (90, 6, 6, 1), np.uint8)
+    pixels[:, 0, 0, 0] = np.arange(90)
+    labels = generator.integers(0, 3, 90)
+    splits = ArraySplit(pixels[:60], labels[:60]), ArraySplit(pixels[60:], labels[60:])
+    dataset = Dataset("own", ("a", "b", "c"), *splits, (1, 6, 6), Preprocessing(scale=1.0, mean=(0.0,), std=(1.0,)))
+    monkeypatch.setattr(data, "load", lambda *_: dataset)
+    log: list[tuple[str, set[int]]] = []
+    loops: list[Loop] = []
+    epochs: list[Epoch] = []
+
+    def watched(*arguments: Any) -> Assembly:
+        training = assemble(*arguments)
+        loops.append(training.loop)
+        training.loop.model.register_forward_pre_hook(
+            lambda model, inputs: log.append(
+                ("train" if model.training else "evaluate", {round(value) for value in inputs[0][:, 0, 0, 0].tolist()})
+            )
+        )
+        finish = training.loop._finish
+        monkeypatch.setattr(training.loop, "_finish", lambda *given: epochs.append(finish(*given)) or epochs[-1])
+        return training
+
+    assemble = trainer.assemble
+    monkeypatch.setattr(trainer, "assemble", watched)
+    table = {
+        "model": "mlp",
+        "data": "own",
+        "method": {"name": "dense"},
+        "optimizer": {"name": "sgd", "lr": 0.01},
+        "train": {"epochs": 8, "batch_size": 8, "validation": 0.4},
+    }
+    config = TrainConfig.from_recipe(parse(table))
+    with draft(tmp_path / "out", "train", config, {}, resumable=True) as building:
+        trainer.train(config, fabric("cpu", "fp32"), building, {}, None)
+
+    (loop,) = loops
+    trained = set().union(*(samples for kind, samples in log if kind == "train"))
+    looked_at = [samples for kind, samples in log if kind == "evaluate"]
+    held_out = set(range(60)) - trained
+    assert len(trained) == 36
+    assert looked_at[:8] == [held_out] * 8, "each epoch is scored on what was held out, and on all of it"
+    assert looked_at[8:] == [held_out, set(range(60, 90))], "the test split is read once, after the selection"
+    assert max(at for at, (kind, _) in enumerate(log) if kind == "train") < len(log) - 3
+    accuracies = [epoch.validation.accuracy for epoch in epochs]
+    assert loop.best is not None
+    assert accuracies[loop.best["epoch"] - 1] == max(accuracies)
+    assert accuracies[-1] < max(accuracies), "the last epoch is not the best one by accident"
+    assert max(range(8), key=lambda at: epochs[at].train.accuracy) + 1 != loop.best["epoch"]
 
 
 def test_24_masks_weights_and_state_change_in_place_and_keep_their_layout() -> None:

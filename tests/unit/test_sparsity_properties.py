@@ -13,6 +13,7 @@ from sparse_bench import OPTIMIZERS
 from torch import Tensor, nn
 
 from sparsepipe.errors import RecipeError
+from sparsepipe.sparsity import registry
 from sparsepipe.sparsity.drop_grow import DropGrow
 from sparsepipe.sparsity.methods.dsr import DSR
 from sparsepipe.sparsity.methods.dst_ee import DSTEE
@@ -30,10 +31,20 @@ PATTERNS = st.sampled_from(
     ["unstructured"] * 3 + ["2x1", "4x1", "1x4", "2x2", "2x4", "4x4", "1:4", "2:4", "channel", "constant-fan-in"]
 )
 SCHEDULES = st.one_of(
-    st.builds(lambda p, name: {"drop_fraction": p, "drop_schedule": name}, st.floats(0, 1), st.just("constant")),
-    st.builds(lambda p, name: {"drop_fraction": p, "drop_schedule": name}, st.floats(0, 1), st.just("cosine")),
+    st.builds(
+        lambda p, name: {"drop_fraction": p, "drop_schedule": name},
+        st.floats(0, 1),
+        st.sampled_from(["constant", "cosine", "linear"]),
+    ),
     st.just({"drop_fraction": lambda step: (step % 7) / 6}),
 )
+OWN: dict[str, st.SearchStrategy[Any]] = {
+    "c": st.sampled_from([0.0, 1e-5, 1e-2, 1.0, 1e30]),
+    "eps": st.sampled_from([1e-30, 1e-5, 1.0, 1e6]),
+    "relative_c": st.booleans(),
+    "momentum": st.sampled_from([0.0, 0.5, 0.9, 0.999]),
+}
+"""Options that only some methods take, each with its extremes."""
 GRADIENTS: dict[str, Callable[[int, Tensor], Tensor]] = {
     "normal": lambda t, mask: torch.randn(mask.shape, generator=torch.Generator().manual_seed(t)),
     "zero": lambda t, mask: torch.zeros(mask.shape),
@@ -74,6 +85,7 @@ class Layers(nn.Module):
     st.booleans(),
     st.lists(st.sampled_from(sorted(GRADIENTS)), min_size=1, max_size=4),
     st.sampled_from(sorted(set(OPTIMIZERS) - {"adafactor"})),
+    st.fixed_dictionaries(OWN),
 )
 def test_1000_updates_keep_every_count_and_every_zero(
     make: Callable[..., DropGrow],
@@ -87,8 +99,10 @@ def test_1000_updates_keep_every_count_and_every_zero(
     exclude: bool,
     gradients: list[str],
     optimizer: str,
+    own: dict[str, Any],
 ) -> None:
     shape = parse(pattern)
+    taken = registry.options_of(make.name)  # type: ignore[attr-defined]
     method = make(
         sparsity=1 - shape.n / shape.m if isinstance(shape, NM) else sparsity,
         pattern=pattern,
@@ -99,6 +113,7 @@ def test_1000_updates_keep_every_count_and_every_zero(
         drop_scope=drop_scope,
         exclude_just_dropped=exclude,
         **schedule,
+        **{key: value for key, value in own.items() if key in taken},
     )
     model = Layers(shapes)
     trainer = OPTIMIZERS[optimizer](model.parameters())
@@ -167,7 +182,5 @@ def test_1000_prunings_only_ever_remove_and_end_at_the_target(
 
 
 def test_a_method_of_the_family_is_in_the_property_test() -> None:
-    from sparsepipe.sparsity import registry
-
     made = [type(registry.create(info.name)) for info in registry.available()]
     assert {kind for kind in made if issubclass(kind, DropGrow)} <= set(FAMILY)
