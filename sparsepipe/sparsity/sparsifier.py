@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 from sparsepipe.errors import ModelError, RecipeError
 from sparsepipe.sparsity import options
 from sparsepipe.sparsity import state as saved
-from sparsepipe.sparsity.gradients import refuse_scaled
 from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.masks import MaskSet
 from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.replicas import Replicas, refuse_sharded
+from sparsepipe.sparsity.scaling import refuse_scaled
 from sparsepipe.sparsity.weights import maskable, same_weights, unwrapped
 
 log = logging.getLogger("sparsepipe")
