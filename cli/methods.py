@@ -16,13 +16,11 @@ def command(pattern: str, as_json: bool) -> None:
 
     found = registry.available(pattern)
     if as_json:
-        common.print_json(
-            [{"name": info.name, "summary": info.summary, "source": info.source, "exact": info.exact} for info in found]
-        )
+        common.print_json([{key: value for key, value in vars(info).items() if key != "home"} for info in found])
     elif found:
         common.print_table(
-            ["method", "exact sparsity", "what", "source"],
-            [[info.name, info.exact, info.summary, info.source] for info in found],
+            ["method", "exact sparsity", "what", "state per weight", "source"],
+            [[info.name, info.exact, info.summary, info.state, info.source] for info in found],
         )
         if pattern == "*":
             common.print_table(["distribution", "how the weights are spread over layers"], registry.SPREADS.items())

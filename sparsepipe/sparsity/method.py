@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 
 from sparsepipe.sparsity import options, scores
 from sparsepipe.sparsity.network import Network
@@ -17,11 +18,19 @@ from sparsepipe.sparsity.target import Layer, Target
 class Method:
     """A method of sparse training. It holds options only; what changes is in the `Network` that each hook is given.
 
-    `Sparsifier` calls the hooks without gradient tracking. Steps count from 1.
+    `Sparsifier` calls the hooks without gradient tracking, but for `extra_loss`. Steps count from 1. Every hook but
+    `transform_batch`, `on_epoch_end` and `epochs_multiplier` works in any loop; these three need one that asks.
+
+    Within a step the order is: forward passes with `transform_weight`; at the optimizer's step the chain rule through
+    it and the gradient of `extra_loss`; gradients kept for `needs_gradients` and `owned`; the optimizer; the optimizer
+    of the method's own variables; inactive weights to zero; `after_step`.
     """
 
     name: ClassVar[str]
     """As in the registry."""
+
+    epochs_multiplier: float = 1.0
+    """How many times longer than the recipe says to train."""
 
     @property
     def dense_gradient_every(self) -> int | None:
@@ -34,6 +43,39 @@ class Method:
     def needs_gradients(self, network: Network, step: int) -> bool:
         """Whether `network.gradients` must hold the dense gradients of `step` in `after_step`."""
         return False
+
+    def transforms(self, network: Network) -> Collection[str]:
+        """Names of the weights that go through `transform_weight` in forward passes; asked once, after `attach`."""
+        return ()
+
+    def transform_weight(self, network: Network, name: str, weight: Tensor, step: int, training: bool) -> Tensor:
+        """The tensor that forward passes of `step` compute with in the place of `weight`, of the same shape.
+
+        It has to be differentiable in `weight` and `network.variables`, and to give the same in every call of one
+        step: noise is a function of `network.seed`, the name and the step.
+        """
+        raise NotImplementedError
+
+    def extra_loss(self, network: Network, step: int) -> Tensor | None:
+        """A loss of weights and variables alone, whose gradient joins that of the batch at the step.
+
+        It is not in the loss that the loop sees and logs.
+        """
+        return None
+
+    def owned(self, network: Network) -> Collection[str]:
+        """Weights that the method itself moves, in `after_step`, by `network.gradients`; the optimizer passes over."""
+        return ()
+
+    def lr_scale(self, network: Network, step: int) -> float | None:
+        """The learning rate of `step` as a multiple of the optimizer's first one; None leaves what the loop set."""
+        return None
+
+    def transform_batch(
+        self, network: Network, model: nn.Module, inputs: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The batch to train on in the place of this one; for loops that ask `Sparsifier.transform_batch`."""
+        return inputs, labels
 
     def after_step(self, network: Network, step: int) -> None:
         """Called after optimizer step `step`, with inactive weights at zero."""
@@ -48,8 +90,8 @@ class Method:
         """Whether after `step` the masks will not change any more and the target sparsity is reached."""
         return True
 
-    def metrics(self, network: Network, step: int) -> dict[str, float]:
-        """Figures worth logging that only this method knows."""
+    def metrics(self, network: Network, step: int) -> dict[str, Any]:
+        """Figures worth logging that only this method knows; they replace those of the masks of the same name."""
         return {}
 
     def describe(self) -> dict[str, Any]:

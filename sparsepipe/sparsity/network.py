@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsepipe.sparsity.history import MaskHistory
@@ -24,17 +24,28 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Network:
     """What a method works on. Methods keep no state of their own: all of it is here."""
 
+    model: nn.Module
     weights: dict[str, Weight]
     optimizer: Optimizer
     total_steps: int
     seed: int
     masks: MaskSet = field(init=False)
+    base_lrs: list[float] = field(init=False)
+    """Of the optimizer's groups, before any schedule."""
     layers: dict[str, Layer] = field(default_factory=dict)
     """The method's plan for each weight."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """Dense gradients of the current step, where the method asked for them."""
     averages: dict[str, Tensor] = field(default_factory=dict)
     """Running averages of dense gradients, for methods that keep them; saved and restored with the rest."""
+    memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Whatever else a method remembers, as kind -> name -> tensor; saved and restored with the rest."""
+    variables: dict[str, nn.Parameter] = field(default_factory=dict)
+    """Trainable tensors of the method itself, which the model does not hold: gates, thresholds."""
+    own_optimizer: Optimizer | None = None
+    """Trains the variables, right after each step of `optimizer`."""
+    snapshots: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Earlier states of the whole model that are a result of the training, too: kind -> its state dict."""
     copies: list[dict[str, Tensor]] = field(default_factory=list)
     """The same weights in other models, as averages of this one, which are kept as sparse."""
     history: MaskHistory | None = None
@@ -42,6 +53,8 @@ class Network:
 
     def __post_init__(self) -> None:
         self.masks = MaskSet.dense(self.tensors)
+        groups = self.optimizer.param_groups
+        self.base_lrs = [float(group.get("initial_lr", group.get("lr", 0))) for group in groups]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -78,6 +91,25 @@ class Network:
         changed = self.masks[name] ^ mask
         self.masks.change(self.weights[name].parameter, name, mask)
         self._zero(name, weight=changed, state=changed)
+
+    def snapshot(self, kind: str) -> None:
+        """Keep the model as it is now."""
+        self.snapshots[kind] = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+
+    def reset_optimizer(self) -> None:
+        """Zero all floating-point state of the optimizer: momentum, moments, and the step counts of Adam."""
+        for state in self.optimizer.state.values():
+            for value in _tensors(state):
+                if value.is_floating_point():
+                    value.zero_()
+
+    def lr(self, name: str) -> float:
+        """The optimizer's present learning rate for a weight."""
+        parameter = self.weights[name].parameter
+        for group in self.optimizer.param_groups:
+            if any(each is parameter for each in group["params"]):
+                return float(group["lr"])
+        raise KeyError(name)
 
     def mask_gradients(self) -> None:
         """Zero the gradients of inactive weights, so that no optimizer gathers state for them."""

@@ -30,6 +30,10 @@ class MethodInfo:
     source: str
     exact: bool = True
     """Whether it reaches the target sparsity exactly."""
+    state: str = "mask, int16 counter"
+    """What it keeps for each weight while it trains."""
+    knob: str = ""
+    """Where it has no target sparsity: the option that makes it sparser as it grows."""
 
 
 METHODS: dict[str, MethodInfo] = {
@@ -58,6 +62,7 @@ METHODS: dict[str, MethodInfo] = {
             "sparsepipe.sparsity.methods.snfs:SNFS",
             "drop by magnitude, grow by |momentum|, most in layers of the largest momentum",
             "arXiv 1907.04840",
+            state="mask, int16 counter, float32 momentum",
         ),
         MethodInfo(
             "dsr",
@@ -88,6 +93,7 @@ METHODS: dict[str, MethodInfo] = {
             "sparsepipe.sparsity.methods.dense:Dense",
             "ordinary dense training, the baseline",
             "-",
+            state="-",
         ),
     )
 }

@@ -12,8 +12,9 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from sparsepipe.errors import ModelError, RecipeError
-from sparsepipe.sparsity import options
+from sparsepipe.sparsity import gradients, options
 from sparsepipe.sparsity import state as saved
+from sparsepipe.sparsity.forward import ForwardWeights
 from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.masks import MaskSet
 from sparsepipe.sparsity.method import Method
@@ -32,6 +33,9 @@ class Sparsifier:
     changed the masks. Gradients that were accumulated, averaged over ranks, clipped or unscaled are used as they
     arrive at the step, which is where they are complete; a step that a `GradScaler` skips counts for nothing.
 
+    Methods that learn gates or thresholds compute with other weights than the parameters hold until `freeze`: the state
+    dict of the model alone is not the network that they train, and the model must not be compiled.
+
     Weights have one Sparsifier: another one for the same optimizer takes the place of an earlier one of any of them.
 
     Args:
@@ -48,8 +52,9 @@ class Sparsifier:
 
     Raises:
         ArtefactError: `state` is of another model or of other options, or the model is not loaded.
-        ModelError: nothing can be masked, `optimizer` is none of torch's, or the parameters are sharded (FSDP). During
-            training: the processes have different masks.
+        ModelError: nothing can be masked, `optimizer` is none of torch's, the parameters are sharded (FSDP), or the
+            model is compiled and the method changes forward passes. During training: the processes have different
+            masks.
         RecipeError: `method` is none, the target cannot be reached, or an override matches no layer.
     """
 
@@ -87,8 +92,11 @@ class Sparsifier:
         self._check_every = options.count("check_every", check_every)
         with torch.no_grad():
             seed = self._replicas.share({name: weight.parameter for name, weight in weights.items()}, seed)
-        self._network = Network(weights, optimizer, options.count("total_steps", total_steps), seed)
+        steps = options.count("total_steps", total_steps)
+        self._network = Network(self._model, weights, optimizer, steps, seed)
+        self._loop_lrs: list[Any] = []
         self._skipped = False
+        self._frozen = False
         self._prepared = False
         self._expected_nonzero: dict[str, int] = {}
         with torch.no_grad():
@@ -100,6 +108,8 @@ class Sparsifier:
                 self.load_state_dict(state)
                 saved.check_weights_are_loaded(self._network)
             self._replicas.compare(self._network, self.step)
+        self._transformed = tuple(method.transforms(self._network))
+        self._forward = self._forward_weights(model) if self._transformed else None
         self._take_place()
         # A compiled `optimizer.step` leaves its graph for them: traced, they would be compiled anew at every step.
         self._hooks = [
@@ -143,6 +153,22 @@ class Sparsifier:
             history = self._network.history = MaskHistory(self.mask_set, self.step, film)
         return history
 
+    @property
+    def snapshots(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Earlier states of the model that the method kept as a second result: kind -> state dict."""
+        return self._network.snapshots
+
+    def lr_scale(self, step: int) -> float | None:
+        """The learning rate of `step` as a multiple of the optimizer's first one; None where the loop decides.
+
+        The Sparsifier sets it for the step and puts the loop's back; loops may log it.
+        """
+        return self.method.lr_scale(self._network, step)
+
+    def transform_batch(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """For methods that train on other batches than they are given: call it before each forward pass."""
+        return self.method.transform_batch(self._network, self._model, inputs, labels)
+
     def on_epoch_end(self, epoch: int) -> None:
         """For loops that have epochs: call it after each (`epoch` from 0)."""
         with torch.no_grad():
@@ -169,8 +195,15 @@ class Sparsifier:
             average: `torch.optim.swa_utils.AveragedModel(model)`, a deep copy, or the like; on any device.
 
         Raises:
-            ModelError: it lacks one of the masked weights.
+            ModelError: it lacks one of the masked weights, or the method computes with other weights than these.
         """
+        if self._forward is not None:
+            raise ModelError(
+                f"The method {self.method.name} computes with other weights than the model holds, so an average of "
+                "what the model holds is not an average of the network.",
+                where="follow",
+                advice="Train without an average of the weights (train.ema = 0).",
+            )
         with torch.no_grad():
             self._network.follow(same_weights(average, self._network.weights))
 
@@ -188,11 +221,13 @@ class Sparsifier:
     def freeze(self) -> MaskSet:
         """End sparse training: let the method finish, zero inactive weights, leave the optimizer, return the masks."""
         with torch.no_grad():
-            self.method.finalize(self._network)
+            if not self._frozen:
+                self.method.finalize(self._network)
+                self._frozen = True
             self._network.mask_weights()
             self._network.mask_copies()
         self._leave()
-        if not self.masks_final:
+        if not self.masks_final and self.step < self._network.total_steps:
             steps, sparsity = f"{self.step} of {self._network.total_steps}", f"{self.mask_set.sparsity:.2%}"
             log.warning(
                 "Fixed the masks after step %s, before %s is done: %s sparse.", steps, self.method.name, sparsity
@@ -218,6 +253,14 @@ class Sparsifier:
         saved.restore(state, self._network)
         self.step = int(state["step"])
         self._expected_nonzero = dict(state["nonzero"])
+
+    def _forward_weights(self, model: nn.Module) -> ForwardWeights:
+        network = self._network
+
+        def transform(name: str, weight: Tensor, training: bool) -> Tensor:
+            return self.method.transform_weight(network, name, weight, self.step + 1, training)
+
+        return ForwardWeights(model, {name: network.weights[name] for name in self._transformed}, transform)
 
     def _take_place(self) -> None:
         """Two masks of one weight would leave what both keep: fewer weights than either says."""
@@ -245,12 +288,15 @@ class Sparsifier:
         self._at_work.discard(self)
         for hook in self._hooks:
             hook.remove()
+        if self._forward is not None:
+            self._forward.remove()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if len(optimizer.param_groups) != self._groups:
             self._warn_of_added(optimizer)
+        self._set_lr(optimizer)
         # args[0] is the optimizer itself; a closure computes the gradients only inside the step.
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._around(kwargs["closure"])}
@@ -263,6 +309,7 @@ class Sparsifier:
             refuse_scaled(self._network, scale)
         elif not self._skipped:
             self._take_gradients(scale)
+        self._take_owned(scale)
         return None
 
     def _around(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -274,9 +321,23 @@ class Sparsifier:
             loss = closure()
             if not self._prepared:
                 self._take_gradients(scale=None)
+            self._take_owned(scale=None)
             return loss
 
         return masked_closure
+
+    def _set_lr(self, optimizer: Optimizer) -> None:
+        scale = self.lr_scale(self.step + 1)
+        if scale is not None:
+            self._loop_lrs = [group.get("lr") for group in optimizer.param_groups]
+            for group, base in zip(optimizer.param_groups, self._network.base_lrs, strict=False):
+                lr = group.get("lr")
+                group["lr"] = torch.full_like(lr, base * scale) if isinstance(lr, Tensor) else base * scale
+
+    def _put_lr_back(self, optimizer: Optimizer) -> None:
+        for group, lr in zip(optimizer.param_groups, self._loop_lrs, strict=False):
+            group["lr"] = lr
+        self._loop_lrs = []
 
     @torch.no_grad()
     def _take_gradients(self, scale: Tensor | None) -> None:
@@ -286,6 +347,7 @@ class Sparsifier:
             self._expected_nonzero = {}
         network = self._network
         network.gradients.clear()
+        gradients.complete(self.method, network, self._transformed, self.step + 1, scale)
         if self.method.needs_gradients(network, self.step + 1):
             for name in network.masks.counters:
                 gradient = network.weights[name].parameter.grad
@@ -294,10 +356,21 @@ class Sparsifier:
         network.mask_gradients()
 
     @torch.no_grad()
+    def _take_owned(self, scale: Tensor | None) -> None:
+        """Keep the gradients of weights that the method moves, clipped or not, from the optimizer."""
+        for name in self.method.owned(self._network):
+            parameter = self._network.weights[name].parameter
+            if parameter.grad is not None:
+                self._network.gradients[name] = parameter.grad if scale is None else parameter.grad / scale
+                parameter.grad = None
+
+    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._prepared = False
         if not self._skipped:
             self.step += 1
+            if self._network.own_optimizer is not None:
+                self._network.own_optimizer.step()
             self._network.mask_weights()
             rounds = self.mask_set.rounds
             self.method.after_step(self._network, self.step)
@@ -306,4 +379,5 @@ class Sparsifier:
                     self.history.end_round(self.step, self._network.gradients)
                 if rounds % self._check_every == 0:
                     self._replicas.compare(self._network, self.step)
+        self._put_lr_back(optimizer)
         self._network.gradients.clear()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsepipe.errors import ArtefactError
 from sparsepipe.sparsity.history import MaskHistory
@@ -16,13 +18,14 @@ from sparsepipe.sparsity.network import Network
 KEYS = (
     *("step", "total_steps", "rounds", "seed", "method", "shapes"),
     *("masks", "counters", "averages", "reasons", "nonzero"),
+    *("memory", "variables", "own_optimizer", "base_lrs", "snapshots"),
 )
 """What every state holds."""
 
 
 def of(network: Network, method: Method, step: int) -> dict[str, Any]:
     """Tensors and plain values: masks are bits, counters int16. They are copies."""
-    masks = network.masks
+    masks, own = network.masks, network.own_optimizer
     return {
         "step": step,
         "total_steps": network.total_steps,
@@ -33,6 +36,11 @@ def of(network: Network, method: Method, step: int) -> dict[str, Any]:
         "masks": masks.pack(),
         "counters": {name: counter.clone() for name, counter in masks.counters.items()},
         "averages": {name: average.clone() for name, average in network.averages.items()},
+        "memory": {kind: _copies(tensors) for kind, tensors in network.memory.items()},
+        "variables": _copies(network.variables),
+        "own_optimizer": None if own is None else deepcopy(own.state_dict()),
+        "base_lrs": list(network.base_lrs),
+        "snapshots": {kind: _copies(tensors) for kind, tensors in network.snapshots.items()},
         "reasons": dict(masks.reasons),
         "nonzero": {name: int(network.tensors[name].count_nonzero()) for name in masks.counters},
         "history": None if network.history is None else network.history.state_dict(),
@@ -52,6 +60,7 @@ def restore(state: Mapping[str, Any], network: Network) -> None:
         name: torch.empty_like(tensors[name], dtype=average.dtype).copy_(average)
         for name, average in state["averages"].items()
     }
+    _restore_own(state, network)
     masks.reasons = dict(state["reasons"])
     masks.rounds = int(state["rounds"])
     network.seed = int(state["seed"])
@@ -60,6 +69,36 @@ def restore(state: Mapping[str, Any], network: Network) -> None:
         network.history = MaskHistory(masks, int(state["step"]))
         if history is not None:
             network.history.load_state_dict(history)
+
+
+@torch.no_grad()
+def _restore_own(state: Mapping[str, Any], network: Network) -> None:
+    """What the method keeps beside masks and averages."""
+    weights = network.tensors
+    device = next(iter(weights.values())).device
+    network.memory = {
+        kind: {
+            # A tensor of a weight's shape gets its layout, so that sums come out in the same order as before.
+            name: torch.empty_like(weights[name], dtype=value.dtype).copy_(value)
+            if name in weights and weights[name].shape == value.shape
+            else value.to(device, copy=True)
+            for name, value in tensors.items()
+        }
+        for kind, tensors in state["memory"].items()
+    }
+    for name, value in state["variables"].items():
+        network.variables[name].copy_(value)
+    if network.own_optimizer is not None:
+        network.own_optimizer.load_state_dict(state["own_optimizer"])
+    network.snapshots = {
+        kind: {name: value.to(device, copy=True) for name, value in tensors.items()}
+        for kind, tensors in state["snapshots"].items()
+    }
+    network.base_lrs = [float(lr) for lr in state["base_lrs"]]
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def refuse_other(state: Mapping[str, Any], network: Network, method: Method) -> None:

@@ -97,7 +97,9 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
         rank=fabric.global_rank,
         world=fabric.world_size,
     )
-    total = batches.steps * settings.epochs
+    method = methods.create(config.method.name, config.method.options)
+    epochs = max(1, round(settings.epochs * method.epochs_multiplier))
+    total = batches.steps * epochs
     schedule = config.schedule
     rate = rates.create(
         schedule.name,
@@ -107,7 +109,6 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
         gamma=schedule.gamma,
     )
     macs = flops.count_macs(model, dataset.input_shape)
-    method = methods.create(config.method.name, config.method.options)
     validation = evaluation(held_out, normalise, fabric)
     sparsifier = Sparsifier(model, optimizer, method, total_steps=total, seed=config.seed)
     loop = Loop(
@@ -119,7 +120,7 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
         validation=validation,
         lr=config.optimizer.lr,
         rate=rate,
-        epochs=settings.epochs,
+        epochs=epochs,
         label_smoothing=settings.label_smoothing,
         ema=settings.ema,
     )

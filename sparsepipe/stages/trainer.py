@@ -72,8 +72,11 @@ def train(
             "validation": training.loop.evaluate(training.validation),
             "test": training.loop.evaluate(training.evaluation(dataset.test)),
         }
+        snapshots = {kind: _snapshot(training, state) for kind, state in training.sparsifier.snapshots.items()}
         if building is not None:
             _write(training, building, masks, selected, multiples, scores)
+            if snapshots:
+                building.metrics["snapshots"] = snapshots
             checkpoint.remove_older(building.folder)
 
 
@@ -141,7 +144,7 @@ def _run(training: Assembly, building: Draft | None, identity: Mapping[str, Any]
             return
         record = _record(training, epoch, _multiples(metrics))
         metrics.write(record, training.history)
-        note = f"epoch {epoch.number}/{settings.epochs}, loss {epoch.train.loss:.3f}, "
+        note = f"epoch {epoch.number}/{loop.epochs}, loss {epoch.train.loss:.3f}, "
         note += f"validation {epoch.validation.accuracy:.2%}"
         log.info("%s, sparsity %.2f%%, %.1f s", note, 100 * record["sparsity"], epoch.seconds)
 
@@ -207,7 +210,7 @@ def _record(training: Assembly, epoch: Epoch, earlier: list[float]) -> dict[str,
 def _select(training: Assembly, masks: MaskSet) -> int:
     """Put the selected weights into the network, exact zeros where masks are off; returns their epoch."""
     loop, settings = training.loop, training.config.train
-    epoch, weights = settings.epochs, loop.candidate.state_dict()
+    epoch, weights = loop.epochs, loop.candidate.state_dict()
     if settings.select == "best" and loop.best is not None:
         epoch, weights = loop.best["epoch"], loop.best["weights"]
     elif settings.select == "best":
@@ -217,6 +220,23 @@ def _select(training: Assembly, masks: MaskSet) -> int:
         for name, mask in masks.items():
             loop.model.get_parameter(name).masked_fill_(~mask, 0)
     return epoch
+
+
+def _snapshot(training: Assembly, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Scores of an earlier state of the network, which is a result of the training, too."""
+    model = training.loop.model
+    selected = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    validation = training.loop.evaluate(training.validation)
+    test = training.loop.evaluate(training.evaluation(training.dataset.test))
+    model.load_state_dict(selected)
+    masked = training.sparsifier.mask_set
+    return {
+        "test_accuracy": test.accuracy,
+        "test_correct": test.correct,
+        "validation_accuracy": validation.accuracy,
+        "sparsity": 1 - sum(int(weights[name].count_nonzero()) for name in masked) / masked.size,
+    }
 
 
 def _write(
@@ -242,6 +262,9 @@ def _write(
     ).write(building.folder)
     weights = loop.model.state_dict()
     write_tensors(building.folder / WEIGHTS_FILE, {name: value.cpu().numpy() for name, value in weights.items()})
+    for kind, state in training.sparsifier.snapshots.items():
+        arrays = {name: value.cpu().numpy() for name, value in state.items()}
+        write_tensors(building.folder / f"{kind}.safetensors", arrays)
     save_masks(building.folder / MASKS_FILE, {name: mask.cpu().numpy() for name, mask in masks.items()})
     if (film := training.history.finish()) is not None:
         bits = [frame.numpy() for frame in film.bits]

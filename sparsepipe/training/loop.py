@@ -132,7 +132,7 @@ class Loop:
         self._validation = validation
         self._lr = lr
         self._rate = rate
-        self._epochs = epochs
+        self.epochs = epochs
         self._label_smoothing = label_smoothing
         self._agree_every = AGREE_EVERY if fabric.world_size > 1 and fabric.device.type != "cpu" else 1
         self._network, self._optimizer = fabric.setup(model, optimizer, move_to_device=False)
@@ -147,7 +147,7 @@ class Loop:
 
     @property
     def total_steps(self) -> int:
-        return self._epochs * self._training.steps
+        return self.epochs * self._training.steps
 
     def run(
         self,
@@ -276,6 +276,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr * self._rate(self.step)
         self._optimizer.zero_grad()
+        inputs, labels = self.sparsifier.transform_batch(inputs, labels)
         logits = self._network(inputs)
         loss = functional.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
         position = self.step % self._training.steps
@@ -314,7 +315,8 @@ class Loop:
         self._losses.zero_()
         self._correct.zero_()
         self.seconds = time.monotonic() - self._started
-        lr = self._lr * self._rate(self.step - 1)
+        scale = self.sparsifier.lr_scale(self.step)
+        lr = self._lr * (self._rate(self.step - 1) if scale is None else scale)
         return Epoch(epoch + 1, self.step, lr, train, validation, time.monotonic() - before)
 
     def _keep_if_best(self, number: int, score: Score) -> None:
