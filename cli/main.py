@@ -20,6 +20,7 @@ VERBS = {
     "export": "Write ONNX files.",
     "validate": "Compare an ONNX file with what it was made from.",
     "bench": "Measure latency, memory and size of ONNX files, interleaved.",
+    "profile": "Show layer by layer what an ONNX file takes, and why it is not faster.",
     "report": "Write the HTML report of a run folder.",
     "inspect": "Show what a file or a folder holds, layer by layer.",
     "models": "List the networks that a recipe can name.",

@@ -28,6 +28,8 @@ _PLACEHOLDERS = {
     "#050607": "var(--surface)",
 }
 INK, GRID, SPARSE, DENSE, SURFACE = _PLACEHOLDERS
+_LIGHT = {"grid": "#d5d9df", "sparse": "#0b5cad", "dense": "#a34a00", "surface": "#ffffff"}
+"""What the page's light scheme makes of the variables, for figures that stand in no page."""
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -79,6 +81,19 @@ def to_svg(figure: Figure, name: str, alt: str) -> str:
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return ElementTree.tostring(_embeddable(buffer.getvalue(), name, alt), encoding="unicode")
+
+
+def standalone(text: str) -> str:
+    """An element of `to_svg` as a file of its own: dark on white, in the reader's font."""
+    for name, colour in _LIGHT.items():
+        text = text.replace(f"var(--{name})", colour)
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
+    width, height = size.groups() if size else ("100%", "100%")
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        'style="background: #ffffff; color: #16191d; font-family: sans-serif"'
+    )
+    return text.replace("<svg", head, 1) + "\n"
 
 
 def _embeddable(text: str, name: str, alt: str) -> ElementTree.Element:
