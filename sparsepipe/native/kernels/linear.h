@@ -24,12 +24,14 @@ SPARSEPIPE_INLINE void swap_stage(vf (&m)[kLanes]) {
   }
 }
 
+// A band of kLanes columns after the other: what is written of a band lies together, and few lines of an input whose rows
+// are a multiple of 4 kB long compete for the same set of the L1 cache.
 void transpose(const float* input, std::int64_t input_stride, std::int64_t rows, std::int64_t columns,
                float* output, std::int64_t output_stride) {
-  std::int64_t i = 0;
-  for (; i + kLanes <= rows; i += kLanes) {
-    std::int64_t j = 0;
-    for (; j + kLanes <= columns; j += kLanes) {
+  const std::int64_t whole = rows / kLanes * kLanes;
+  std::int64_t j = 0;
+  for (; j + kLanes <= columns; j += kLanes) {
+    for (std::int64_t i = 0; i < whole; i += kLanes) {
       vf m[kLanes];
       SPARSEPIPE_UNROLL
       for (int l = 0; l < kLanes; ++l) m[l] = load(input + (i + l) * input_stride + j);
@@ -40,12 +42,12 @@ void transpose(const float* input, std::int64_t input_stride, std::int64_t rows,
       SPARSEPIPE_UNROLL
       for (int l = 0; l < kLanes; ++l) store(output + (j + l) * output_stride + i, m[l]);
     }
-    for (; j < columns; ++j) {
-      for (int l = 0; l < kLanes; ++l) output[j * output_stride + i + l] = input[(i + l) * input_stride + j];
-    }
   }
-  for (std::int64_t j = 0; j < columns && i < rows; ++j) {
-    for (std::int64_t l = i; l < rows; ++l) output[j * output_stride + l] = input[l * input_stride + j];
+  for (; j < columns; ++j) {
+    for (std::int64_t i = 0; i < whole; ++i) output[j * output_stride + i] = input[i * input_stride + j];
+  }
+  for (j = 0; j < columns && whole < rows; ++j) {
+    for (std::int64_t i = whole; i < rows; ++i) output[j * output_stride + i] = input[i * input_stride + j];
   }
 }
 
