@@ -138,6 +138,7 @@ struct Scratch {
   Buffer tile, partial, stage, out;
   Buffer shared;  // of the thread that entered the kernel, read by its helpers
   std::uint64_t bit = 0;  // one of 64, in turn
+  bool backwards = false;  // the direction in which the last layer went through its tiles
 };
 Scratch& scratch();
 

@@ -286,11 +286,16 @@ class SparseConv final : public Kernel {
       std::fill_n(shared + tiles * tile_size, g.lanes, 0.0f);
     }
 
-    call.parallel(static_cast<std::size_t>(tiles * chunks), [&](std::size_t task) {
+    // Every other layer goes backwards: it begins with what the one before it left in the L2 cache.
+    const bool backwards = scratch().backwards = !scratch().backwards;
+    const std::int64_t tasks = tiles * chunks;
+    call.parallel(static_cast<std::size_t>(tasks), [&](std::size_t position) {
       Scratch& mine = scratch();
       seen.fetch_or(mine.bit, std::memory_order_relaxed);
-      const std::int64_t index = static_cast<std::int64_t>(task) / chunks;
-      const std::int64_t chunk = static_cast<std::int64_t>(task) % chunks;
+      const std::int64_t task = backwards ? tasks - 1 - static_cast<std::int64_t>(position)
+                                          : static_cast<std::int64_t>(position);
+      const std::int64_t index = task / chunks;
+      const std::int64_t chunk = task % chunks;
       const std::int64_t image = index / g.tiles;
       const std::int64_t tile = index % g.tiles;
       const Targets where = targets(g, tile);
@@ -325,8 +330,9 @@ class SparseConv final : public Kernel {
         const std::int64_t last = plan.weight.last_channel(b);
         if (!packs) {
           args.x = source + first * in_plane + tile * g.tile_floats();
-          if (prefetch_input && tile + 1 < g.tiles) {
-            args.next = args.x + g.tile_floats();
+          const std::int64_t next = backwards ? tile - 1 : tile + 1;
+          if (prefetch_input && next >= 0 && next < g.tiles) {
+            args.next = source + first * in_plane + next * g.tile_floats();
             args.next_stride = in_plane;
             args.next_channels = last - first;
             args.next_channels_per_row = ceil_div(last - first, args.row_end - args.row_begin);
