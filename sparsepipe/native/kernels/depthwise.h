@@ -88,6 +88,7 @@ struct Columns {
   std::int64_t first;
   __mmask16 mask[3];
 
+  Columns() = default;
   Columns(std::int64_t first, std::int64_t width) : first(first) {
     for (int j = 0; j < 3; ++j) {
       const std::int64_t from = first + (S == 1 ? j : 16 * j);
@@ -112,10 +113,16 @@ struct Columns {
 template <int R, int S>
 SPARSEPIPE_INLINE void plane_rows(const PlanesArgs& a, const float* plane, const vf (&w)[9], vf bias, float* y,
                                   std::int64_t row, std::int64_t column, const Columns<S>& columns, __mmask16 stored,
-                                  const Bounds& bounds, bool curved) {
+                                  const Bounds& bounds, bool curved, bool large) {
   vf sum[R];
   SPARSEPIPE_UNROLL
   for (int r = 0; r < R; ++r) sum[r] = bias;
+  SPARSEPIPE_UNROLL
+  for (int i = 0; large && i < R * S; ++i) {  // what the next rows read
+    const float* ahead = plane + ((row + R) * S - a.top + (3 - S) + i) * a.width + column * S;
+    SPARSEPIPE_UNROLL
+    for (int j = 0; j < S; ++j) __builtin_prefetch(ahead + j * kLanes, 0, 3);
+  }
   SPARSEPIPE_UNROLL
   for (int i = 0; i < (R - 1) * S + 3; ++i) {
     const std::int64_t in = row * S - a.top + i;
@@ -136,24 +143,35 @@ SPARSEPIPE_INLINE void plane_rows(const PlanesArgs& a, const float* plane, const
   }
 }
 
+// A few rows at a time from left to right: planes larger than the L1 cache are read in the order in which they lie there.
 template <int S>
 void planes_of(const PlanesArgs& a) {
   const Bounds bounds = bounds_of(a.epilogue);
   const bool curved = a.epilogue.activation > Activation::kClip;
-  for (std::int64_t c = 0; c < a.channels; ++c) {
-    const float* plane = a.x + c * a.height * a.width;
-    float* y = a.y + c * a.out_height * a.out_width;
-    vf w[9];
-    for (int i = 0; i < 9; ++i) w[i] = broadcast(a.weights[c * 9 + i]);
-    const vf bias = broadcast(a.epilogue.bias ? a.epilogue.bias[c] : 0.0f);
-    for (std::int64_t column = 0; column < a.out_width; column += kLanes) {
-      const Columns<S> columns(column * S - a.left, a.width);
-      const __mmask16 stored = lanes_between(0, a.out_width - column);
+  const bool large = a.height * a.width > 2048;  // a few planes fill the L1 cache
+  constexpr int kStrips = 8;  // of 16 output columns
+  Columns<S> columns[kStrips];
+  __mmask16 stored[kStrips];
+  for (std::int64_t begin = 0; begin < a.out_width; begin += kStrips * kLanes) {
+    int strips = 0;
+    for (std::int64_t column = begin; strips < kStrips && column < a.out_width; ++strips, column += kLanes) {
+      columns[strips] = Columns<S>(column * S - a.left, a.width);
+      stored[strips] = lanes_between(0, a.out_width - column);
+    }
+    for (std::int64_t c = 0; c < a.channels; ++c) {
+      const float* plane = a.x + c * a.height * a.width;
+      float* y = a.y + c * a.out_height * a.out_width;
+      vf w[9];
+      for (int i = 0; i < 9; ++i) w[i] = broadcast(a.weights[c * 9 + i]);
+      const vf bias = broadcast(a.epilogue.bias ? a.epilogue.bias[c] : 0.0f);
       std::int64_t row = 0;
       const auto next = [&](auto rows) {
         constexpr int R = decltype(rows)::value;
         for (; row + R <= a.out_height; row += R) {
-          plane_rows<R, S>(a, plane, w, bias, y, row, column, columns, stored, bounds, curved);
+          for (int s = 0; s < strips; ++s) {
+            plane_rows<R, S>(a, plane, w, bias, y, row, begin + s * kLanes, columns[s], stored[s], bounds, curved,
+                             large);
+          }
         }
       };
       next(Number<4>{});
