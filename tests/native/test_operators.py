@@ -208,6 +208,8 @@ def check_depthwise(session: Any, model: Any, isa: str, case: dict[str, Any]) ->
 @example(BIG | {"shape": (24, 1, 3, 3), "sizes": [56, 57]})
 @example(BIG | {"shape": (24, 1, 3, 3), "sizes": [57, 112], "strides": [2, 2]})
 @example(BIG | {"shape": (3, 1, 5, 5), "sizes": [9, 600], "pads": [2, 2, 2, 2]})
+@example(BIG | {"shape": (3, 1, 3, 3), "sizes": [9, 300]})
+@example(BIG | {"shape": (3, 1, 3, 3), "sizes": [90, 301], "strides": [2, 2]})
 @settings(max_examples=25)
 @given(case=convolutions())
 def test_depthwise(session: Any, model: Any, isa: str, case: dict[str, Any]) -> None:
