@@ -42,15 +42,17 @@ class Contestant:
 
     Attributes:
         model: the file.
-        runtime: a key of `sparsepipe.benchmark.runtimes.RUNTIMES`, as the worker knows it.
+        runtime: as `sparsepipe.benchmark.runtimes.find` takes it, in the worker.
         command: starts the worker; a runtime with an environment of its own names that environment's Python.
         environment: variables for the worker.
+        feeds: a file of `sparsepipe.benchmark.calls` with its inputs; None for random ones.
     """
 
     model: Path
     runtime: str = "onnxruntime"
     command: tuple[str, ...] = WORKER_COMMAND
     environment: Mapping[str, str] = field(default_factory=dict)
+    feeds: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,15 @@ class _Entrant:
             self.process.stop()
 
 
+Ask = Callable[..., dict[str, Any]]
+"""Sends a request to a worker: its name and arguments, as `WorkerProcess.ask` takes them, without the time limit."""
+
+
 def measure(
-    contestants: Sequence[Contestant], setting: Setting, progress: Callable[[str], None] = lambda note: None
+    contestants: Sequence[Contestant],
+    setting: Setting,
+    progress: Callable[[str], None] = lambda note: None,
+    admit: Callable[[int, Ask], str | None] = lambda index, ask: None,
 ) -> list[Measurement]:
     """Measure all contestants side by side.
 
@@ -147,6 +156,8 @@ def measure(
         contestants: what to measure.
         setting: threads, batch, time and processors.
         progress: called after each of the `ROUNDS` planned rounds, with a note.
+        admit: called with the index of each contestant that could be loaded, before anything is timed; what it returns
+            is a reason to leave the race, None to stay.
 
     Returns:
         One measurement for each contestant, in their order. Blocks with the same index belong to the same round.
@@ -162,6 +173,7 @@ def measure(
             if measurement.failure is None and (entrant := _start(measurement, setting)):
                 stack.callback(entrant.process.close)
                 entrants.append(entrant)
+        entrants = [entrant for entrant in entrants if _is_admitted(entrant, measurements, setting, admit)]
         entrants = [entrant for entrant in entrants if _attempt(entrant, lambda one: _warm_up(one, setting))]
         _run_rounds(entrants, setting, progress)
         for entrant in entrants:
@@ -233,6 +245,7 @@ def _start(measurement: Measurement, setting: Setting) -> _Entrant | None:
             batch=setting.batch,
             seed=setting.seed,
             shapes={name: list(shape) for name, shape in setting.shapes.items()},
+            feeds=str(contestant.feeds) if contestant.feeds else None,
             cpus=list(setting.cpus) if setting.cpus else None,
         )
         measurement.load_ms.append(answer["load_ms"])
@@ -245,6 +258,24 @@ def _start(measurement: Measurement, setting: Setting) -> _Entrant | None:
         return entrant
     process.close()
     return None
+
+
+def _is_admitted(
+    entrant: _Entrant,
+    measurements: Sequence[Measurement],
+    setting: Setting,
+    admit: Callable[[int, Ask], str | None],
+) -> bool:
+    measurement = entrant.measurement
+    index = next(place for place, one in enumerate(measurements) if one is measurement)
+
+    def ask(command: str, **arguments: Any) -> dict[str, Any]:
+        return entrant.ask(command, patience(measurement.contestant, setting), **arguments)
+
+    def decide(one: _Entrant) -> None:
+        measurement.failure = admit(index, ask)
+
+    return _attempt(entrant, decide) and measurement.failure is None
 
 
 def _attempt(entrant: _Entrant, action: Callable[[_Entrant], None]) -> bool:

@@ -4,12 +4,16 @@ It reads one JSON object a line from stdin and answers each with one on stdout:
 
 | request | answer |
 |---|---|
-| `{"command": "load", "runtime", "model", "threads", "batch", "seed", "shapes": {name: [...]}, "cpus": [0] or null}` | `load_ms`, `first_call_ms`, `idle_rss_bytes`, `cpus`, `inputs`: {name: [type, shape]}, `warnings`: [...], `settings` |
+| `{"command": "prepare", "runtime", "model", "folder", "samples", "inputs", "outputs"}` | `model`: the file that the runtime loads, made from an ONNX file |
+| `{"command": "load", "runtime", "model", "threads", "batch", "seed", "shapes": {name: [...]}, "feeds", "cpus": [0] or null}` | `load_ms`, `first_call_ms`, `idle_rss_bytes`, `cpus`, `inputs`: {name: [type, shape]}, `warnings`: [...], `settings` |
+| `{"command": "outputs", "calls", "out"}` | nothing in it; the outputs of these calls are in the file `out` |
 | `{"command": "run", "count", "warmup"}` | `latency_ns`: [...], and for the whole block `wall_ns`, `cpu_ns`, `switches`, `waited_ns`, `stolen_ns`, `foreign_ns` |
 | `{"command": "stats"}` | `rss_bytes`, `peak_rss_bytes` |
 | `{"command": "quit"}` | nothing; the process ends |
 
-A request that fails is answered with `{"error": "..."}`. This module needs only the standard library.
+`feeds` names a file of `sparsepipe.benchmark.calls`, whose first call is timed; where it is null, the runtime makes up
+inputs by `batch`, `seed` and `shapes`. A request that fails is answered with `{"error": "..."}`. This module needs only
+the standard library, and numpy for files of calls.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -43,20 +47,36 @@ class Worker:
     def __init__(self) -> None:
         self._runtime: Runtime | None = None
         self._cpus: list[int] = []
+        self._feeds: str | None = None
+
+    def prepare(self, request: Mapping[str, Any]) -> Answer:
+        """Make the file that a runtime loads, converted or quantised, from an ONNX file."""
+        from sparsepipe.benchmark.runtimes import Preparation, find
+
+        samples = request["samples"]
+        work = Preparation(
+            Path(request["model"]),
+            Path(request["folder"]),
+            Path(samples) if samples else None,
+            request["inputs"],
+            request["outputs"],
+        )
+        return {"model": str(find(request["runtime"]).prepare(work))}
 
     def load(self, request: Mapping[str, Any]) -> Answer:
         """Pin the process, import the runtime, load the model and call it once."""
         self._cpus = pin(request.get("cpus"))
-        from sparsepipe.benchmark.runtimes import RUNTIMES
+        from sparsepipe.benchmark.runtimes import find
 
-        runtime = RUNTIMES[request["runtime"]]()
+        runtime = find(request["runtime"])
         before = memory()["rss_bytes"]
         said = Said()
         started = time.perf_counter_ns()
         with said:
             runtime.load(request["model"], request["threads"])
         loaded = time.perf_counter_ns()
-        inputs = runtime.feed(request["batch"], request["seed"], request.get("shapes") or {})
+        self._feeds = request.get("feeds")
+        inputs = self._feed(runtime, request)
         fed = time.perf_counter_ns()
         runtime.run()
         called = time.perf_counter_ns()
@@ -70,6 +90,30 @@ class Worker:
             "warnings": said.messages,
             "settings": runtime.describe(),
         }
+
+    def _feed(self, runtime: Runtime, request: Mapping[str, Any]) -> dict[str, list[Any]]:
+        if self._feeds is None:
+            return runtime.feed(request["batch"], request["seed"], request.get("shapes") or {})
+        from sparsepipe.benchmark import calls
+
+        first = calls.read(self._feeds)[0]
+        runtime.give(first)
+        return {name: [value.dtype.name, list(value.shape)] for name, value in first.items()}
+
+    def outputs(self, request: Mapping[str, Any]) -> Answer:
+        """What the network computes for given inputs; those that are timed are put back."""
+        if self._runtime is None or self._feeds is None:
+            raise RuntimeError("no model is loaded with inputs of a file")
+        from sparsepipe.benchmark import calls
+
+        found = []
+        for feeds in calls.read(request["calls"]):
+            self._runtime.give(feeds)
+            # Some runtimes use the memory of their outputs again.
+            found.append([output.copy() for output in self._runtime.run()])
+        calls.write_outputs(Path(request["out"]), found)
+        self._runtime.give(calls.read(self._feeds)[0])
+        return {}
 
     def run(self, request: Mapping[str, Any]) -> Answer:
         """One block: untimed calls, then `count` timed ones."""
@@ -210,7 +254,9 @@ def serve() -> None:
     os.dup2(2, 1)
     worker = Worker()
     commands: dict[str, Callable[[Mapping[str, Any]], Answer]] = {
+        "prepare": worker.prepare,
         "load": worker.load,
+        "outputs": worker.outputs,
         "run": worker.run,
         "stats": worker.stats,
     }
