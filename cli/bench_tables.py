@@ -40,6 +40,7 @@ def files(result: Row) -> None:
     if given:
         click.echo(f"Inputs: {'; '.join(sorted(given))}.")
     _noise(result["results"])
+    verdicts(result.get("verdicts", []))
     _notes([(f"{row['file']}, {_setting(row)}", row["note"]) for row in result["results"]])
 
 
@@ -87,6 +88,20 @@ def suite(result: Row) -> None:
         common.print_table(table.headers, table.rows, title=table.title)
     for remark in speed.remarks(result):
         click.echo(remark)
+
+
+def verdicts(found: Sequence[Row]) -> None:
+    """Whether the machine was quiet, and what is known of its clock and its heat, for each setting."""
+    for verdict in found:
+        if verdict["difference"] is None:
+            word = "noisy machine: too little was measured to compare two runs of the same file"
+        else:
+            word = (
+                f"{'noisy machine' if verdict['noisy'] else 'quiet machine'}: two runs of the same file differed by "
+                f"{verdict['difference']:.1%} (limit {verdict['limit']:.0%}), other processes disturbed "
+                f"{verdict['blocks_disturbed']} of their {verdict['blocks']} blocks"
+            )
+        click.echo(f"{_setting(verdict)}: {word}; {verdict['conditions']['note']}.")
 
 
 SHOW = {"files": files, "--model": what_if, "--suite": suite}

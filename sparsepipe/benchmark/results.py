@@ -17,9 +17,9 @@ from sparsepipe.benchmark.statistics import (
     as_dict,
     median,
     minimum_samples,
-    percentile,
     self_difference,
     speedup,
+    tail,
 )
 
 MEDIAN = 0.5
@@ -47,6 +47,35 @@ def rows(
         notes = [note for note in (row["note"], difference and f"{difference} '{labels[baseline]}'") if note]
         found.append(row | {"note": "; ".join(notes) or None})
     return found
+
+
+def same_file(first: Measurement, second: Measurement, setting: Setting) -> dict[str, Any]:
+    """The A/A test: how far two processes are apart that ran one file in the same turns.
+
+    Args:
+        first: the file.
+        second: the same file once more.
+        setting: what both ran with.
+
+    Returns:
+        `threads`, `batch`, `difference` (a fraction; None where one failed, or there are too few blocks), `interval` of
+        the ratio of their speeds, the `limit`, and whether the machine was `noisy`: the difference is beyond the
+        limit, or other processes disturbed more than half of the blocks. What cannot be told is noisy, too.
+    """
+    ratio = _speedup(first, second, setting.seed)
+    blocks = [*first.blocks, *second.blocks]
+    disturbed = sum(block.disturbed for block in blocks)
+    difference = None if ratio is None else max(ratio.value, 1 / ratio.value) - 1
+    return {
+        "threads": setting.threads,
+        "batch": setting.batch,
+        "difference": difference,
+        "interval": as_dict(ratio),
+        "limit": NOISE_LIMIT,
+        "blocks": len(blocks),
+        "blocks_disturbed": disturbed,
+        "noisy": difference is None or difference > NOISE_LIMIT or disturbed > len(blocks) / 2,
+    }
 
 
 def compare_inputs(baseline: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[bool, str | None]:
@@ -125,7 +154,7 @@ def _row(label: str, measurement: Measurement, setting: Setting, gain: Estimate 
             name: as_dict(
                 median([block.latency_ns for block in blocks], setting.seed)
                 if quantile == MEDIAN
-                else percentile(samples, quantile),
+                else tail([block.latency_ns for block in blocks], quantile, setting.seed),
                 MILLISECONDS_PER_NANOSECOND,
             )
             for name, quantile in QUANTILES.items()

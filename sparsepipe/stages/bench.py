@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from sparsepipe.artefact import Artefact, digest_file, draft, write_json
-from sparsepipe.benchmark.harness import COLD_STARTS, ROUNDS, Contestant, Setting, choose_cpus
+from sparsepipe.benchmark.conditions import Watch
+from sparsepipe.benchmark.harness import COLD_STARTS, ROUNDS, Ask, Contestant, Measurement, Setting, choose_cpus
 from sparsepipe.benchmark.harness import measure as race
-from sparsepipe.benchmark.results import file_facts, rows
+from sparsepipe.benchmark.results import file_facts, rows, same_file
 from sparsepipe.environment import describe_machine, package_versions
 from sparsepipe.errors import ArtefactError, GraphError
 from sparsepipe.progress import bar
@@ -51,7 +52,8 @@ def measure(paths: Sequence[Path], config: Bench) -> dict[str, Any]:
             inputs, the first number of these is the batch size.
 
     Returns:
-        `baseline`, `results` (a row for each file and setting) and `environment`.
+        `baseline`, `results` (a row for each file and setting), `verdicts` (for each setting, whether the machine was
+        noisy) and `environment`.
 
     Raises:
         ArtefactError: a file is missing.
@@ -69,6 +71,7 @@ def measure(paths: Sequence[Path], config: Bench) -> dict[str, Any]:
     return {
         "baseline": labels[baseline],
         "results": measured.results,
+        "verdicts": measured.verdicts,
         "environment": {**environment(config), "runtimes": measured.runtimes},
     }
 
@@ -89,10 +92,13 @@ class Race:
     Attributes:
         results: a row for each setting and file.
         runtimes: the different runtimes and settings that the workers described.
+        verdicts: for each setting what `results.same_file` says of the baseline, with the `conditions` that
+            `Watch.summary` describes.
     """
 
     results: list[dict[str, Any]]
     runtimes: list[dict[str, Any]]
+    verdicts: list[dict[str, Any]]
 
 
 def take_turns(
@@ -111,20 +117,54 @@ def take_turns(
         GraphError: no file could be measured.
     """
     contestants = [Contestant(path) for path in paths]
-    results, reasons, workers = [], [], []
-    for setting in _settings(config):
-        measured = race(contestants, setting, advance)
+    results, reasons, workers, verdicts = [], [], [], []
+    for setting in settings(config):
+        measured, verdict = judged(contestants, baseline, setting, advance)
         results += rows(labels, measured, setting, baseline)
         reasons += [one.failure for one in measured if one.failure is not None]
         workers += [one.settings for one in measured if one.settings]
+        verdicts.append(verdict)
     if len(reasons) == len(results):
         raise GraphError(f"No file could be measured: {reasons[0]}", where=labels[0])
-    return Race(results, list({str(one): one for one in workers}.values()))
+    return Race(results, list({str(one): one for one in workers}.values()), verdicts)
+
+
+def judged(
+    contestants: Sequence[Contestant],
+    baseline: int,
+    setting: Setting,
+    advance: Callable[[str], None],
+    admit: Callable[[int, Ask], str | None] = lambda index, ask: None,
+) -> tuple[list[Measurement], dict[str, Any]]:
+    """Measure, and tell whether the machine was quiet enough: the baseline runs in two processes.
+
+    Args:
+        contestants: as `harness.measure` takes them.
+        baseline: index of the one that runs twice.
+        setting: threads, batch, time and processors.
+        advance: called `ROUNDS` times.
+        admit: as `harness.measure` takes it; the second process of the baseline is not asked about.
+
+    Returns:
+        A measurement for each contestant, and an entry of `Race.verdicts`.
+    """
+    watch = Watch(setting.cpus)
+
+    def look(note: str) -> None:
+        watch.look()
+        advance(note)
+
+    twin = contestants[baseline]
+    measured = race(
+        [*contestants, twin], setting, look, lambda index, ask: admit(index, ask) if index < len(contestants) else None
+    )
+    verdict = same_file(measured[baseline], measured.pop(), setting)
+    return measured, {**verdict, "conditions": watch.summary()}
 
 
 def rounds(config: Bench) -> int:
     """How many steps of progress `take_turns` has."""
-    return len(_settings(config)) * ROUNDS
+    return len(settings(config)) * ROUNDS
 
 
 def environment(config: Bench) -> dict[str, Any]:
@@ -158,7 +198,8 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(set(paths)) else [str(path) for path in paths]
 
 
-def _settings(config: Bench) -> list[Setting]:
+def settings(config: Bench) -> list[Setting]:
+    """Each number of threads with each batch size."""
     return [
         Setting(
             threads,
