@@ -10,8 +10,12 @@ from sparsepipe.cli import common
 
 
 @click.command("report")
-@click.argument("source", type=common.existing_path())
-@click.option("--out", type=click.Path(path_type=Path), help="Output folder. Default: report/ in the run folder.")
+@click.argument("sources", nargs=-1, required=True, type=common.existing_path())
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR|PAGE.html",
+    help="Output folder. Default: report/ in the run folder. PAGE.html makes the page of the benchmarks and profiles "
+    "that the sources hold, with PAGE.json and PAGE.md beside it.",
+)  # fmt: skip
 @click.option("--title", help="Title of the page. Default: name of the run folder.")
 @click.option(
     "--into", type=common.existing_path(dir_okay=False), metavar="FILE.md",
@@ -19,16 +23,25 @@ from sparsepipe.cli import common
     "document, NAME being the name of the result's file.",
 )  # fmt: skip
 @common.output_options
-def command(source: Path, out: Path | None, title: str | None, into: Path | None, as_json: bool) -> None:
+def command(sources: tuple[Path, ...], out: Path | None, title: str | None, into: Path | None, as_json: bool) -> None:
     """Write one self-contained HTML page about everything that a run folder holds.
 
-    SOURCE may also be the JSON file of `bench --suite`; its tables are printed as Markdown.
+    With --out PAGE.html: the page of one or several results of `bench` and `profile` (JSON files, or folders).
+    SOURCE may also be the JSON file of `bench --suite` alone; its tables are printed as Markdown.
 
     \b
     sparsepipe report runs/quickstart
+    sparsepipe report bench.json profile.json --out page.html
     sparsepipe report examples/results/kernels.json --into README.md
     """
-    if source.is_file():
+    source = sources[0]
+    if out is not None and out.suffix == ".html":
+        if into is not None:
+            raise click.UsageError("--into belongs to the tables of a suite, not to a page.")
+        _bench_page(sources, out, title, as_json)
+    elif len(sources) > 1:
+        raise click.UsageError("Several sources need --out PAGE.html.")
+    elif source.is_file():
         _tables(source, into)
     elif into is not None:
         raise click.UsageError("--into belongs to the result of a suite, a JSON file.")
@@ -48,6 +61,16 @@ def _tables(source: Path, into: Path | None) -> None:
         document = markdown.with_block(into.read_text(encoding="utf-8"), source.name, text, where=str(into))
         write_text(into, document)
         click.echo(str(into))
+
+
+def _bench_page(sources: tuple[Path, ...], out: Path, title: str | None, as_json: bool) -> None:
+    from sparsepipe.stages import bench_report
+
+    data = bench_report.write(sources, out, title=title or "")
+    if as_json:
+        common.print_json(data)
+    else:
+        click.echo(str(out))
 
 
 def _page(source: Path, out: Path | None, title: str | None, as_json: bool) -> None:

@@ -7,6 +7,7 @@ forbids scripts and every request, should that ever fail.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -47,7 +48,12 @@ def render(contents: Contents, *, title: str, recipe: str, commands: list[str]) 
         "speed": views.speed(contents),
         "versions": views.versions(contents),
     }
-    text = _environment().get_template("page.html").render(page)
+    return fill("page.html", page)
+
+
+def fill(template: str, page: Mapping[str, Any]) -> str:
+    """A template with its values, as text that can be written."""
+    text = _environment().get_template(template).render(page)
     # A lone surrogate that slipped through cannot be written as UTF-8.
     return text.encode("utf-8", "replace").decode("utf-8")
 

@@ -1,0 +1,178 @@
+"""What all results of `sparsepipe bench` have in common: one file at one setting, read from any of them.
+
+The kinds are: a benchmark of files (`results`, `baseline`), what-if (`results` of pairs `dense` and `sparse`) and
+suites (`rows`). A profile (`sparsepipe profile`) has layers instead, and no records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import PurePath
+from typing import Any
+
+from sparsepipe.errors import ArtefactError
+
+Table = Mapping[str, Any]
+DENSE, INT8, SPARSE = "dense", "int8", "sparse"
+WALL, CPU = "wall", "cpu"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One file of one network at one setting.
+
+    Attributes:
+        network: its name; empty where a result has only one.
+        label: of the file in its result.
+        kind: "dense", "int8" or "sparse".
+        pattern: of the zeros; empty where it is not known.
+        sparsity: share of zeros; None where it is not known.
+        threads: of one operator.
+        batch: size of the first dimension.
+        clock: "wall" in a process of its own, or "cpu" time of calls in turn in one process.
+        latency_ms: `value`, `low` and `high` (None where there is no interval) of a call: the median for "wall", the
+            best decile for "cpu".
+        tail_ms: the same of p99.
+        speedup: the same, over the dense file measured beside it.
+        cpu_ms: of one call in all threads.
+        memory_bytes: resident, at rest after the calls.
+        file_bytes: of the file.
+        load_ms: to open it in a fresh process.
+        first_call_ms: of the first call there.
+        noisy: whether the machine was found noisy.
+        note: what must be said of it; the reason where nothing could be measured.
+    """
+
+    network: str
+    label: str
+    kind: str
+    pattern: str
+    sparsity: float | None
+    threads: int
+    batch: int
+    clock: str
+    latency_ms: Table | None
+    tail_ms: Table | None = None
+    speedup: Table | None = None
+    cpu_ms: float | None = None
+    memory_bytes: float | None = None
+    file_bytes: int | None = None
+    load_ms: float | None = None
+    first_call_ms: float | None = None
+    noisy: bool = False
+    note: str | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What names the same measurement in two results."""
+        return self.network, self.label, self.pattern, self.sparsity, self.threads, self.batch, self.clock
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+def read(result: Any, *, where: str) -> list[Record]:
+    """The records of a result, in its order.
+
+    Args:
+        result: the JSON that `sparsepipe bench` wrote, of any form.
+        where: what to call it in an error.
+
+    Raises:
+        ArtefactError: it is no result of a benchmark.
+    """
+    kind = kind_of(result)
+    try:
+        if kind in READERS:
+            return list(READERS[kind](result))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ArtefactError(f"The result is damaged: {error!r}.", where=where, advice="Measure again.") from error
+    raise ArtefactError(
+        "This is no result of a benchmark.", where=where, advice="Name a file that `sparsepipe bench --out` wrote."
+    )
+
+
+def kind_of(result: Any) -> str:
+    """A key of `READERS`, "profile", or "" for something else."""
+    if not isinstance(result, Mapping):
+        return ""
+    if result.get("kind") == "profile":
+        return "profile"
+    if isinstance(result.get("rows"), list):
+        return "suite"
+    rows = result.get("results")
+    if not isinstance(rows, list):
+        return ""
+    return "whatif" if all(isinstance(row, Mapping) and "sparse" in row for row in rows) and rows else "files"
+
+
+def _files(result: Table) -> Iterator[Record]:
+    baseline = result.get("baseline")
+    for row in result["results"]:
+        is_dense = row["file"] == baseline or row.get("target") == DENSE
+        kind = DENSE if is_dense else INT8 if "int8" in str(row.get("runtime") or row["file"]) else SPARSE
+        yield _process("", row["file"], kind, "", None, row)
+
+
+def _what_if(result: Table) -> Iterator[Record]:
+    seen, network = set(), PurePath(result["model"]).name
+    for row in result["results"]:
+        setting = row["sparsity"], row["threads"], row["batch"]
+        if setting not in seen:  # one dense file stands beside all patterns of a sparsity
+            seen.add(setting)
+            yield _process(network, f"dense beside {row['sparsity']:.4g}", DENSE, "", None, row["dense"])
+        yield _process(network, row["sparse"]["file"], SPARSE, row["pattern"], row["sparsity"], row["sparse"])
+
+
+def _suite(result: Table) -> Iterator[Record]:
+    for row in result["rows"]:
+        for file in row["files"]:
+            sparse = file["kind"] == SPARSE
+            pattern, sparsity = (row["pattern"], file["sparsity"]) if sparse else ("", None)
+            name = f"{pattern} {sparsity:.4g}" if sparse else f"{file['kind']} beside {row['pattern']}"
+            cpu = file.get("cpu")
+            if cpu:
+                best = {"value": cpu["best_decile_ms"], "low": None, "high": None}
+                batch = (row.get("input") or [1])[0]
+                yield Record(
+                    row["title"], name, file["kind"], pattern, sparsity, 1, batch, CPU, best, speedup=cpu["speedup"]
+                )
+            for process in file.get("processes", ()):
+                yield _process(row["title"], name, file["kind"], pattern, sparsity, process)
+
+
+def _process(network: str, label: str, kind: str, pattern: str, sparsity: float | None, row: Table) -> Record:
+    return Record(
+        network=network,
+        label=label,
+        kind=kind,
+        pattern=pattern,
+        sparsity=sparsity,
+        threads=row["threads"],
+        batch=row["batch"],
+        clock=WALL,
+        latency_ms=row["latency_ms"].get("p50"),
+        tail_ms=row["latency_ms"].get("p99"),
+        speedup=row["speedup"],
+        cpu_ms=row["cpu_ms"],
+        memory_bytes=row["rss_bytes"],
+        file_bytes=row["file_bytes"],
+        load_ms=row["load_ms"],
+        first_call_ms=row["first_call_ms"],
+        noisy=bool(row["noisy"]),
+        note=row["note"],
+    )
+
+
+READERS: Mapping[str, Callable[[Table], Iterator[Record]]] = {"files": _files, "whatif": _what_if, "suite": _suite}
+"""Kind of a result -> its records."""
+
+
+def groups(records: Sequence[Record]) -> dict[tuple[str, str, int, int], list[Record]]:
+    """(network, clock, threads, batch) -> the records that may be compared."""
+    found: dict[tuple[str, str, int, int], list[Record]] = {}
+    for record in records:
+        found.setdefault((record.network, record.clock, record.threads, record.batch), []).append(record)
+    return found

@@ -1,0 +1,309 @@
+"""The page of a benchmark: records and profiles -> plain data (`page`), and that as HTML and as Markdown."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from sparsepipe.benchmark import records as measured
+from sparsepipe.benchmark.records import CPU, DENSE, INT8, SPARSE, Record
+from sparsepipe.reporting import bench_plots, html, layer_table, roofline, units, views
+from sparsepipe.reporting.contents import Estimate
+from sparsepipe.reporting.figures import Figure
+from sparsepipe.reporting.markdown import Table
+
+SCHEMA_VERSION = 1
+MOST_BARS = 16
+HEADERS = (
+    "network", "file", "threads", "batch", "clock", "latency", "p99", "speed-up", "memory", "size", "load", "accuracy",
+)  # fmt: skip
+Row = Mapping[str, Any]
+
+
+def page(
+    sources: Mapping[str, Row], *, title: str, accuracy: Mapping[str, Row] | None = None, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What the page shows, as JSON-able data.
+
+    Args:
+        sources: name of a file of results -> its JSON: any result of `bench`, and profiles.
+        title: heading of the page.
+        accuracy: label of a file -> `value`, `low` and `high` of its test accuracy.
+        notes: sentences that a reader must know.
+
+    Returns:
+        `schema_version`, `kind` "report", `title`, `sources`, `rows` (records, with `accuracy` and `best`), `profiles`,
+        `commands`, `environment` (source -> keys and values) and `notes`.
+
+    Raises:
+        ArtefactError: a source is no result.
+    """
+    rows, profiles, commands = [], [], []
+    for name, result in sources.items():
+        if measured.kind_of(result) == "profile":
+            profiles.append(dict(result))
+        else:
+            rows += [
+                {**record.as_dict(), "accuracy": (accuracy or {}).get(record.label)}
+                for record in measured.read(result, where=name)
+            ]
+        commands.append(_command(result))
+    found = [*notes, *_notes(rows)]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "report",
+        "title": title,
+        "sources": list(sources),
+        "rows": rows,
+        "profiles": profiles,
+        "commands": commands,
+        "environment": {name: dict(_environment(result)) for name, result in sources.items()},
+        "notes": found,
+    }
+
+
+def render(data: Row) -> str:
+    """The page as HTML; equal data gives equal text."""
+    rows = [Record(**{key: value for key, value in row.items() if key != "accuracy"}) for row in data["rows"]]
+    profiles = [
+        {
+            "figure": roofline.figure(profile, name=f"roofline-{number}"),
+            "tables": layer_table.tables(profile),
+            "remarks": layer_table.remarks(profile),
+        }
+        for number, profile in enumerate(data["profiles"])
+    ]
+    return html.fill(
+        "bench.html",
+        {
+            "title": data["title"],
+            "headline": _headline(rows),
+            "table": table(data),
+            "latency": [*_latencies(rows)],
+            "speedups": [*_speedups(rows)],
+            "pareto": [*_pareto(data["rows"])],
+            "memory": [*_memory(rows)],
+            "profiles": profiles,
+            "environment": data["environment"],
+            "commands": data["commands"],
+            "notes": data["notes"],
+            "noisy": sum(row.noisy for row in rows),
+        },
+    )
+
+
+def table(data: Row) -> Table:
+    """A row for each record, in the order of the data."""
+    return Table("Measurements", HEADERS, [_cells(row) for row in data["rows"]])
+
+
+def markdown(data: Row) -> str:
+    """The same data for a document."""
+    parts = [f"# {data['title']}"]
+    if data["rows"]:
+        parts.append(table(data).markdown())
+    parts += [layer_table.markdown(profile) for profile in data["profiles"]]
+    parts += ["\n".join(f"- {note}" for note in data["notes"])] if data["notes"] else []
+    parts.append("\n".join(["```bash", *data["commands"], "```"]))
+    parts += [
+        "\n".join([f"{source}:", "", *(f"- {key}: {value}" for key, value in lines.items())])
+        for source, lines in data["environment"].items()
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(row: Row) -> list[str]:
+    clock = "CPU, best decile" if row["clock"] == CPU else "wall, median"
+    return [
+        row["network"] or units.MISSING,
+        row["label"],
+        str(row["threads"]),
+        str(row["batch"]),
+        clock,
+        _with_interval(row["latency_ms"], units.milliseconds, units.milliseconds_interval),
+        _with_interval(row["tail_ms"], units.milliseconds, units.milliseconds_interval),
+        _with_interval(row["speedup"], units.ratio, units.ratio_interval),
+        units.size(row["memory_bytes"]),
+        units.size(row["file_bytes"]),
+        units.milliseconds(row["load_ms"]),
+        _with_interval(row["accuracy"], units.percent, units.percent_interval),
+    ]
+
+
+def _with_interval(estimate: Row | None, value: Any, interval: Any) -> str:
+    if estimate is None:
+        return units.MISSING
+    parsed = Estimate(value=estimate["value"], low=estimate.get("low"), high=estimate.get("high"))
+    bounds = interval(parsed)
+    return f"{value(parsed.value)} ({bounds})" if bounds else str(value(parsed.value))
+
+
+def _headline(rows: Sequence[Record]) -> str | None:
+    """The largest speed-up whose interval excludes 1, with where it was found."""
+    sure = [row for row in rows if row.kind == SPARSE and row.speedup and (row.speedup.get("low") or 0) > 1]
+    if not sure:
+        return None
+    best = max(sure, key=lambda row: row.speedup["value"] if row.speedup else 0.0)
+    assert best.speedup is not None
+    where = f"{best.network}, {best.label}" if best.network else best.label
+    text = _with_interval(best.speedup, units.ratio, units.ratio_interval)
+    return f"{text} times faster than its dense file: {where}, {units.plural(best.threads, 'thread')}."
+
+
+def _title(key: tuple[str, str, int, int]) -> str:
+    network, clock, threads, batch = key
+    name = f"{network}: " if network else ""
+    return f"{name}{units.plural(threads, 'thread')}, batch {batch}, {'CPU' if clock == CPU else 'wall'} time"
+
+
+def _slug(kind: str, number: int) -> str:
+    return f"{kind}-{number}"
+
+
+def _latencies(rows: Sequence[Record]) -> Iterator[Figure]:
+    for number, (key, group) in enumerate(measured.groups(rows).items()):
+        known = [row for row in group if row.latency_ms]
+        if not known:
+            continue
+        # Of dense files that stand beside several sparse ones, one is enough for a picture.
+        repeated = {row.label for row in known if row.kind != SPARSE} - {
+            next((row.label for row in known if row.kind == kind), "") for kind in (DENSE, INT8)
+        }
+        shown = [row for row in known if row.label not in repeated or " beside " not in row.label][:MOST_BARS]
+        bars = [
+            bench_plots.Bar(
+                row.label.partition(" beside ")[0],
+                row.kind,
+                row.latency_ms or {},
+                units.milliseconds((row.latency_ms or {})["value"]) + (", noisy" if row.noisy else ""),
+            )
+            for row in shown
+        ]
+        alt = f"Latency, {_title(key)}. " + "; ".join(f"{bar.label}: {bar.text}" for bar in bars) + "."
+        axis = "CPU time of one call, ms (best decile)" if key[1] == CPU else "latency of one call, ms (median)"
+        svg = bench_plots.bars(bars, name=_slug("latency", number), alt=alt, x_label=axis)
+        left = len(known) - len(shown)
+        yield Figure(_title(key), Markup(svg), f"{left} more are in the table." if left else "")
+
+
+def _speedups(rows: Sequence[Record]) -> Iterator[Figure]:
+    for number, (key, group) in enumerate(measured.groups(rows).items()):
+        patterns: dict[str, list[Record]] = {}
+        for row in group:
+            if row.kind == SPARSE and row.sparsity is not None and row.speedup:
+                patterns.setdefault(row.pattern, []).append(row)
+        if not patterns:
+            continue
+        lines = []
+        for pattern, found in patterns.items():
+            found.sort(key=lambda row: row.sparsity or 0.0)
+            lines.append(
+                bench_plots.Series(
+                    pattern, [row.sparsity or 0.0 for row in found], [row.speedup or {} for row in found]
+                )
+            )
+        int8 = next((row.speedup["value"] for row in group if row.kind == INT8 and row.speedup), None)
+        said = "; ".join(
+            f"{line.label}: "
+            + ", ".join(
+                f"{units.ratio(estimate['value'])} at {100 * share:.4g}%"
+                for share, estimate in zip(line.sparsity, line.speedup, strict=True)
+            )
+            for line in lines
+        )
+        alt = f"Speed-up over dense, {_title(key)}. {said}."
+        svg = bench_plots.speedups(lines, int8, name=_slug("speedup", number), alt=alt)
+        yield Figure(_title(key), Markup(svg), f"{said}.")
+
+
+def _pareto(rows: Sequence[Row]) -> Iterator[Figure]:
+    groups: dict[tuple[str, str, int, int], list[Row]] = {}
+    for row in rows:
+        if row["accuracy"] and row["latency_ms"]:
+            groups.setdefault((row["network"], row["clock"], row["threads"], row["batch"]), []).append(row)
+    for number, (key, group) in enumerate(groups.items()):
+        at = [(row["latency_ms"]["value"], row["accuracy"]["value"]) for row in group]
+        points = [
+            bench_plots.Point(
+                row["label"],
+                row["kind"],
+                row["latency_ms"],
+                row["accuracy"],
+                not any(x <= mine[0] and y >= mine[1] and (x, y) != mine for x, y in at),
+            )
+            for row, mine in zip(group, at, strict=True)
+        ]
+        said = "; ".join(
+            f"{point.label}: {units.percent(point.accuracy['value'])} in {units.milliseconds(point.latency['value'])}"
+            for point in points
+        )
+        alt = f"Accuracy against latency, {_title(key)}. {said}. Filled marks: no other is faster and as accurate."
+        yield Figure(_title(key), Markup(bench_plots.pareto(points, name=_slug("pareto", number), alt=alt)), alt)
+
+
+def _memory(rows: Sequence[Record]) -> Iterator[Figure]:
+    for number, (key, group) in enumerate(measured.groups(rows).items()):
+        known = [row for row in group if row.memory_bytes and " beside " not in row.label] or [
+            row for row in group if row.memory_bytes
+        ]
+        dense = next((row for row in group if row.kind == DENSE and row.memory_bytes), None)
+        known = [dense, *(row for row in known if row is not dense)][:MOST_BARS] if dense else known[:MOST_BARS]
+        if not known:
+            continue
+        bars = [
+            bench_plots.Bar(
+                row.label.partition(" beside ")[0],
+                row.kind,
+                {"value": (row.memory_bytes or 0) / 1e6},
+                f"{units.size(row.memory_bytes)}, file {units.size(row.file_bytes)}",
+            )
+            for row in known
+        ]
+        alt = f"Resident memory, {_title(key)}. " + "; ".join(f"{bar.label}: {bar.text}" for bar in bars) + "."
+        svg = bench_plots.bars(
+            bars, name=_slug("memory", number), alt=alt, x_label="resident memory of the process, MB"
+        )
+        yield Figure(_title(key), Markup(svg), "")
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    noisy = sum(row["noisy"] for row in rows)
+    found = [f"The machine was noisy in {noisy} of {len(rows)} measurements: small differences are noise."] * bool(
+        noisy
+    )
+    for row in rows:
+        if row["note"] and row["latency_ms"] is None:
+            found.append(f"{row['label']}, {row['threads']} threads, batch {row['batch']}: {row['note']}")
+    return found
+
+
+def _environment(result: Row) -> Iterable[tuple[str, str]]:
+    table = {**result.get("environment", {})}
+    if result.get("settings"):
+        table["settings"] = result["settings"]
+    return views.flatten(table)
+
+
+def _command(result: Row) -> str:
+    """What to type to make a result again."""
+    kind = measured.kind_of(result)
+    settings = result.get("settings") or result.get("environment", {}).get("settings") or {}
+    if kind == "profile":
+        words = ["profile", result["file"], *(["--against", result["against"]] if result["against"] else [])]
+        settings = {"threads": [result["threads"]], "batch": [result["batch"]]}
+    elif kind == "whatif":
+        words = ["bench", "--model", result["model"]]
+    elif kind == "suite":
+        words = ["bench", "--suite", result.get("suite", "kernels")]
+    else:
+        words = ["bench", *dict.fromkeys(row["file"] for row in result["results"])]
+    if kind == "suite":
+        settings = {key: value for key, value in settings.items() if key != "batch"}
+    for key in ("sparsity", "pattern", "threads", "batch", "seconds"):
+        value = settings.get(key)
+        if value not in (None, [], ()):
+            words += [f"--{key}", ",".join(map(str, value)) if isinstance(value, list | tuple) else f"{value:g}"]
+    return shlex.join(["sparsepipe", *words])

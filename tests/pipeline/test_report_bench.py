@@ -1,0 +1,214 @@
+"""The page of benchmarks: its table against the JSON, hostile names, and how a browser opens it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+from sparsepipe.benchmark import records
+from sparsepipe.errors import ArtefactError
+from sparsepipe.reporting import bench_page
+from sparsepipe.stages import bench_report
+
+HOSTILE = "<script>alert(1)</script>.onnx"
+SECTIONS = ["Latency", "Speed-up by sparsity", "Accuracy and latency", "Memory", "Layers", "All figures", "Machine"]
+
+
+def process(file: str, ms: float, speedup: float | None, **changes: Any) -> dict[str, Any]:
+    row = {
+        "file": file, "target": None, "threads": 1, "batch": 1, "samples": 500,
+        "latency_ms": {"p50": {"value": ms, "low": 0.9 * ms, "high": 1.1 * ms}, "p90": None, "p99": None},
+        "speedup": speedup and {"value": speedup, "low": 0.9 * speedup, "high": 1.1 * speedup},
+        "cpu_ms": ms, "load_ms": 12.0, "first_call_ms": 20.0, "rss_bytes": 70_000_000, "peak_rss_bytes": 80_000_000,
+        "idle_rss_bytes": 50_000_000, "inputs": {}, "file_bytes": 1_000_000, "blocks": 20, "blocks_dropped": 0,
+        "self_difference": 0.01, "noisy": False, "note": None,
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def files_result() -> dict[str, Any]:
+    return {
+        "baseline": "dense.onnx",
+        "results": [
+            process("dense.onnx", 8.0, 1.0),
+            process(HOSTILE, 2.0, 4.0, noisy=True),
+            process("int8.onnx", 3.0, 2.7),
+            process("broken.onnx", 1.0, None, latency_ms={"p50": None}, note="the process ended", rss_bytes=None),
+        ],
+        "environment": {"cpu": "Example CPU 9000", "settings": {"threads": [1], "batch": [1], "seconds": 2.0}},
+    }
+
+
+def what_if_result() -> dict[str, Any]:
+    rows = [
+        {"pattern": pattern, "sparsity": sparsity, "threads": 1, "batch": 1, "dense": process("dense", 8.0, 1.0),
+         "sparse": process(f"{pattern} {sparsity}", 8.0 / gain, gain)}
+        for pattern, factor in (("unstructured", 1.0), ("4x1", 1.5))
+        for sparsity, gain in ((0.8, 1.5 * factor), (0.9, 2.5 * factor), (0.95, 4.0 * factor))
+    ]  # fmt: skip
+    return {"schema_version": 1, "model": "resnet20", "input": {}, "results": rows, "environment": {}}
+
+
+def profile_result() -> dict[str, Any]:
+    roof = {"peak_gflops": 100.0, "peak_by": "a product", "memory_gbs": 10.0, "cache_gbs": 80.0, "overhead_us": 0.1,
+            "ridge": 10.0, "method": "measured"}  # fmt: skip
+    layers = [
+        {"name": name, "node": name, "op": op, "stored_as": stored, "density": 0.1, "us": us, "share": 0.3,
+         "gflops": gflops, "peak_share": gflops / 100, "intensity": 3.0, "bandwidth_gbs": 5.0, "bandwidth_share": 0.5,
+         "reasons": ["unstructured"], "dense": None, "shape": [1], "nnz": 1, "size": 10}
+        for name, op, stored, us, gflops in (
+            ("a.weight", "SparseConv", "csr", 90.0, 20.0), ("b.weight", "Conv", "dense", 30.0, 60.0)
+        )
+    ]  # fmt: skip
+    total = {"us": 130.0, "layers_us": 120.0, "other_us": 5.0, "between_us": 5.0, "calls": 20, "gflops": 1.0}
+    return {
+        "schema_version": 1, "kind": "profile", "file": "m.onnx", "against": None, "threads": 1, "batch": 1,
+        "roofline": roof, "layers": layers, "reasons": {"unstructured": "no sharing"}, "total": total,
+        "other": [{"op": "MaxPool", "what": "operator", "count": 1, "us": 5.0, "bytes": 1}], "method": "profiled",
+        "environment": {"cpu": "Example"},
+    }  # fmt: skip
+
+
+class Tables(HTMLParser):
+    """Rows of every table by its caption, and all tags and headings."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.tags: list[str] = []
+        self.headings: list[str] = []
+        self._caption, self._row, self._text, self._open = "", list[str](), "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        self.tags.append(tag)
+        if tag in ("caption", "td", "th", "h2"):
+            self._text, self._open = "", tag
+        elif tag == "tr":
+            self._row = []
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self._text += data
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "caption":
+            self._caption = self._text
+        elif tag in ("td", "th"):
+            self._row.append(self._text)
+        elif tag == "h2":
+            self.headings.append(self._text)
+        elif tag == "tr" and self._caption:
+            self.tables.setdefault(self._caption, []).append(self._row)
+        elif tag == "table":
+            self._caption = ""
+        if tag == self._open:
+            self._open = ""
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    sources = []
+    for name, result in (("bench", files_result()), ("whatif", what_if_result()), ("profile", profile_result())):
+        sources.append(tmp_path / f"{name}.json")
+        sources[-1].write_text(json.dumps(result))
+    out = tmp_path / "page.html"
+    bench_report.write(sources, out, title="Figures")
+    return out, json.loads(out.with_suffix(".json").read_text())
+
+
+def test_the_table_of_the_page_holds_what_the_json_holds(written: tuple[Path, dict[str, Any]]) -> None:
+    page, data = written
+    assert (data["schema_version"], data["kind"]) == (1, "report")
+    head, *rows = Tables(page.read_text(encoding="utf-8")).tables["Measurements"]
+    assert len(rows) == len(data["rows"]) == 4 + 3 + 6
+    column = {name: position for position, name in enumerate(head)}
+    for cells, row in zip(rows, data["rows"], strict=True):
+        assert cells[column["file"]] == row["label"]
+        assert cells[column["threads"]] == str(row["threads"])
+        for name, key, unit in (("latency", "latency_ms", "ms"), ("speed-up", "speedup", "×")):
+            text = cells[column[name]].replace("\u202f", "")
+            if row[key] is None:
+                assert text == "–"
+                continue
+            value, interval = text.rstrip(")").split(" (")
+            assert float(value.removesuffix(unit)) == pytest.approx(row[key]["value"], rel=6e-3)
+            assert [float(part) for part in interval.split("–")] == pytest.approx(
+                [row[key]["low"], row[key]["high"]], rel=6e-3
+            )
+
+
+def test_what_was_measured_becomes_figures_notes_and_commands(written: tuple[Path, dict[str, Any]]) -> None:
+    page, data = written
+    text = page.read_text(encoding="utf-8")
+    seen = Tables(text)
+    assert [heading for heading in seen.headings if heading in SECTIONS] == SECTIONS
+    assert seen.tags.count("svg") == 2 + 1 + 2 + 1  # latency and memory of both results, one curve, one roofline
+    assert "script" not in seen.tags
+    assert "var(--sparse)" in text  # colours follow the reader's scheme
+    assert any("broken.onnx" in note and "the process ended" in note for note in data["notes"])
+    assert any("noisy in 1 of 13" in note for note in data["notes"])
+    assert data["commands"][1].startswith("sparsepipe bench --model resnet20")
+    assert "--seconds 2" in data["commands"][0]
+    assert [row[0] for row in seen.tables["Layers of m.onnx"][1:]] == ["a.weight", "b.weight"]
+    markdown = page.with_suffix(".md").read_text(encoding="utf-8")
+    assert all(row["label"] in markdown for row in data["rows"])
+
+
+def test_accuracy_stands_against_latency() -> None:
+    shares = {"dense.onnx": 0.9, HOSTILE: 0.88, "int8.onnx": 0.87}
+    known = {name: {"value": share, "low": share - 0.01, "high": share + 0.01} for name, share in shares.items()}
+    data = bench_page.page({"b": files_result()}, title="t", accuracy=known)
+    figures = list(bench_page._pareto(data["rows"]))
+    assert len(figures) == 1
+    assert all(text in figures[0].caption.replace("\u202f", "") for text in ("90.00%", "88.00%", "87.00%"))
+    assert "Accuracy against latency" in bench_page.render(data)
+
+
+def test_records_name_the_same_measurement_alike() -> None:
+    first, second = records.read(what_if_result(), where="a"), records.read(what_if_result(), where="b")
+    assert [record.key for record in first] == [record.key for record in second]
+    assert len({record.key for record in first}) == len(first)
+    assert [record.kind for record in records.read(files_result(), where="a")][:3] == ["dense", "sparse", "int8"]
+
+
+@pytest.mark.parametrize("result", [[], {}, {"rows": [{}]}, {"results": [{"file": "a"}]}])
+def test_what_is_no_result_is_refused(result: Any) -> None:
+    with pytest.raises(ArtefactError):
+        records.read(result, where="r.json")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("scheme", "background"), [("1", (255, 255, 255)), ("0", (20, 23, 27))])
+def test_a_browser_opens_the_page_without_a_message(
+    written: tuple[Path, dict[str, Any]], tmp_path: Path, scheme: str, background: tuple[int, int, int]
+) -> None:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next((found for name in names if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    from PIL import Image
+
+    picture = tmp_path / "page.png"
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0", "--hide-scrollbars",
+        f"--blink-settings=preferredColorScheme={scheme}", "--window-size=390,2400", f"--screenshot={picture}",
+        written[0].as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    pixels = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
+    colours, counts = np.unique(pixels, axis=0, return_counts=True)
+    assert tuple(colours[counts.argmax()]) == background
+    assert 0.02 < 1 - counts.max() / len(pixels) < 0.6
