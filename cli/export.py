@@ -42,6 +42,10 @@ from sparsepipe.cli import common
     help="int8: how ranges come from values. Default: minmax.",
 )  # fmt: skip
 @click.option("--calibration-samples", type=int, metavar="N", help="int8: how many samples. Default: 128.")
+@click.option(
+    "--max-drop", type=float, metavar="POINTS",
+    help="int8: keep layers in fp32 until the accuracy on training samples is within so many points of that of fp32.",
+)  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="Output folder. Default: export/ in the run folder.")
 @common.model_option
 @common.overrides_option
@@ -58,6 +62,7 @@ def command(
     calibrate: str | None,
     calibration: str | None,
     calibration_samples: int | None,
+    max_drop: float | None,
     out: Path | None,
     trusted_model: str | None,
     overrides: tuple[str, ...],
@@ -80,6 +85,7 @@ def command(
         "calibrate": calibrate,
         "calibration": calibration,
         "calibration_samples": calibration_samples,
+        "max_drop": max_drop,
     }
     if source.is_file():
         config = common.section(None, "export", overrides, flags)
@@ -103,6 +109,11 @@ def command(
         _print_layers("portable", metrics["layers"])
     if measured := metrics["measured"]:
         click.echo(_whole(measured))
+    if chosen := metrics["selection"]:
+        click.echo(
+            f"On {chosen['samples']} training samples that the calibration did not see: accuracy "
+            f"{chosen['accuracy']:.2%} in int8, {chosen['fp32_accuracy']:.2%} in fp32."
+        )
     for file in metrics["files"].values():
         click.echo(f"{artefact.folder / file['name']}  {common.size_text(file['bytes'])}")
 

@@ -154,6 +154,9 @@ class Export(Section):
     calibration_samples: PositiveInt = 128
     calibration_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """int8: which samples of the split are taken."""
+    max_drop: Annotated[float, Field(ge=0, le=100)] | None = None
+    """int8: points of accuracy that may be lost on further samples of that split; layers stay fp32 until that holds.
+    None quantises all of them."""
 
     @field_validator("measure")
     @classmethod

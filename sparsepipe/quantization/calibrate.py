@@ -8,6 +8,7 @@ which onnxruntime fuses to integer ones when it loads the file.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import tempfile
@@ -18,12 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.calibrate import CalibrationDataReader, CalibrationMethod, TensorsData, create_calibrator
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.quant_utils import QuantizationMode, QuantType
+from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
 from sparsepipe.errors import GraphError
 from sparsepipe.graph.index import copy, opset
 
 Feeds = Mapping[str, NDArray[Any]]
+Ranges = Mapping[str, tuple[float, float]]
+"""Tensor -> its smallest and largest value."""
 
 METHODS: Mapping[str, CalibrationMethod] = {
     "minmax": CalibrationMethod.MinMax,
@@ -39,7 +45,7 @@ OLDEST_OPSET = 13
 def quantise(
     model: ModelProto, samples: Sequence[Feeds], *, method: str = "minmax", exclude: Collection[str] = ()
 ) -> ModelProto:
-    """The int8 form of an fp32 model.
+    """The int8 form of an fp32 model, with the ranges that its activations have on samples.
 
     Args:
         model: float32, without batch normalisations where they can be folded.
@@ -50,39 +56,85 @@ def quantise(
     Raises:
         GraphError: the opset is older than 13, there are no samples, or onnxruntime cannot quantise the model.
     """
+    return with_ranges(model, ranges(model, samples, method=method), exclude=exclude)
+
+
+def ranges(model: ModelProto, samples: Sequence[Feeds], *, method: str = "minmax") -> Ranges:
+    """The range of every tensor that may be quantised, as `quantise` finds it.
+
+    Raises:
+        GraphError: the opset is older than 13, there are no samples, or onnxruntime cannot calibrate the model.
+    """
     where = model.graph.name or "model"
+    _check_opset(model, where)
+    if not samples:
+        raise GraphError("There are no samples to calibrate with.", where=where)
+    with tempfile.TemporaryDirectory(prefix="sparsepipe-") as folder, _tools(where):
+        source = Path(folder) / "fp32.onnx"
+        source.write_bytes(_named(model, ())[0].SerializeToString())
+        calibrator = create_calibrator(
+            str(source),
+            _quantisable(),
+            augmented_model_path=str(Path(folder) / "augmented.onnx"),
+            calibrate_method=METHODS[method],
+        )
+        calibrator.collect_data(_Samples(samples))
+        found = calibrator.compute_data()
+        limits = {name: data.range_value for name, data in found.items()}
+        return {name: (float(np.min(low)), float(np.max(high))) for name, (low, high) in limits.items()}
+
+
+def with_ranges(model: ModelProto, found: Ranges, *, exclude: Collection[str] = ()) -> ModelProto:
+    """The int8 form of an fp32 model, with given ranges of its activations.
+
+    Args:
+        model: as of `quantise`.
+        found: tensor -> smallest and largest value.
+        exclude: outputs of the nodes that stay fp32.
+
+    Raises:
+        GraphError: the opset is older than 13, a range is missing, or onnxruntime cannot quantise the model.
+    """
+    where = model.graph.name or "model"
+    _check_opset(model, where)
+    named, excluded = _named(model, exclude)
+    limits = {name: (np.float32(low), np.float32(high)) for name, (low, high) in found.items()}
+    settings: dict[str, Any] = {
+        "per_channel": True,
+        "reduce_range": False,
+        "weight_qType": QuantType.QInt8,
+        "activation_qType": QuantType.QUInt8,
+        "tensors_range": TensorsData(CalibrationMethod.MinMax, limits),
+        "nodes_to_quantize": [],
+        "nodes_to_exclude": excluded,
+        "op_types_to_quantize": _quantisable(),
+        "extra_options": {},
+    }
+    if "static" in inspect.signature(QDQQuantizer).parameters:  # before onnxruntime 1.18
+        settings |= {"mode": QuantizationMode.QLinearOps, "static": True}
+    with _tools(where):
+        quantizer = QDQQuantizer(named, **settings)
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+        result: ModelProto = quantizer.model.model
+    result.ir_version = model.ir_version
+    del result.metadata_props[:]
+    result.metadata_props.extend(model.metadata_props)
+    return result
+
+
+def _check_opset(model: ModelProto, where: str) -> None:
     if opset(model) < OLDEST_OPSET:
         raise GraphError(
             f"Its opset {opset(model)} has no int8 weights with a scale for each channel.",
             where=where,
             advice=f"Export it with --opset {OLDEST_OPSET} or newer.",
         )
-    if not samples:
-        raise GraphError("There are no samples to calibrate with.", where=where)
-    named, excluded = _named(model, exclude)
-    with tempfile.TemporaryDirectory(prefix="sparsepipe-") as folder, _quiet():
-        source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-        source.write_bytes(named.SerializeToString())
-        try:
-            quantize_static(
-                str(source),
-                str(target),
-                _Samples(samples),
-                quant_format=QuantFormat.QDQ,
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                calibrate_method=METHODS[method],
-                nodes_to_exclude=excluded,
-            )
-        except Exception as error:  # onnxruntime's tools raise errors of every kind
-            text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise GraphError(f"onnxruntime's tools cannot quantise it: {text}.", where=where) from error
-        result: ModelProto = ModelProto.FromString(target.read_bytes())
-    result.ir_version = model.ir_version
-    del result.metadata_props[:]
-    result.metadata_props.extend(model.metadata_props)
-    return result
+
+
+def _quantisable() -> list[str]:
+    """The operators that onnxruntime's tools know in int8."""
+    return sorted({*QLinearOpsRegistry, *QDQRegistry})
 
 
 def _named(model: ModelProto, exclude: Collection[str]) -> tuple[ModelProto, list[str]]:
@@ -97,13 +149,20 @@ def _named(model: ModelProto, exclude: Collection[str]) -> tuple[ModelProto, lis
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the tools print, and their advice on a preprocessing that changes nothing here."""
+def _tools(where: str) -> Iterator[None]:
+    """Without what the tools print, and with their errors as one of this project.
+
+    Raises:
+        GraphError: the tools failed.
+    """
     was = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
+    except Exception as error:  # onnxruntime's tools raise errors of every kind
+        text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise GraphError(f"onnxruntime's tools cannot quantise it: {text}.", where=where) from error
     finally:
         logging.disable(was)
 

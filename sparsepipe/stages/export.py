@@ -249,6 +249,7 @@ def _write(
             measured=_facts(plan.outcome),
             precision=config.precision,
             calibration_samples=plan.int8.samples if plan.int8 else None,
+            selection=plan.int8.selection.facts if plan.int8 and plan.int8.selection else None,
         )
     advance()
     return Artefact.read(out, "export")

@@ -5,27 +5,32 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from onnx import ModelProto
 
 from sparsepipe import data as datasets
 from sparsepipe.errors import RecipeError
 from sparsepipe.graph.choice import Choice
 from sparsepipe.graph.finish import serialise
-from sparsepipe.quantization.calibrate import Feeds, calibration_rows, quantise
+from sparsepipe.quantization.calibrate import calibration_rows, ranges
 from sparsepipe.quantization.rewrite import rewrite
+from sparsepipe.quantization.sensitivity import mixed
 from sparsepipe.recipe import Export, check
 from sparsepipe.runtime.inputs import inputs_of
-from sparsepipe.runtime.samples import labelled_samples
+from sparsepipe.runtime.samples import Batch, labelled_samples
 from sparsepipe.runtime.sessions import session
 from sparsepipe.spec import ModelSpec
+from sparsepipe.stages.int8_selection import Selection, select
 from sparsepipe.stages.validate import input_for
 
 log = logging.getLogger("sparsepipe")
 
 BATCH = 16
+SELECTION_SAMPLES = 1000
+"""Samples on which accuracy is measured for `max_drop`; of a small dataset, those that the calibration leaves."""
 SPEC_KEY = "sparsepipe.spec"
 TARGETS = ("dense", "universal")
 
@@ -38,18 +43,20 @@ class Int8:
         files: target -> model.
         kernels: a row for each layer, of the file `universal`.
         samples: number of samples that the ranges come from.
+        selection: what was decided by `max_drop`; None without that.
     """
 
     files: Mapping[str, ModelProto]
     kernels: list[Choice]
     samples: int
+    selection: Selection | None = None
 
 
 def check_settings(config: Export) -> None:
     """Refuse what has no meaning for int8.
 
     Raises:
-        RecipeError: nothing to calibrate with, a target without an int8 form, or kernels to be timed.
+        RecipeError: nothing to calibrate with, or a target without an int8 form.
     """
     if config.calibrate is None:
         raise RecipeError(
@@ -60,10 +67,6 @@ def check_settings(config: Export) -> None:
     if "targets" in config.model_fields_set and "portable" in config.targets:
         raise RecipeError(
             "The target portable has no int8 form.", where="export.targets", advice="Name dense, universal or both."
-        )
-    if config.measure:
-        raise RecipeError(
-            "int8 layers are not chosen by timing them.", where="export.measure", advice="Leave --measure out."
         )
 
 
@@ -80,14 +83,22 @@ def prepare(folded: ModelProto, properties: Mapping[str, str], config: Export) -
         GraphError: onnxruntime cannot quantise the network.
     """
     stored = {entry.key: entry.value for entry in folded.metadata_props} | dict(properties)
-    feeds, count = _samples(folded, stored.get(SPEC_KEY), config)
-    dense = quantise(folded, feeds, method=config.calibration)
+    calibration, held_out = _samples(folded, stored.get(SPEC_KEY), config)
+    feeds = [batch.inputs for batch in calibration]
+    found = ranges(folded, feeds, method=config.calibration)
+    selection = None
+    if config.max_drop is not None:
+        selection = select(folded, found, feeds, held_out, config.max_drop)
+    dense = mixed(folded, found, set(selection.kept) if selection else set())
     sparse, kernels = rewrite(dense)
-    return Int8({"dense": dense, "universal": sparse}, kernels, count)
+    if selection is not None:
+        kernels = [replace(row, reason=selection.kept.get(row.output, row.reason)) for row in kernels]
+    count = sum(batch.count for batch in calibration)
+    return Int8({"dense": dense, "universal": sparse}, kernels, count, selection)
 
 
-def _samples(model: ModelProto, spec: str | None, config: Export) -> tuple[list[Feeds], int]:
-    """Calls with samples of the training split, and their number."""
+def _samples(model: ModelProto, spec: str | None, config: Export) -> tuple[list[Batch], list[Batch]]:
+    """Samples of the training split to calibrate on, and, where layers are to be selected, others to select on."""
     assert config.calibrate is not None
     name = config.calibrate.name
     dataset = datasets.load(name, config.calibrate.options)
@@ -98,10 +109,24 @@ def _samples(model: ModelProto, spec: str | None, config: Export) -> tuple[list[
         log.info("The network names no preprocessing, so that of the dataset '%s' is used.", name)
     else:
         preprocessing = check(ModelSpec, json.loads(spec), where=SPEC_KEY).preprocessing
-    rows = calibration_rows(len(dataset.train), config.calibration_samples, config.calibration_seed)
+    wanted = config.calibration_samples
+    rows = calibration_rows(len(dataset.train), wanted, config.calibration_seed)
+    others: Any = []
+    if config.max_drop is not None:
+        # With a larger number the same ones come first, and then these.
+        more = calibration_rows(len(dataset.train), wanted + SELECTION_SAMPLES, config.calibration_seed)
+        others = np.setdiff1d(more, rows)
+        if not len(others):
+            raise RecipeError(
+                f"All {len(rows)} training samples are for calibration, so that none are left to measure accuracy on.",
+                where="export.calibration_samples",
+                advice="Name fewer with --calibration-samples.",
+            )
 
-    def load(indices: Any) -> Any:
-        return datasets.prepare(dataset.train.load(rows[indices]), preprocessing)
+    def batches(chosen: Any) -> list[Batch]:
+        def load(indices: Any) -> Any:
+            return datasets.prepare(dataset.train.load(chosen[indices]), preprocessing)
 
-    batches = labelled_samples(entry, dataset.train.labels[rows], BATCH, load)
-    return [batch.inputs for batch in batches], len(rows)
+        return list(labelled_samples(entry, dataset.train.labels[chosen], BATCH, load)) if len(chosen) else []
+
+    return batches(rows), batches(others)

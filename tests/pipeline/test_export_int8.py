@@ -114,7 +114,7 @@ def test_the_same_samples_give_the_same_file(fp32: Path, digits: Path, int8: Pat
     [
         ([], "--calibrate"),
         (["--target", "portable", "--calibrate", "{digits}"], "portable"),
-        (["--measure", "--calibrate", "{digits}"], "--measure"),
+        (["--measure", "--calibrate", "{digits}"], "cost model"),
         (["--calibrate", "{other}"], "shape"),
         (["--calibrate", "npz:/there/is/none.npz"], "none.npz"),
     ],
