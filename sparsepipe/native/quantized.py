@@ -23,7 +23,9 @@ kernel position; inputs are padded with zeros to a multiple of 4. The nonzero bl
 i // 4) * P + p`` with G groups of inputs and P kernel positions. ``values`` holds them, int8 [blocks, r, 4], and
 ``deltas`` the differences of consecutive b as in `operators`.
 
-``QMaxPool(X) -> Y`` is MaxPool of uint8 or int8 in NCHW, where onnxruntime's own one is slow or changes the layout.
+``QDepthwiseConv(X, x_scale, x_zero_point, W, w_scale, y_scale, y_zero_point, B?) -> Y`` is the QLinearConv of one dense
+filter for each channel, W int8 [C, 1, *kernel], and ``QMaxPool(X) -> Y`` is MaxPool of uint8 or int8: in NCHW, where
+onnxruntime's own ones are slow or change the layout.
 
 The fallback body of an operator rebuilds the dense weight, which onnxruntime folds into a constant, for QLinearConv, or
 for DequantizeLinear, Gemm and QuantizeLinear, which onnxruntime fuses to one integer product.
@@ -55,6 +57,7 @@ INPUTS = {
     "SparseQLinear": (
         "X", "x_scale", "x_zero_point", "values", "deltas", "w_scale", "y_scale", "y_zero_point", "B",
     ),
+    "QDepthwiseConv": ("X", "x_scale", "x_zero_point", "W", "w_scale", "y_scale", "y_zero_point", "B"),
     "QMaxPool": ("X",),
 }  # fmt: skip
 WINDOW = ("kernel_shape", "strides", "pads", "dilations")
@@ -179,6 +182,28 @@ def sparse_qlinear(
     return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
 
+def qdepthwise_conv(
+    inputs: Sequence[str],
+    output: str,
+    *,
+    weight_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    activation: str = "none",
+    limits: tuple[int, int] | None = None,
+    name: str = "",
+) -> onnx.NodeProto:
+    """A QDepthwiseConv node; ``inputs`` as of ``INPUTS``, ``weight_shape`` is [C, 1, *kernel], else as SparseQConv."""
+    attributes: dict[str, Any] = {
+        **_window(weight_shape[2:], strides, pads, dilations),
+        "channels": weight_shape[0],
+        **_bounded(activation, limits),
+    }
+    op_type = operator_name("QDepthwiseConv", activation)
+    return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
+
+
 def qmax_pool(
     source: str,
     output: str,
@@ -207,10 +232,14 @@ def _window(
 
 
 def _shared(block: int, activation: str, limits: tuple[int, int] | None) -> dict[str, Any]:
+    return {"block": block, **_bounded(activation, limits)}
+
+
+def _bounded(activation: str, limits: tuple[int, int] | None) -> dict[str, Any]:
     if activation not in ACTIVATIONS:
         raise ValueError(f"the int8 operators have no activation {activation!r}, only {', '.join(ACTIVATIONS)}")
     bounds = {"min": int(limits[0]), "max": int(limits[1])} if limits else {}
-    return {"block": block, "activation": activation, **bounds}
+    return {"activation": activation, **bounds}
 
 
 def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
@@ -237,6 +266,10 @@ def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
         if "residual" in present:
             nodes += _sum()
             zero_point = "sum_zero_point"
+    elif base == "QDepthwiseConv":
+        nodes = _convolution("B" in present)
+        with_references(nodes[-1], {"group": "channels"}, AttributeProto.INT)
+        zero_point = "y_zero_point"
     else:
         nodes = _dense_weight(("out_features", "in_features"))
         nodes += _linear("B" in present)
@@ -298,7 +331,7 @@ def _dense_weight(sizes: tuple[str, str], kernel: str | None = None) -> list[onn
 
 def _convolution(bias: bool) -> list[onnx.NodeProto]:
     inputs = ["X", "x_scale", "x_zero_point", "W", "w_scale", "w_zero_point", "y_scale", "y_zero_point"]
-    conv = helper.make_node("QLinearConv", [*inputs, *(["B"] if bias else [])], ["y0"], group=1)
+    conv = helper.make_node("QLinearConv", [*inputs, *(["B"] if bias else [])], ["y0"])
     window = {name: name for name in WINDOW}
     return [_constant("w_zero_point", 0, np.int8), with_references(conv, window, AttributeProto.INTS)]
 

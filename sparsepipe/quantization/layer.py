@@ -34,6 +34,7 @@ class QLayer:
     Attributes:
         base: its operator, a key of `quantized.INPUTS`.
         weight: int8 [O, I, *kernel].
+        weight_name: name of the weight as it is stored.
         weight_scale: name of the scales, one or [O].
         bias: name of the int32 bias [O]; empty where there is none.
         source: what it takes.
@@ -47,6 +48,7 @@ class QLayer:
 
     base: str
     weight: NDArray[np.int8]
+    weight_name: str
     weight_scale: str
     bias: str
     source: Quantised
@@ -66,14 +68,14 @@ def read(node: NodeProto, found: Index) -> QLayer:
     """
     if not is_standard(node, "Conv", "Gemm", "MatMul"):
         raise Stays(f"no int8 kernel for {node.op_type}")
-    source, weight = _source(node.input[0], found), _source(node.input[1], found)
+    source, weight = source_of(node.input[0], found), source_of(node.input[1], found)
     if source is None or weight is None or source.name in found.constants:
         raise Stays("not quantised")
     values = _constant(weight.name, found)
     if values.dtype != np.int8 or np.any(_constant(weight.zero_point, found)):
         raise Stays("the weight is not symmetric int8")
     bias = node.input[2] if len(node.input) > 2 else ""
-    step = _quantiser(node.output[0], found)
+    step = quantiser_of(node.output[0], found)
     if step is None:
         raise Stays("its output is not quantised")
     output = Quantised(step.output[0], step.input[1], step.input[2])
@@ -82,14 +84,18 @@ def read(node: NodeProto, found: Index) -> QLayer:
         raise Stays("input and output are not bytes of one type")
     if is_standard(node, "Conv"):
         base, window = "SparseQConv", window_of(node, values.shape[2:])
-        if integer(node, "group", 1) != 1:
-            raise Stays(f"convolution of {integer(node, 'group', 1)} groups")
+        groups = integer(node, "group", 1)
+        if groups > 1 and values.shape[:2] == (groups, 1):
+            base = "QDepthwiseConv"
+        elif groups != 1:
+            raise Stays(f"convolution of {groups} groups")
     else:
         base, window = "SparseQLinear", {}
         values = _rows(node, values)
     if _constant(weight.scale, found).size not in (1, len(values)):
         raise Stays("its scales are not those of outputs")
-    layer = QLayer(base, values, weight.scale, _bias(bias, len(values), found), source, output, window, step)
+    bias = _bias(bias, len(values), found)
+    layer = QLayer(base, values, weight.name, weight.scale, bias, source, output, window, step)
     layer.nodes = [node, step]
     return layer
 
@@ -103,7 +109,7 @@ def fuse_sum(layer: QLayer, found: Index, shapes: Shapes) -> None:
     if add is None or not is_standard(add, "Add"):
         return
     other = add.input[1] if add.input[0] == back.output[0] else add.input[0]
-    residual, step = _source(other, found), _quantiser(add.output[0], found)
+    residual, step = source_of(other, found), quantiser_of(add.output[0], found)
     if residual is None or step is None or residual.name in found.constants:
         return
     kinds = {_kind(name, found) for name in (layer.output.zero_point, residual.zero_point, step.input[2])}
@@ -114,7 +120,7 @@ def fuse_sum(layer: QLayer, found: Index, shapes: Shapes) -> None:
         layer.last = step
 
 
-def _source(name: str, found: Index) -> Quantised | None:
+def source_of(name: str, found: Index) -> Quantised | None:
     """The quantised form of an fp32 tensor."""
     step = found.producers.get(name)
     if step is None or not is_standard(step, "DequantizeLinear") or len(step.input) != 3:
@@ -124,7 +130,7 @@ def _source(name: str, found: Index) -> Quantised | None:
     return Quantised(*step.input)
 
 
-def _quantiser(name: str, found: Index) -> NodeProto | None:
+def quantiser_of(name: str, found: Index) -> NodeProto | None:
     """The QuantizeLinear that alone uses an fp32 tensor."""
     step = _only_user(name, found)
     if step is None or not is_standard(step, "QuantizeLinear") or len(step.input) != 3:

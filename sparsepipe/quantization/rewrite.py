@@ -2,13 +2,14 @@
 
 The layers keep the numbers that quantisation gave them, so a file computes the same with the library, without it, and
 as plain int8 file, but for rounding by 1 in sums. A layer's ReLU or Clip is the range of its output. Layers that
-follow one another exchange bytes: nothing is left between them.
+follow one another exchange bytes: nothing is left between them. Where any layer is sparse, what lies between (`beside`)
+takes part: onnxruntime's own int8 operators would change the layout before and after.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,11 +25,13 @@ from sparsepipe.graph.shapes import Shapes
 from sparsepipe.graph.tidy import tidy
 from sparsepipe.graph.universal import OLDEST_IR
 from sparsepipe.native import operators, quantized
+from sparsepipe.quantization.beside import pool
 from sparsepipe.quantization.layer import QLayer, Quantised, fuse_sum, read
 
 FEWEST_VALUES = 256
 FEWEST_INPUTS = 8
-"""As for fp32: smaller weights take microseconds either way, and convolutions of images stay dense."""
+"""As for fp32: smaller weights take microseconds either way. Convolutions of fewer channels, those of images, are full
+blocks beside sparse layers."""
 FIXED = 0.32
 RELATIVE: Mapping[int, float] = {4: 1.5, 2: 2.1, 1: 3.2}
 """Time of a sparse layer in times of onnxruntime's dense int8 one: FIXED, and this for the share of values that blocks
@@ -59,6 +62,8 @@ def rewrite(model: ModelProto) -> tuple[ModelProto, list[Choice]]:
         if node.output and node.output[0] in chosen:
             made = _replace(result.graph, node, chosen[node.output[0]], shapes)
             bodies.setdefault(made.op_type, quantized.function_for(made, opset(result)))
+    for made in pool(result.graph):
+        bodies.setdefault(made.op_type, quantized.function_for(made, opset(result)))
     _drop_unused(result.graph)
     result.functions.extend(bodies[name] for name in sorted(bodies))
     result.opset_import.append(helper.make_opsetid(operators.DOMAIN, operators.VERSION))
@@ -84,6 +89,7 @@ def best_block(weight: NDArray[np.int8]) -> tuple[int, float]:
 def _choose(graph: GraphProto) -> list[Choice]:
     found = index(graph)
     choices = []
+    between: dict[str, QLayer] = {}
     for node in graph.node:
         if not is_standard(node, *LAYERS):
             continue
@@ -108,14 +114,21 @@ def _choose(graph: GraphProto) -> list[Choice]:
             output=node.output[0],
         )
         try:
-            choices.append(_judge(row, read(node, found)))
+            layer = read(node, found)
+            if layer.base != "SparseQLinear" and layer.weight.shape[1] < FEWEST_INPUTS:
+                between[row.output] = layer
+            choices.append(_judge(row, layer))
         except Stays as reason:
             choices.append(replace(row, reason=str(reason)))
-    return choices
+    if not any(choice.sparse for choice in choices):
+        return choices
+    return [_dense(choice, between[choice.output]) if choice.output in between else choice for choice in choices]
 
 
 def _judge(row: Choice, layer: QLayer) -> Choice:
     weight = layer.weight
+    if layer.base == "QDepthwiseConv":
+        raise Stays(f"convolution of {len(weight)} groups")
     if weight.size < FEWEST_VALUES:
         raise Stays(f"only {weight.size} values")
     if layer.base == "SparseQConv" and weight.shape[1] < FEWEST_INPUTS:
@@ -123,39 +136,58 @@ def _judge(row: Choice, layer: QLayer) -> Choice:
     block, time = best_block(weight)
     if time >= PAYS_BELOW:
         raise Stays(f"blocks of {block}x4 would take {time:.2f} of the dense int8 time")
-    values, deltas = quantized.encode(weight, block)
-    return replace(
-        row,
-        sparse=True,
-        block=block,
-        bytes=values.nbytes + deltas.nbytes,
-        reason=f"blocks of {block}x4 take about {time:.2f} of the dense int8 time",
-        kernel=layer.base,
-    )
+    return _taken(row, layer, block, f"blocks of {block}x4 take about {time:.2f} of the dense int8 time")
+
+
+def _dense(row: Choice, layer: QLayer) -> Choice:
+    """A dense convolution of few channels beside sparse layers; onnxruntime's takes four times as long (NOTES.md)."""
+    if layer.base == "QDepthwiseConv":
+        return replace(row, sparse=True, block=0, reason="depthwise beside int8 kernels", kernel=layer.base)
+    block = next(block for block in RELATIVE if len(layer.weight) % block == 0)
+    return _taken(row, layer, block, f"a convolution of {layer.weight.shape[1]} channels is faster beside int8 kernels")
+
+
+def _taken(row: Choice, layer: QLayer, block: int, reason: str) -> Choice:
+    values, deltas = quantized.encode(layer.weight, block)
+    size = values.nbytes + deltas.nbytes
+    return replace(row, sparse=True, block=block, bytes=size, reason=reason, kernel=layer.base)
 
 
 def _replace(graph: GraphProto, node: NodeProto, choice: Choice, shapes: Shapes) -> NodeProto:
     found = index(graph)
     layer = read(node, found)
     fuse_sum(layer, found, shapes)
-    stem = choice.name.removesuffix(".weight")
-    stored = []
-    for name, value in zip(("values", "deltas"), quantized.encode(layer.weight, choice.block), strict=True):
-        stored.append(fresh(f"{stem}.{name}", graph))
-        graph.initializer.append(numpy_helper.from_array(value, stored[-1]))
+    depthwise = layer.base == "QDepthwiseConv"
+    stored = [layer.weight_name] if depthwise else _encoded(graph, choice, layer)
     inputs = [*_names(layer.source), *stored, layer.weight_scale, layer.output.scale, layer.output.zero_point]
     inputs += [layer.bias] if layer.bias or layer.residual else []
     if layer.residual is not None and layer.sum is not None:
         inputs += [*_names(layer.residual), layer.sum.scale, layer.sum.zero_point]
     output = layer.last.output[0]
-    make = quantized.sparse_qconv if layer.base == "SparseQConv" else quantized.sparse_qlinear
-    shared: dict[str, Any] = {"weight_shape": layer.weight.shape, "block": choice.block, **layer.window}
-    made = make(inputs, output, name=node.name, **shared)
+    shared: dict[str, Any] = {"weight_shape": layer.weight.shape, **layer.window}
+    shared |= {} if depthwise else {"block": choice.block}
+    made = _MAKERS[layer.base](inputs, output, name=node.name, **shared)
     position = next(place for place, entry in enumerate(graph.node) if entry.output[:1] == made.output[:1])
     graph.node.insert(position, made)
     for gone in layer.nodes:
         graph.node.remove(gone)
     return made
+
+
+_MAKERS: Mapping[str, Callable[..., NodeProto]] = {
+    "SparseQConv": quantized.sparse_qconv,
+    "SparseQLinear": quantized.sparse_qlinear,
+    "QDepthwiseConv": quantized.qdepthwise_conv,
+}
+
+
+def _encoded(graph: GraphProto, choice: Choice, layer: QLayer) -> list[str]:
+    """The names of the blocks of a weight, which become constants of the graph."""
+    stem, names = choice.name.removesuffix(".weight"), []
+    for name, value in zip(("values", "deltas"), quantized.encode(layer.weight, choice.block), strict=True):
+        names.append(fresh(f"{stem}.{name}", graph))
+        graph.initializer.append(numpy_helper.from_array(value, names[-1]))
+    return names
 
 
 def _names(tensor: Quantised) -> list[str]:

@@ -307,6 +307,61 @@ def test_max_pool(
         np.testing.assert_array_equal(actual, expected)
 
 
+DEPTHWISE = {"block": 1, "density": 1.0, "residual": False}
+
+
+@st.composite
+def depthwise_convolutions(draw: st.DrawFn) -> dict[str, Any]:
+    case = draw(convolutions())
+    channels = draw(st.sampled_from([1, 2, 3, 17, 40]))
+    return case | DEPTHWISE | {"shape": (channels, 1, *case["shape"][2:])}
+
+
+def depthwise(case: dict[str, Any]) -> Layer:
+    """The numbers of a convolution of one input, with an input for each channel instead."""
+    made, random = convolution(case), np.random.default_rng(case["seed"])
+    constants = {name: value for name, value in made.constants.items() if name not in ("values", "deltas")}
+    constants["W"] = made.weight
+    names = list(quantized.INPUTS["QDepthwiseConv"])
+    node = quantized.qdepthwise_conv(
+        names if case["bias"] else names[:-1], "Y", weight_shape=case["shape"], strides=case["strides"],
+        pads=case["pads"], dilations=case["dilations"], activation=case["activation"], name="the_node",
+        limits=int8_models.limits_of(case["dtype"]) if case["activation"] == "clip" else None,
+    )  # fmt: skip
+    shape = (case["batch"], case["shape"][0], *case["sizes"])
+    x = int8_models.activations(random, shape, case["dtype"], case["saturated"])
+    return Layer(node, constants, {"X": x}, made.weight)
+
+
+# Several bands; an odd number of rows; a window of more than four rows.
+@example(BIG | DEPTHWISE | {"shape": (5, 1, 3, 3), "sizes": [112, 112]})
+@example(BIG | DEPTHWISE | {"shape": (9, 1, 3, 3), "sizes": [113, 97], "strides": [2, 2], "dtype": np.int8})
+@example(BIG | DEPTHWISE | {"shape": (40, 1, 5, 5), "sizes": [7, 7], "pads": [2] * 4})
+@example(BIG | DEPTHWISE | {"shape": (2, 1, 3, 3), "sizes": [4, 5000], "strides": [1, 2], "dilations": [2, 3]})
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@given(case=depthwise_convolutions())
+def test_depthwise_convolution(session: Any, isa: str, case: dict[str, Any]) -> None:
+    layer = depthwise(case)
+    check_native(session, isa, layer, expected_of(layer), case["threads"])
+
+
+@pytest.mark.slow
+@settings(max_examples=1500)
+@given(case=depthwise_convolutions())
+def test_depthwise_convolution_at_length(session: Any, isa: str, case: dict[str, Any]) -> None:
+    layer = depthwise(case)
+    check_native(session, isa, layer, expected_of(layer), case["threads"])
+
+
+@settings(max_examples=20)
+@given(case=depthwise_convolutions(), opset=st.sampled_from([13, 15, 17, 19, 21, 22]))
+def test_the_body_of_a_depthwise_convolution(session: Any, case: dict[str, Any], opset: int) -> None:
+    layer = depthwise(case)
+    model = layer.model(opset)
+    for actual in (session(model, native=False).run(None, layer.feeds)[0], unoptimised(model, layer.feeds)):
+        np.testing.assert_array_equal(actual, expected_of(layer))
+
+
 def test_operators_exchange_int8(session: Any) -> None:
     """Two convolutions and a sum in a row: nothing but bytes in between, and the bits of the dense chain."""
     first = convolution(BIG | {"shape": (16, 8, 3, 3), "sizes": [9, 11], "residual": False, "activation": "none"})

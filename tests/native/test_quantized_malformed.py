@@ -264,6 +264,86 @@ def test_shapes_of_max_pool(session: Any, shape: tuple[int, ...]) -> None:
         native.run(None, {"X": np.zeros(shape, np.uint8)})
 
 
+def good_depthwise() -> int8_models.Layer:
+    random = np.random.default_rng(0)
+    weight = random.integers(-128, 128, (8, 1, 3, 3)).astype(np.int8)
+    constants = {**int8_models.quantization(random, weight, np.uint8, True), "W": weight}
+    names = quantized.INPUTS["QDepthwiseConv"]
+    node = quantized.qdepthwise_conv(names, "Y", weight_shape=weight.shape, pads=[1] * 4, name="the_node")
+    return int8_models.Layer(node, constants, {"X": np.ones((1, 8, 6, 6), np.uint8)}, weight)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "word"),
+    [
+        ({"channels": None}, "channels"),
+        ({"channels": 0}, "channels"),
+        ({"channels": 2**50}, "channels"),
+        ({"channels": 4}, "W"),
+        ({"kernel_shape": [3, 1]}, "W"),
+        ({"kernel_shape": [3]}, "strides"),
+        ({"kernel_shape": [0, 3]}, "kernel_shape"),
+        ({"strides": [0, 1]}, "strides"),
+        ({"dilations": [1, -1]}, "dilations"),
+        ({"pads": [-1, 0, 0, 0]}, "pads"),
+        ({"activation": "gelu"}, "activation"),
+        ({"activation": "clip", "min": 0, "max": 256}, "max"),
+    ],
+)
+def test_attributes_of_a_depthwise_convolution(session: Any, attributes: dict[str, Any], word: str) -> None:
+    refused(session, replaced(good_depthwise(), **attributes), word)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("W", np.zeros((8, 1, 3, 3), np.uint8)),
+        ("W", np.zeros((8, 1, 3), np.int8)),
+        ("W", np.zeros((8, 2, 3, 3), np.int8)),
+        ("W", np.zeros((0, 1, 3, 3), np.int8)),
+        ("w_scale", np.ones(7, np.float32)),
+        ("w_scale", np.full(8, np.nan, np.float32)),
+        ("y_scale", np.array(0, np.float32)),
+        ("x_scale", np.array(np.inf, np.float32)),
+        ("x_zero_point", np.zeros(2, np.uint8)),
+        ("y_zero_point", np.array(0, np.int8)),
+        ("B", np.zeros(7, np.int32)),
+        ("B", np.zeros(8, np.float32)),
+    ],
+)
+def test_constants_of_a_depthwise_convolution(session: Any, name: str, value: Any) -> None:
+    layer = good_depthwise()
+    layer.constants[name] = value
+    with pytest.raises(Exception, match="the_node"):
+        session(layer.model(body=False))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 6), (1, 3, 6, 6), (8, 6, 6), (1, 8, 0, 6), (1, 8, 6, 6, 1), (8,), ()])
+def test_inputs_of_a_depthwise_convolution(session: Any, shape: tuple[int, ...]) -> None:
+    layer = good_depthwise()
+    native = session(layer.model(body=False))
+    with pytest.raises(Exception, match="the_node"):
+        native.run(None, {"X": np.zeros(shape, np.uint8)})
+    assert native.run(None, layer.feeds)[0].shape == (1, 8, 6, 6)
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_random_damage_of_a_depthwise_convolution(session: Any, data: st.DataObject) -> None:
+    """The session either refuses, naming the node, or runs."""
+    numbers = st.one_of(st.integers(-2, 9), st.integers(-(2**63), 2**63 - 1))
+    name = data.draw(st.sampled_from(["kernel_shape", "strides", "pads", "dilations"]))
+    changes: dict[str, Any] = {name: data.draw(st.lists(numbers, max_size=5)) or None}
+    shape = data.draw(st.sampled_from([(1, 8, 6, 6), (2, 8, 9, 3), (1, 8, 1, 1), (1, 8, 54)]))
+    message = "the_node"
+    try:
+        layer = replaced(good_depthwise(), **changes)
+        session(layer.model(body=False)).run(None, {"X": np.ones(shape, np.uint8)})
+    except Exception as error:
+        message = str(error)
+    assert "the_node" in message
+
+
 def test_empty_batch(session: Any) -> None:
     layer = good()
     assert session(layer.model(body=False)).run(None, {"X": layer.feeds["X"][:0]})[0].shape == (0, 8, 6, 6)

@@ -38,7 +38,7 @@ def test_files_of_both_targets_and_no_other(int8: Path) -> None:
 def test_sparse_layers_run_on_the_int8_operators_and_take_their_sums(int8: Path) -> None:
     graph = onnx.load(int8 / "model.universal.onnx").graph
     ours = Counter(node.op_type for node in graph.node if node.domain == "sparsepipe")
-    assert ours == {"SparseQConv": 2, "SparseQConvAdd": 1, "SparseQLinear": 1}
+    assert ours == {"SparseQConv": 3, "SparseQConvAdd": 1, "QDepthwiseConv": 1, "SparseQLinear": 1}
 
 
 def test_consecutive_sparse_layers_exchange_bytes(int8: Path) -> None:

@@ -123,6 +123,8 @@ def reference(layer: Layer, *, sum_of_standard_operators: bool = False) -> tuple
     constants["W"] = _shifted(layer.weight)
     constants["w_zero_point"] = np.array(128, np.uint8)
     attributes = {a.name: helper.get_attribute_value(a) for a in layer.node.attribute if a.name in WINDOW}
+    if layer.node.op_type.startswith("QDepthwiseConv"):
+        attributes["group"] = len(layer.weight)
     names = ["X", "x_scale", "x_zero_point", "W", "w_scale", "w_zero_point", "y_scale", "y_zero_point"]
     conv = helper.make_node("QLinearConv", [*names, *(["B"] if "B" in constants else [])], ["y"], **attributes)
     nodes = [conv]

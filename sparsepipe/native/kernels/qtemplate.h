@@ -257,6 +257,23 @@ void fill(const std::uint8_t* plane, const QStageRow* rows, std::int32_t row_cou
   }
 }
 
+void largest(const std::uint8_t* const* rows, std::int32_t row_count, std::int64_t count, std::uint8_t flip,
+             std::uint8_t* to) {
+  const vb mask = broadcast(flip);
+  for (std::int64_t i = 0; i < count; i += kPositions) {
+    const std::int64_t left = count - i;
+    const auto bytes = [&](std::int32_t k) {
+      return (left < kPositions ? load_bytes(rows[k] + i, left) : *reinterpret_cast<const loose_vb*>(rows[k] + i)) ^ mask;
+    };
+    vb v = bytes(0);
+    for (std::int32_t k = 1; k < row_count; ++k) {
+      const vb other = bytes(k);
+      v = v > other ? v : other;
+    }
+    store_bytes(to + i, v, left < kPositions ? left : kPositions);
+  }
+}
+
 // R sums of a block row of one input vector: an entry's bytes of x meet the weights of R outputs side by side.
 template <int R>
 SPARSEPIPE_INLINE void vector_of(const std::uint8_t* x, const char* data, const std::uint32_t* row_start,
@@ -333,6 +350,7 @@ void requantize(const std::int32_t* sums, std::int64_t first, std::int64_t count
                          SPARSEPIPE_NAMESPACE::rows,                                                          \
                          SPARSEPIPE_NAMESPACE::pack,                                                          \
                          SPARSEPIPE_NAMESPACE::fill,                                                          \
+                         SPARSEPIPE_NAMESPACE::largest,                                                       \
                          SPARSEPIPE_NAMESPACE::vector,                                                        \
                          SPARSEPIPE_NAMESPACE::requantize};                                                   \
   }

@@ -26,6 +26,7 @@ std::unique_ptr<Kernel> make_sparse_linear(const abi::Functions& ort, const Node
 // For int8.
 std::unique_ptr<Kernel> make_sparse_qconv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 std::unique_ptr<Kernel> make_qmax_pool(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
+std::unique_ptr<Kernel> make_qdepthwise_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 std::unique_ptr<Kernel> make_sparse_qlinear(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 
 }  // namespace sparsepipe

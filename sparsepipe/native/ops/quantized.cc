@@ -128,18 +128,20 @@ float ratio(float scale, float other, const char* name) {
 
 }  // namespace
 
-Quantization::Quantization(const Node& node, const QWeight& weight, std::int64_t out, bool residual)
+Quantization::Quantization(const Node& node, const QWeight& weight, std::int64_t out, bool residual,
+                           std::size_t weight_inputs)
     : type(abi::kUndefined), weight_sum_(static_cast<std::size_t>(out), 0), weight_size_(weight_sum_) {
+  const std::size_t fewer = 2 - weight_inputs;
   x_zero_point_ = read_zero_point(node, kXZeroPoint, "x_zero_point", type);
   const float x_scale = read_scales(node, kXScale, "x_scale", 1)[0];
-  std::vector<float> w_scale = read_scales(node, kWScale, "w_scale", out);
+  std::vector<float> w_scale = read_scales(node, kWScale - fewer, "w_scale", out);
   w_scale.resize(static_cast<std::size_t>(out), w_scale[0]);
-  float y_scale = read_scales(node, kYScale, "y_scale", 1)[0];
-  std::int32_t zero_point = read_zero_point(node, kYZeroPoint, "y_zero_point", type);
+  float y_scale = read_scales(node, kYScale - fewer, "y_scale", 1)[0];
+  std::int32_t zero_point = read_zero_point(node, kYZeroPoint - fewer, "y_zero_point", type);
   for (float scale : w_scale) scale_.push_back(ratio(x_scale * scale, y_scale, "x_scale * w_scale / y_scale"));
 
   bias_.assign(static_cast<std::size_t>(out), 0);
-  if (const auto bias = node.constant(kBias, "B")) {
+  if (const auto bias = node.constant(kBias - fewer, "B")) {
     if (bias->type != abi::kInt32) throw Error("input 'B' must be int32");
     if (bias->dims != std::vector<std::int64_t>{out}) {
       throw Error("input 'B' must have shape " + shape_text({out}) + ", not " + shape_text(bias->dims));

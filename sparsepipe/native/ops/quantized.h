@@ -36,10 +36,11 @@ QWeight read_qweight(const Node& node, std::int64_t out, std::int64_t in, std::i
 // The instruction set for int8.
 const kernels::QIsa& quantized_isa();
 
-// Scales, zero points, bias and activation of a node.
+// Scales, zero points, bias and activation of a node. `weight_inputs`: 2, or 1 where the weight is one tensor, and the
+// inputs after it stand one place further to the front.
 class Quantization {
  public:
-  Quantization(const Node& node, const QWeight& weight, std::int64_t out, bool residual);
+  Quantization(const Node& node, const QWeight& weight, std::int64_t out, bool residual, std::size_t weight_inputs = 2);
 
   int type;  // of the input and the output, kUint8 or kInt8
   const char* type_name() const;

@@ -127,6 +127,8 @@ const std::vector<Family>& quantized_families() {
       made.push_back({"SparseQLinear", types, 8, type, make_sparse_qlinear, 0});
       types.insert(types.end(), {type, abi::kFloat, type, abi::kFloat, type});
       made.push_back({"SparseQConv", types, 8, type, make_sparse_qconv, kQResidual});
+      const std::vector<int> dense{type, abi::kFloat, type, abi::kInt8, abi::kFloat, abi::kFloat, type, abi::kInt32};
+      made.push_back({"QDepthwiseConv", dense, 7, type, make_qdepthwise_conv, 0});
       made.push_back({"QMaxPool", {type}, 1, type, make_qmax_pool, 0});
     }
     return made;
