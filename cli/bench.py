@@ -17,6 +17,9 @@ BELONGS = {
     "input": ("--model", "files"),
     "network": ("--suite",),
     "force": ("--suite",),
+    "peers": ("files",),
+    "install_peers": ("files",),
+    "calibrate": ("files",),
 }
 """Options that only some forms of the command have."""
 
@@ -54,6 +57,18 @@ def _listed(convert: Callable[[str], Any], separator: str = ",") -> Callable[...
     "--network", multiple=True, callback=_listed(str), metavar="LIST",
     help="With --suite: the networks to measure. Default: all.",
 )  # fmt: skip
+@click.option(
+    "--peers", multiple=True, callback=_listed(str), metavar="LIST",
+    help="Run the network in other runtimes, too: onnxruntime-int8, openvino, openvino-int8, mnn, deepsparse.",
+)  # fmt: skip
+@click.option(
+    "--install-peers", is_flag=True,
+    help="With --peers: put those that are not here into environments of their own under $SPARSEPIPE_CACHE.",
+)  # fmt: skip
+@click.option(
+    "--calibrate", metavar="DATA",
+    help="With --peers: the dataset to calibrate int8 on and to compare outputs on. Default: random values.",
+)  # fmt: skip
 @click.option("--threads", multiple=True, callback=_listed(int), metavar="LIST", help="Threads, as 1,2. Default: 1.")
 @click.option("--batch", multiple=True, callback=_listed(int), metavar="LIST", help="Batch sizes. Default: 1.")
 @click.option("--seconds", type=float, help="Measuring time for each file at each setting. Default: 6.")
@@ -88,6 +103,7 @@ def command(
 
     \b
     sparsepipe bench ONNX...              these files
+    sparsepipe bench ONNX... --peers LIST the same network in other runtimes, checked against dense onnxruntime
     sparsepipe bench --model resnet50     what if: the speed of a network on this machine at several sparsities,
                                           with random weights, before any training; any dense ONNX file will do
     sparsepipe bench --suite kernels      the speed table of the kernels, beside dense and int8 onnxruntime
@@ -111,6 +127,12 @@ def command(
         chosen = {"sparsity": options["sparsity"], "pattern": options["pattern"], "networks": options["network"]}
         kernels = _extended(suites.Kernels, config, chosen)
         result = suites.SUITES[suite](kernels, out, force=force)
+    elif options["peers"]:
+        from sparsepipe.stages import peers
+
+        beside = _extended(peers.Peers, config, {key: options[key] for key in ("peers", "install_peers", "calibrate")})
+        result = peers.measure(onnx, beside) if out is None else peers.record(onnx, beside, out).metrics
+        form = "--peers"
     else:
         from sparsepipe.stages import bench
 
@@ -134,6 +156,8 @@ def _form(
     for option, forms in BELONGS.items():
         if options[option] and given[0] not in forms:
             raise click.UsageError(f"--{option} belongs to {' or '.join(forms).replace('files', 'ONNX files')}.")
+    if not options["peers"] and (options["install_peers"] or options["calibrate"]):
+        raise click.UsageError("--install-peers and --calibrate belong to --peers.")
     if options["input"] and options["batch"]:
         raise click.UsageError("--input names the batch size, too, as its first number; leave --batch out.")
     if suite and out is not None and out.suffix != ".json":

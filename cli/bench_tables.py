@@ -44,6 +44,31 @@ def files(result: Row) -> None:
     _notes([(f"{row['file']}, {_setting(row)}", row["note"]) for row in result["results"]])
 
 
+def peers(result: Row) -> None:
+    """A row for each runtime and setting: how far its outputs are off, then how long it takes."""
+    common.print_table(
+        ["runtime", "threads", "batch", "error", "top-1 same", "p50 ms", "p90 ms", "p99 ms", "CPU ms", "speed-up"],
+        [
+            [
+                row["file"],
+                row["threads"],
+                row["batch"],
+                _number((row["fidelity"] or {}).get("max_relative_error")),
+                _share((row["fidelity"] or {}).get("top1_agreement")),
+                *(_interval(row["latency_ms"].get(name)) for name in ("p50", "p90", "p99")),
+                row["cpu_ms"],
+                _interval(row["speedup"]),
+            ]
+            for row in result["results"]
+        ],
+        title="Speed-up over dense onnxruntime; error of the outputs in times of the largest one",
+    )
+    click.echo(f"int8 was calibrated, and outputs were compared, on {result['samples']}.")
+    _noise(result["results"])
+    verdicts(result["verdicts"])
+    _notes([(f"{row['file']}, {_setting(row)}", row["note"]) for row in result["results"]])
+
+
 def what_if(result: Row) -> None:
     """A row for each sparsity, pattern and setting: sparse beside dense."""
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in result["input"].items())
@@ -104,7 +129,7 @@ def verdicts(found: Sequence[Row]) -> None:
         click.echo(f"{_setting(verdict)}: {word}; {verdict['conditions']['note']}.")
 
 
-SHOW = {"files": files, "--model": what_if, "--suite": suite}
+SHOW = {"files": files, "--peers": peers, "--model": what_if, "--suite": suite}
 """Form of the command -> how its result is shown."""
 
 
@@ -140,6 +165,10 @@ def _beside(row: Row, key: str) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
 
 
 def _interval(estimate: Row | None) -> str | None:

@@ -63,13 +63,13 @@ def measure(paths: Sequence[Path], config: Bench) -> dict[str, Any]:
     missing = next((path for path in paths if not path.is_file()), None)
     if missing is not None or not paths:
         raise ArtefactError("There is no such ONNX file.", where=str(missing) if missing else "bench")
-    labels = _labels(paths)
+    names = labels(paths)
     targets = [file_facts(path)[0] for path in paths]
     baseline = targets.index(BASELINE_TARGET) if BASELINE_TARGET in targets else 0
     with bar("Measuring", rounds(config)) as running:
-        measured = take_turns(paths, labels, baseline, config, lambda note: running.advance(note=note))
+        measured = take_turns(paths, names, baseline, config, lambda note: running.advance(note=note))
     return {
-        "baseline": labels[baseline],
+        "baseline": names[baseline],
         "results": measured.results,
         "verdicts": measured.verdicts,
         "environment": {**environment(config), "runtimes": measured.runtimes},
@@ -180,7 +180,7 @@ def environment(config: Bench) -> dict[str, Any]:
 
 def record(paths: Sequence[Path], config: Bench, out: Path) -> Artefact:
     """`measure` files from anywhere, and keep the result in the folder `out`."""
-    digests = {label: digest_file(path) for label, path in zip(_labels(paths), paths, strict=True)}
+    digests = {label: digest_file(path) for label, path in zip(labels(paths), paths, strict=True)}
     return _write(paths, config, digests, out)
 
 
@@ -192,7 +192,7 @@ def _write(paths: Sequence[Path], config: Bench, inputs: Mapping[str, str], out:
     return Artefact.read(out)
 
 
-def _labels(paths: Sequence[Path]) -> list[str]:
+def labels(paths: Sequence[Path]) -> list[str]:
     """File names, or whole paths where two files have the same name."""
     names = [path.name for path in paths]
     return names if len(set(names)) == len(set(paths)) else [str(path) for path in paths]

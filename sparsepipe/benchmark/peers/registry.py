@@ -1,0 +1,74 @@
+"""The runtimes that `sparsepipe bench --peers` knows. A further one is a file with its class and an entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sparsepipe.benchmark.client import WORKER_COMMAND
+from sparsepipe.benchmark.peers.environments import Environment, command_of
+from sparsepipe.errors import RecipeError
+
+HERE = "sparsepipe.benchmark.peers"
+
+OPENVINO = Environment("openvino", ("openvino>=2025.0", "nncf>=2.14"), ("openvino", "nncf"))
+MNN = Environment("mnn", ("MNN>=3.0",), ("MNN",))
+# The last version with a wheel: 1.9 is a source package that refuses to be installed.
+DEEPSPARSE = Environment("deepsparse", ("deepsparse==1.8.0", "numpy<2"), ("deepsparse",), {"NM_DISABLE_ANALYTICS": "1"})
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A runtime to compare with.
+
+    Attributes:
+        title: what a table calls it.
+        runtime: its class, as `sparsepipe.benchmark.runtimes.find` takes it.
+        environment: what it needs; None for what sparsepipe itself needs.
+        int8: whether it computes in int8, and so needs samples to calibrate with.
+    """
+
+    title: str
+    runtime: str
+    environment: Environment | None = None
+    int8: bool = False
+
+    def command(self) -> tuple[str, ...]:
+        """How to start its worker.
+
+        Raises:
+            NotInstalled: its packages are not there.
+        """
+        return WORKER_COMMAND if self.environment is None else command_of(self.environment)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """For the environment of its processes."""
+        return dict(self.environment.variables) if self.environment else {}
+
+
+PEERS: dict[str, Peer] = {
+    "onnxruntime-int8-qdq": Peer("onnxruntime int8 (QDQ)", f"{HERE}.onnxruntime_int8:Qdq", int8=True),
+    "onnxruntime-int8-qoperator": Peer("onnxruntime int8 (QOperator)", f"{HERE}.onnxruntime_int8:QOperator", int8=True),
+    "openvino": Peer("OpenVINO", f"{HERE}.openvino:OpenVino", OPENVINO),
+    "openvino-int8": Peer("OpenVINO int8", f"{HERE}.openvino:OpenVinoInt8", OPENVINO, int8=True),
+    "mnn": Peer("MNN", f"{HERE}.mnn:Mnn", MNN),
+    "deepsparse": Peer("DeepSparse", f"{HERE}.deepsparse:DeepSparse", DEEPSPARSE),
+}
+GROUPS: dict[str, tuple[str, ...]] = {"onnxruntime-int8": ("onnxruntime-int8-qdq", "onnxruntime-int8-qoperator")}
+"""Names that stand for several."""
+
+
+def chosen(names: Iterable[str]) -> dict[str, Peer]:
+    """The peers of these names, each once, in their order.
+
+    Raises:
+        RecipeError: there is no such peer.
+    """
+    wanted = [member for name in names for member in GROUPS.get(name, (name,))]
+    unknown = next((name for name in wanted if name not in PEERS), None)
+    if unknown is not None:
+        raise RecipeError(
+            f"There is no peer '{unknown}'.", where="peers", advice=f"Peers: {', '.join([*GROUPS, *PEERS])}."
+        )
+    return {name: PEERS[name] for name in dict.fromkeys(wanted)}

@@ -1,0 +1,319 @@
+"""The same network in other runtimes: each checked against dense onnxruntime, then measured side by side."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto
+from pydantic import PositiveInt
+
+from sparsepipe import data as datasets
+from sparsepipe.artefact import Artefact, digest_file, draft, write_json
+from sparsepipe.benchmark import calls
+from sparsepipe.benchmark.client import WorkerError, WorkerProcess
+from sparsepipe.benchmark.harness import Ask, Contestant, Measurement, Setting
+from sparsepipe.benchmark.peers.environments import NotInstalled, install
+from sparsepipe.benchmark.peers.registry import Peer, chosen
+from sparsepipe.benchmark.results import rows
+from sparsepipe.errors import ArtefactError
+from sparsepipe.graph.finish import serialise
+from sparsepipe.graph.load import load
+from sparsepipe.graph.resize import resize
+from sparsepipe.native.operators import DOMAIN
+from sparsepipe.progress import bar
+from sparsepipe.quantization.calibrate import calibration_rows
+from sparsepipe.recipe import Bench, NamedChoice, check
+from sparsepipe.runtime.compare import Tally, finite
+from sparsepipe.runtime.inputs import inputs_of, resolve
+from sparsepipe.runtime.samples import labelled_samples, random_samples
+from sparsepipe.runtime.sessions import run, session
+from sparsepipe.spec import ModelSpec
+from sparsepipe.stages import bench
+from sparsepipe.stages.validate import input_for
+
+log = logging.getLogger("sparsepipe")
+
+SCHEMA_VERSION = 1
+SEED = 0
+SPEC_KEY = "sparsepipe.spec"
+ONNXRUNTIME, SPARSEPIPE = "onnxruntime", "sparsepipe"
+MAX_RELATIVE, MAX_RELATIVE_INT8 = 1e-3, 0.5
+"""A runtime whose outputs are further from those of dense onnxruntime computes something else, and is not timed."""
+PREPARE_SECONDS = 600.0
+Calls = list[dict[str, Any]]
+
+
+class Peers(Bench):
+    """What is measured: as `bench`, and the runtimes."""
+
+    peers: tuple[str, ...] = ("onnxruntime-int8", "openvino", "openvino-int8", "mnn", "deepsparse")
+    install_peers: bool = False
+    calibrate: NamedChoice | None = None
+    """int8 is calibrated on its training split, outputs are compared on its test split. None: random values."""
+    samples: PositiveInt = 64
+    """How many samples int8 is calibrated on, and how many outputs are compared on."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A file, and its weights as a dense model of standard operators.
+
+    Attributes:
+        label: what the file is called.
+        path: the file as it was given.
+        model: dense.
+    """
+
+    label: str
+    path: Path
+    model: ModelProto
+    is_sparse: bool
+
+    @classmethod
+    def read(cls, path: Path, label: str) -> Network:
+        import onnx
+
+        model = load(path)
+        held = onnx.load(path, load_external_data=False)
+        return cls(label, path, model, any(node.domain == DOMAIN for node in held.graph.node))
+
+
+@dataclass
+class Entry:
+    """A network in a runtime; `failure` says why it cannot run."""
+
+    label: str
+    runtime: str
+    contestant: Contestant
+    expected: Sequence[Sequence[Any]]
+    checks: Path
+    int8: bool = False
+    failure: str | None = None
+    fidelity: dict[str, Any] | None = field(default=None)
+
+
+def measure(paths: Sequence[Path], config: Peers) -> dict[str, Any]:
+    """Measure ONNX files in onnxruntime, with sparsepipe's kernels where a file has them, and in other runtimes.
+
+    Every runtime gets the same inputs, and its outputs are compared with those of dense onnxruntime before anything is
+    timed. The other runtimes run the dense files; where all files are universal ones, the dense form of the first.
+
+    Returns:
+        `baseline`, `results` (as `bench.measure`, each row with its `runtime` and its `fidelity`), `verdicts`,
+        `samples` and `environment`.
+
+    Raises:
+        RecipeError: there is no such peer.
+        ArtefactError: a file is missing.
+        GraphError: a file cannot be read or run, or its batch size is fixed at another one.
+        DataError: the dataset cannot be read, or does not fit the network.
+    """
+    config = bench.with_batch_of_input(config)
+    missing = next((path for path in paths if not path.is_file()), None)
+    if missing is not None or not paths:
+        raise ArtefactError("There is no such ONNX file.", where=str(missing) if missing else "bench")
+    networks = [Network.read(path, label) for path, label in zip(paths, bench.labels(paths), strict=True)]
+    with bar("Measuring", bench.rounds(config)) as running:
+        return compare(networks, config, lambda count, note: running.advance(count, note=note))
+
+
+def record(paths: Sequence[Path], config: Peers, out: Path) -> Artefact:
+    """`measure`, and keep the result in the folder `out` as `bench` does."""
+    digests = {label: digest_file(path) for label, path in zip(bench.labels(paths), paths, strict=True)}
+    with draft(out, "bench", config, digests) as building:
+        result = measure(paths, config)
+        write_json(building.folder / bench.RESULT_FILE, result)
+        building.metrics.update(result)
+    return Artefact.read(out)
+
+
+def compare(networks: Sequence[Network], config: Peers, advance: Callable[[int, str], None]) -> dict[str, Any]:
+    """`measure` for files that were read; `advance` is called with a number of steps and a note."""
+    peers = chosen(config.peers)
+    absent = _install(peers, advance) if config.install_peers else {}
+    results, verdicts, runtimes = [], [], {}
+    for batch in config.batch:
+        with tempfile.TemporaryDirectory(prefix="sparsepipe-") as name:
+            entries = _entries(networks, peers, absent, config, batch, Path(name), advance)
+            for setting in bench.settings(config.model_copy(update={"batch": (batch,)})):
+                measured, verdict = _race(entries, setting, Path(name), advance)
+                found = rows([entry.label for entry in entries], measured, setting, 0)
+                results += [
+                    {**row, "runtime": entry.runtime, "fidelity": entry.fidelity}
+                    for row, entry in zip(found, entries, strict=True)
+                ]
+                verdicts.append(verdict)
+                runtimes |= {str(one.settings): one.settings for one in measured if one.settings}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "baseline": results[0]["file"],
+        "results": results,
+        "verdicts": verdicts,
+        "samples": config.calibrate.name if config.calibrate else "random values",
+        "environment": {**bench.environment(config), "runtimes": list(runtimes.values())},
+    }
+
+
+def _install(peers: Mapping[str, Peer], advance: Callable[[int, str], None]) -> dict[str, str]:
+    """Make the environments of the peers; name of a peer -> why its environment cannot be made."""
+    reasons: dict[str, str] = {}
+    environments = {peer.environment.name: peer.environment for peer in peers.values() if peer.environment}
+    for environment in environments.values():
+        advance(0, f"installing {environment.name}")
+        try:
+            install(environment)
+        except NotInstalled as error:
+            log.warning("%s cannot be installed: %s.", environment.name, error)
+            reasons |= {name: str(error) for name, peer in peers.items() if peer.environment == environment}
+    return reasons
+
+
+def _entries(
+    networks: Sequence[Network],
+    peers: Mapping[str, Peer],
+    absent: Mapping[str, str],
+    config: Peers,
+    batch: int,
+    folder: Path,
+    advance: Callable[[int, str], None],
+) -> list[Entry]:
+    """Everything that takes part at one batch size; the first is dense onnxruntime, the baseline."""
+    dense = [network for network in networks if not network.is_sparse] or networks[:1]
+    plain, sparse = [], []
+    for number, network in enumerate(dict.fromkeys(map(id, [*dense, *networks]))):
+        here = next(one for one in networks if id(one) == network)
+        place = folder / str(number)
+        place.mkdir()
+        source = _fixed(here.model, config, batch, place / "dense.onnx")
+        training, testing = _samples(source, here.model, config)
+        feeds, checks = calls.write(place / "feeds.npz", testing[:1]), calls.write(place / "checks.npz", testing)
+        calibration = calls.write(place / "calibration.npz", training)
+        opened = session(source, library=False)
+        expected = [run(opened, one, where=here.label) for one in testing]
+        if here in dense:
+            plain.append(
+                Entry(f"{here.label}, onnxruntime", ONNXRUNTIME, Contestant(source, feeds=feeds), expected, checks)
+            )
+        if here.is_sparse:
+            contestant = Contestant(here.path, feeds=feeds)
+            sparse.append(Entry(f"{here.label}, sparsepipe", SPARSEPIPE, contestant, expected, checks))
+        for name, peer in peers.items() if here in dense else ():
+            advance(0, f"preparing {name}")
+            entry = Entry(
+                f"{here.label}, {name}", name, Contestant(source, feeds=feeds), expected, checks, int8=peer.int8
+            )
+            own = place / name
+            own.mkdir()
+            try:
+                if name in absent:
+                    raise NotInstalled(absent[name])
+                entry.contestant = _prepare(peer, source, own, calibration if peer.int8 else None, feeds, config)
+            except (NotInstalled, WorkerError) as error:
+                entry.failure = str(error)
+            sparse.append(entry)
+    return [*plain, *sparse]
+
+
+def _prepare(peer: Peer, source: Path, folder: Path, samples: Path | None, feeds: Path, config: Peers) -> Contestant:
+    """Have a runtime make its own file in a process of its own."""
+    opened = session(source, library=False)
+    with WorkerProcess(peer.command(), peer.variables) as worker:
+        answer = worker.ask(
+            "prepare",
+            config.timeout or PREPARE_SECONDS,
+            runtime=peer.runtime,
+            model=str(source),
+            folder=str(folder),
+            samples=str(samples) if samples else None,
+            inputs=[node.name for node in opened.get_inputs()],
+            outputs=[node.name for node in opened.get_outputs()],
+        )
+    return Contestant(Path(answer["model"]), peer.runtime, peer.command(), peer.variables, feeds)
+
+
+def _race(
+    entries: Sequence[Entry], setting: Setting, folder: Path, advance: Callable[[int, str], None]
+) -> tuple[list[Measurement], dict[str, Any]]:
+    """Compare, then time, those that can run; a measurement for each entry, and the verdict on the machine."""
+    racing = [entry for entry in entries if entry.failure is None]
+
+    def admit(index: int, ask: Ask) -> str | None:
+        entry, out = racing[index], folder / f"outputs-{index}.npz"
+        ask("outputs", calls=str(entry.checks), out=str(out))
+        entry.fidelity, reason = _fidelity(entry.expected, calls.read_outputs(out), entry.int8)
+        return reason
+
+    contestants = [entry.contestant for entry in racing]
+    found, verdict = bench.judged(contestants, 0, setting, lambda note: advance(1, note), admit)
+    measured = iter(found)
+    return [
+        Measurement(entry.contestant, failure=entry.failure) if entry.failure else next(measured) for entry in entries
+    ], verdict
+
+
+def _fidelity(
+    expected: Sequence[Sequence[Any]], found: Sequence[Sequence[Any]], int8: bool
+) -> tuple[dict[str, Any], str | None]:
+    """How far outputs are from those of dense onnxruntime, and why they are too far to be timed."""
+    tally = Tally()
+    for reference, outputs in zip(expected, found, strict=True):
+        tally.add(reference, outputs)
+    facts = {
+        "max_relative_error": finite(tally.max_relative),
+        "top1_agreement": tally.agreement,
+        "samples": tally.samples,
+    }
+    if tally.passed(MAX_RELATIVE_INT8 if int8 else MAX_RELATIVE, min_agreement=0.0):
+        return facts, None
+    agreement = "" if tally.agreement is None else f", top-1 agreement {tally.agreement:.1%}"
+    reason = tally.note or (
+        f"its outputs differ from those of dense onnxruntime by {tally.max_relative:.2g} of the largest one{agreement}"
+    )
+    return facts, f"not timed: {reason}"
+
+
+def _fixed(model: ModelProto, config: Peers, batch: int, path: Path) -> Path:
+    """Write the model with all sizes of its inputs fixed, as some runtimes need them."""
+    fixed = resize(model, config.input)
+    shapes = resolve(inputs_of(session(serialise(fixed, where=model.graph.name), library=False)), batch)
+    for value in fixed.graph.input:
+        for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
+            dim.dim_value = size
+    del fixed.graph.value_info[:]
+    path.write_bytes(serialise(fixed, where=model.graph.name))
+    return path
+
+
+def _samples(source: Path, model: ModelProto, config: Peers) -> tuple[Calls, Calls]:
+    """Calls to calibrate with and calls to compare on, each with about `config.samples` samples."""
+    taken = inputs_of(session(source, library=False))
+    size = next((entry.batch for entry in taken if entry.batch), 1)
+    if config.calibrate is None:
+        made = [
+            [dict(batch.inputs) for batch in random_samples(taken, config.samples, size, seed, {})]
+            for seed in (SEED, SEED + 10**6)
+        ]
+        return made[0], made[1]
+    name = config.calibrate.name
+    dataset = datasets.load(name, config.calibrate.options)
+    entry = input_for(dataset, taken, where=name)
+    preprocessing = dataset.preprocessing
+    if spec := next((one.value for one in model.metadata_props if one.key == SPEC_KEY), None):
+        preprocessing = check(ModelSpec, json.loads(spec), where=SPEC_KEY).preprocessing
+    found: list[Calls] = []
+    for split in (dataset.train, dataset.test):
+        chosen_rows = calibration_rows(len(split), config.samples, SEED)
+
+        def prepared(indices: Any, split: Any = split, rows: Any = chosen_rows) -> Any:
+            return datasets.prepare(split.load(rows[indices]), preprocessing)
+
+        batches = labelled_samples(entry, np.asarray(split.labels)[chosen_rows], size, prepared)
+        found.append([dict(batch.inputs) for batch in batches])
+    return found[0], found[1]

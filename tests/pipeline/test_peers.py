@@ -1,0 +1,138 @@
+"""Other runtimes beside onnxruntime, with made-up ones: absent, crashing, hanging, wrong. No peer needs to be there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+
+from sparsepipe.benchmark import harness
+from sparsepipe.benchmark.client import WorkerProcess
+from sparsepipe.benchmark.peers import environments
+from sparsepipe.benchmark.peers.environments import Environment, NotInstalled
+from sparsepipe.benchmark.peers.registry import PEERS, Peer, chosen
+from sparsepipe.cli.bench import command
+from sparsepipe.errors import RecipeError
+from sparsepipe.stages import peers
+
+FAKES = """
+import os, time
+from sparsepipe.benchmark.runtimes import OnnxRuntime
+class Good(OnnxRuntime):
+    pass
+class Wrong(OnnxRuntime):
+    def run(self):
+        return [output + 1 for output in super().run()]
+class Crashes(OnnxRuntime):
+    def prepare(self, work):
+        os.abort()
+class Refuses(OnnxRuntime):
+    def prepare(self, work):
+        raise ValueError("no such operator here")
+class Hangs(OnnxRuntime):
+    def load(self, model, threads):
+        time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "COLD_STARTS", 1)
+    monkeypatch.setenv("SPARSEPIPE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "fakes.py").write_text(FAKES)
+    here = Environment("here", (), ("numpy",), {"PYTHONPATH": str(tmp_path)})
+    for kind in ("Good", "Wrong", "Crashes", "Refuses", "Hangs"):
+        monkeypatch.setitem(PEERS, kind.lower(), Peer(kind, f"fakes:{kind}", here))
+    nowhere = Environment("nowhere", ("some-package>=3",), ("no_such_module",))
+    monkeypatch.setitem(PEERS, "absent", Peer("Absent", "fakes:Good", nowhere))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    weight = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["input", "weight"], ["output"], transB=1)],
+        "tiny",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 16])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", 5])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (tmp_path / "model.onnx").write_bytes(made.SerializeToString())
+    return tmp_path / "model.onnx"
+
+
+def by_runtime(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["runtime"]: row for row in result["results"]}
+
+
+def test_a_peer_that_is_absent_crashes_hangs_or_is_wrong_is_a_row_with_the_reason(model: Path) -> None:
+    names = ("good", "wrong", "crashes", "refuses", "hangs", "absent")
+    rows = by_runtime(peers.measure([model], peers.Peers(peers=names, seconds=0.05, timeout=12.0)))
+    assert list(rows) == ["onnxruntime", *names]
+    assert {name for name, row in rows.items() if row["samples"]} == {"onnxruntime", "good"}
+    for name, reason in (
+        ("wrong", "not timed: its outputs differ"),
+        ("crashes", "signal 6"),
+        ("refuses", "no such operator here"),
+        ("hangs", "no answer to 'load' within 12 s"),
+        ("absent", "some-package>=3"),
+    ):
+        assert reason in rows[name]["note"]
+        assert rows[name]["speedup"] is None
+    assert rows["good"]["fidelity"] == {"max_relative_error": 0.0, "top1_agreement": 1.0, "samples": 64}
+    wrong = rows["wrong"]["fidelity"]
+    assert wrong["max_relative_error"] > 0.05
+    assert wrong["top1_agreement"] == 1.0  # every class is larger by one
+
+
+def test_int8_is_calibrated_on_a_dataset_and_says_how_far_it_is_off(model: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    data = tmp_path / "data.npz"
+    np.savez(
+        data,
+        x_train=random.standard_normal((80, 16)).astype(np.float32),
+        y_train=np.arange(80) % 5,
+        x_test=random.standard_normal((40, 16)).astype(np.float32),
+        y_test=np.arange(40) % 5,
+    )
+    arguments = [str(model), "--peers", "onnxruntime-int8", "--batch", "3", "--seconds", "0.05", "--json"]
+    done = CliRunner().invoke(command, [*arguments, "--calibrate", f"npz:{data}", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    rows = by_runtime(result)
+    assert list(rows) == ["onnxruntime", "onnxruntime-int8-qdq", "onnxruntime-int8-qoperator"]
+    for name in list(rows)[1:]:
+        facts = rows[name]["fidelity"]
+        assert 0 < facts["max_relative_error"] < 0.1
+        assert 0.8 < facts["top1_agreement"] <= 1.0
+        assert facts["samples"] == 42  # 40 samples in batches of 3
+    assert result["samples"].startswith("npz:")
+    assert len(result["verdicts"]) == 1
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["results"] == result["results"]
+
+
+def test_the_worker_of_another_environment_imports_only_this_package() -> None:
+    with WorkerProcess((sys.executable, "-I", str(environments.BOOTSTRAP))) as worker:
+        assert worker.ask("stats", 30.0)["rss_bytes"] > 0
+
+
+def test_what_pip_refuses_is_a_reason_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    missing = Environment("missing", (str(tmp_path / "none-1.0-py3-none-any.whl"),), ("none",))
+    with pytest.raises(NotInstalled, match="pip cannot install it"):
+        environments.install(missing)
+    assert not environments.folder_of(missing).exists()
+
+
+def test_names_stand_for_peers() -> None:
+    assert list(chosen(["mnn", "onnxruntime-int8", "mnn"])) == [
+        "mnn", "onnxruntime-int8-qdq", "onnxruntime-int8-qoperator",
+    ]  # fmt: skip
+    with pytest.raises(RecipeError, match=r"no peer 'tvm'.*deepsparse"):
+        chosen(["tvm"])
