@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +35,8 @@ class DropGrow(SparseFromStart):
         update_every: optimizer steps between two updates.
         drop_fraction: share of the active weights dropped in an update: the first value of `drop_schedule`, or a
             callable of the step.
-        drop_schedule: cosine or linear (to 0 at the stop), or constant.
+        drop_schedule: cosine or linear (to 0 at the stop), cosine-floor (to 0.005), halved (after three quarters of
+            the way), or constant.
         stop_at: fraction of all steps from which on the masks stay as they are.
         exclude_just_dropped: grow what was just dropped only where nothing else is left.
         drop_scope: `layer` drops the share from each layer, `global` the lowest of all layers that trade.
@@ -104,11 +105,19 @@ class DropGrow(SparseFromStart):
                 self.redistribution,
             )
 
+    def due(self, network: Network, step: int) -> bool:
+        """Whether the masks change after `step`."""
+        return self._updates(network).due(step)
+
+    def limits(self, network: Network, step: int) -> Mapping[str, int]:
+        """Groups to which each row of a layer is cut before it drops and grows: none, but in methods that shrink."""
+        return {}
+
     def needs_gradients(self, network: Network, step: int) -> bool:
-        return self.grows_by_gradient and self._updates(network).due(step)
+        return self.grows_by_gradient and self.due(network, step)
 
     def after_step(self, network: Network, step: int) -> None:
-        if not self._updates(network).due(step):
+        if not self.due(network, step):
             return
         fraction = options.number("drop_fraction", self._drop_fraction(network)(step), high=1)
         layers = [
@@ -116,8 +125,9 @@ class DropGrow(SparseFromStart):
             for name in network.masks.counters
             if not self.grows_by_gradient or name in network.gradients
         ]
+        limits = self.limits(network, step)
         for traders in self._traders(layers):
-            self._update(network, traders, fraction, step)
+            self._update(network, traders, fraction, step, limits)
         network.masks.count()
 
     def masks_final(self, network: Network, step: int) -> bool:
@@ -157,11 +167,16 @@ class DropGrow(SparseFromStart):
             sets.setdefault(layer.unit if trades else layer.name, []).append(layer)
         return list(sets.values())
 
-    def _update(self, network: Network, layers: Sequence[Layer], fraction: float, step: int) -> None:
+    def _update(
+        self, network: Network, layers: Sequence[Layer], fraction: float, step: int, limits: Mapping[str, int]
+    ) -> None:
         drops = [layer.pattern.scores(self.drop_score(network, layer.name)) for layer in layers]
-        active = [layer.pattern.rows(network.masks[layer.name]) for layer in layers]
+        before = [layer.pattern.rows(network.masks[layer.name]) for layer in layers]
+        active = [
+            _cut(score, mask, limits.get(layer.name)) for layer, score, mask in zip(layers, drops, before, strict=True)
+        ]
         kept = self._kept(layers, drops, active, fraction)
-        if all(torch.equal(before, after) for before, after in zip(active, kept, strict=True)):
+        if all(torch.equal(old, new) for old, new in zip(before, kept, strict=True)):
             return
         grows = [layer.pattern.scores(self.grow_score(network, layer.name, step)) for layer in layers]
         free = [~mask for mask in (active if self.exclude_just_dropped else kept)]
@@ -206,6 +221,11 @@ def _grown(turnover: Turnover, missing: Tensor) -> Tensor:
         others = ~turnover.kept & ~turnover.free
         grown = grown | top_k(turnover.grow_score, missing - at_once, others)
     return grown
+
+
+def _cut(score: Tensor, active: Tensor, limit: int | None) -> Tensor:
+    """The active groups, or of each row those `limit` of highest score."""
+    return active if limit is None else top_k(score, active.sum(dim=1).clamp(max=limit), active)
 
 
 def _without_lowest(score: Tensor, active: Tensor, candidates: Tensor, fraction: float) -> Tensor:

@@ -176,13 +176,17 @@ class SparseFromStart(TargetMethod):
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "sparse_init": self.sparse_init}
 
+    def first_counts(self, network: Network) -> dict[str, int]:
+        """Groups that each row of each layer starts with: the target's, but in methods that shrink."""
+        return self.kept(network)
+
     def attach(self, network: Network) -> None:
         self.plan(network)
-        masks = {}
+        masks, first = {}, self.first_counts(network)
         for name, kept in self.kept(network).items():
             layer = network.layers[name]
             if kept < layer.groups:
-                masks[name] = _random_mask(network, layer, kept)
+                masks[name] = _random_mask(network, layer, first[name])
             else:
                 network.masks.reasons.setdefault(name, f"{self.target.distribution} keeps it dense")
         network.start(masks)

@@ -71,10 +71,46 @@ METHODS: dict[str, MethodInfo] = {
             "arXiv 1902.05967",
         ),
         MethodInfo(
+            "mest",
+            "sparsepipe.sparsity.methods.mest:MEST",
+            "drop by magnitude and gradient of active weights alone, grow at random; em&s: with a surplus that melts",
+            "arXiv 2110.14032",
+        ),
+        MethodInfo(
+            "rigl-itop",
+            "sparsepipe.sparsity.methods.rigl_itop:RigLITOP",
+            "rigl with few, large updates to the very end",
+            "arXiv 2102.02887",
+        ),
+        MethodInfo(
+            "set-itop",
+            "sparsepipe.sparsity.methods.set_itop:SETITOP",
+            "set with few, large updates to the very end",
+            "arXiv 2102.02887",
+        ),
+        MethodInfo(
+            "granet",
+            "sparsepipe.sparsity.methods.granet:GraNet",
+            "start at half the weights, prune along a cubic schedule, regrow by |gradient| at each pruning",
+            "arXiv 2106.10404",
+        ),
+        MethodInfo(
             "static",
             "sparsepipe.sparsity.methods.static:Static",
             "random masks that never change",
             "baseline of arXiv 1911.11134",
+        ),
+        MethodInfo(
+            "random",
+            "sparsepipe.sparsity.methods.random:Random",
+            "random masks of the same density in every layer, which never change",
+            "baseline of arXiv 2202.02643",
+        ),
+        MethodInfo(
+            "erk-static",
+            "sparsepipe.sparsity.methods.erk_static:ERKStatic",
+            "random masks of ERK densities, which never change",
+            "arXiv 1911.11134, 2202.02643",
         ),
         MethodInfo(
             "gmp",

@@ -19,6 +19,22 @@ def cosine(value: float, stop: int) -> Schedule:
     return lambda step: value / 2 * (1 + math.cos(math.pi * _progress(step, 0, stop)))
 
 
+def cosine_floor(value: float, stop: int, floor: float = 0.005) -> Schedule:
+    """The same, but to `floor` at `stop`, or constant if `value` is lower (ITOP, arXiv 2102.02887, the code)."""
+    falling = cosine(max(value - floor, 0.0), stop)
+    return lambda step: min(value, floor) + falling(step)
+
+
+def halved(value: float, stop: int) -> Schedule:
+    """`value`, from three quarters of the way to `stop` on half of it, then 0 (MEST, arXiv 2110.14032, the code)."""
+    return lambda step: value * (1.0 if 4 * step < 3 * stop else 0.5 if step < stop else 0.0)
+
+
+def stepped(value: float, every: int, factor: float) -> Schedule:
+    """`value` times `factor` after each `every` steps: value factor^floor(step/every)."""
+    return lambda step: float(value * factor ** (step // every))
+
+
 def linear(value: float, stop: int) -> Schedule:
     """From `value` at step 0 to 0 at `stop`, in a straight line."""
     return lambda step: value * (1 - _progress(step, 0, stop))
@@ -33,6 +49,8 @@ DROP_SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {
     "cosine": cosine,
     "linear": linear,
     "constant": lambda value, stop: constant(value),
+    "cosine-floor": cosine_floor,
+    "halved": halved,
 }
 """Ways in which the drop fraction may go from its first value, by name: (value, stop) -> Schedule."""
 

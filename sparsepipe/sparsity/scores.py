@@ -19,7 +19,9 @@ def gradient(dense_gradient: Tensor) -> Tensor:
     return wide(dense_gradient).abs()
 
 
-def acquisition(dense_gradient: Tensor, counters: Tensor, step: int, c: float, eps: float) -> Tensor:
+def acquisition(
+    dense_gradient: Tensor, counters: Tensor, step: int, c: float, eps: float, *, signed: bool = False
+) -> Tensor:
     """|dL/dw| + c ln(t) / (N + eps), DST-EE's growth score (arXiv 2211.16667).
 
     Args:
@@ -28,10 +30,13 @@ def acquisition(dense_gradient: Tensor, counters: Tensor, step: int, c: float, e
         step: t, the global optimizer step; the bonus is 0 below t = 2.
         c: the weight of exploration. With 0 the score equals `gradient` bit for bit.
         eps: positive remainder that keeps the bonus of a never-active weight finite.
+        signed: |dL/dw + c ln(t) / (N + eps)| instead, as in the code of the paper's first author: for a negative
+            gradient the bonus then lowers the score, as long as it is the smaller of the two.
     """
-    exploitation = gradient(dense_gradient)
+    exploitation = wide(dense_gradient) if signed else gradient(dense_gradient)
     scale = c * math.log(step) if step >= 2 else 0.0
-    return torch.div(scale, counters.to(exploitation.dtype).add_(eps)).add_(exploitation)
+    score = torch.div(scale, counters.to(exploitation.dtype).add_(eps)).add_(exploitation)
+    return score.abs_() if signed else score
 
 
 def random(like: Tensor, seed: int, name: str, step: int) -> Tensor:

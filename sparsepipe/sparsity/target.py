@@ -200,8 +200,9 @@ class Target:
             else:
                 densities = DISTRIBUTIONS[self.distribution](shapes, self.sparsity, dense)
         groups = {name: layer.groups for name, layer in layers.items()}
-        shares = {name: density * groups[name] for name, density in densities.items()}
+        shares = {name: density * groups[name] for name, density in densities.items() if name not in dense}
         final = apportion(shares, groups, {name: layer.unit for name, layer in free.items()})
+        final |= {name: groups[name] for name in dense}  # whatever rounding, they never give a weight
         for name, layer in layers.items():
             if layer.density is not None:
                 final[name] = max(1, round(layer.density * layer.groups))

@@ -291,6 +291,14 @@ def test_a_pattern_that_does_not_fit_leaves_the_layer_dense_with_a_reason_and_th
     assert abs(sum(nnz.values()) - 0.2 * (8 * 27 + 16 * 72 + 256 + 2560)) < 4
 
 
+def test_a_layer_that_must_stay_dense_gives_nothing_where_large_blocks_exceed_the_target() -> None:
+    """One 16x16 block in each of two layers is more than 1% of the weights; the first layer cannot make up for it."""
+    nnz, layers = plan(pattern="16x16", sparsity=0.99, overrides=[{"layers": "4", "dense": True}])
+    assert layers["0.weight"].dense_because  # type: ignore[attr-defined]
+    assert nnz["0.weight"] == 8 * 3 * 9
+    assert nnz["2.weight"] == 256
+
+
 def test_n_of_m_fixes_the_density() -> None:
     nnz, _ = plan(pattern="2:4", sparsity=0.5)
     assert nnz == {"0.weight": 216, "1.weight": 576, "2.weight": 128, "4.weight": 1280}

@@ -18,14 +18,20 @@ from sparsepipe.sparsity.drop_grow import DropGrow
 from sparsepipe.sparsity.methods.dsr import DSR
 from sparsepipe.sparsity.methods.dst_ee import DSTEE
 from sparsepipe.sparsity.methods.gmp import GMP
+from sparsepipe.sparsity.methods.granet import GraNet
+from sparsepipe.sparsity.methods.mest import MEST
 from sparsepipe.sparsity.methods.rigl import RigL
+from sparsepipe.sparsity.methods.rigl_itop import RigLITOP
 from sparsepipe.sparsity.methods.set import SET
+from sparsepipe.sparsity.methods.set_itop import SETITOP
 from sparsepipe.sparsity.methods.snfs import SNFS
 from sparsepipe.sparsity.pattern import NM, parse
 from sparsepipe.sparsity.sparsifier import Sparsifier
 
 UPDATES = 1000
-FAMILY: list[Callable[..., DropGrow]] = [DSTEE, RigL, SET, SNFS, DSR]
+FAMILY: list[Callable[..., DropGrow]] = [DSTEE, RigL, SET, SNFS, DSR, MEST, RigLITOP, SETITOP]
+SHRINKING: list[Callable[..., DropGrow]] = [GraNet]
+"""Drop and grow, but with ever fewer weights."""
 SHAPES = st.sampled_from([(4, 4), (8, 4), (4, 8), (8, 8), (12, 4), (4, 4, 2), (8, 4, 3), (4, 4, 2, 2), (1, 4), (4, 1)])
 PATTERNS = st.sampled_from(
     ["unstructured"] * 3 + ["2x1", "4x1", "1x4", "2x2", "2x4", "4x4", "1:4", "2:4", "channel", "constant-fan-in"]
@@ -34,7 +40,7 @@ SCHEDULES = st.one_of(
     st.builds(
         lambda p, name: {"drop_fraction": p, "drop_schedule": name},
         st.floats(0, 1),
-        st.sampled_from(["constant", "cosine", "linear"]),
+        st.sampled_from(["constant", "cosine", "linear", "cosine-floor", "halved"]),
     ),
     st.just({"drop_fraction": lambda step: (step % 7) / 6}),
 )
@@ -42,6 +48,9 @@ OWN: dict[str, st.SearchStrategy[Any]] = {
     "c": st.sampled_from([0.0, 1e-5, 1e-2, 1.0, 1e30]),
     "eps": st.sampled_from([1e-30, 1e-5, 1.0, 1e6]),
     "relative_c": st.booleans(),
+    "score": st.sampled_from(["magnitude", "signed"]),
+    "c_schedule": st.sampled_from(["constant", "cosine", "stepped"]),
+    "gradient_weight": st.sampled_from([0.0, 1.0, 1e30]),
     "momentum": st.sampled_from([0.0, 0.5, 0.9, 0.999]),
 }
 """Options that only some methods take, each with its extremes."""
@@ -183,4 +192,4 @@ def test_1000_prunings_only_ever_remove_and_end_at_the_target(
 
 def test_a_method_of_the_family_is_in_the_property_test() -> None:
     made = [type(registry.create(info.name)) for info in registry.available()]
-    assert {kind for kind in made if issubclass(kind, DropGrow)} <= set(FAMILY)
+    assert {kind for kind in made if issubclass(kind, DropGrow)} <= {*FAMILY, *SHRINKING}
