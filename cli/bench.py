@@ -14,6 +14,7 @@ SUITES = ("kernels",)
 BELONGS = {
     "sparsity": ("--model", "--suite"),
     "pattern": ("--model", "--suite"),
+    "precision": ("--model",),
     "input": ("--model", "files"),
     "network": ("--suite",),
     "force": ("--suite",),
@@ -51,6 +52,10 @@ def _listed(convert: Callable[[str], Any], separator: str = ",") -> Callable[...
 @click.option(
     "--pattern", multiple=True, callback=_listed(str), metavar="LIST",
     help="With --model or --suite: unstructured, or blocks of output x input channels such as 2x1 and 4x1.",
+)  # fmt: skip
+@click.option(
+    "--precision", type=click.Choice(["fp32", "int8"]),
+    help="With --model: int8 also times a dense int8 file, and makes the sparse files int8. Default: fp32.",
 )  # fmt: skip
 @common.input_option
 @click.option(
@@ -117,7 +122,7 @@ def command(
     if form == "--model":
         from sparsepipe.stages import whatif
 
-        keys = ("sparsity", "pattern", "batch")
+        keys = ("sparsity", "pattern", "precision", "batch")
         what_if = _extended(whatif.WhatIf, config, {"model": model, **{key: options[key] for key in keys}})
         result = whatif.measure(what_if) if out is None else whatif.record(what_if, out).metrics
     elif form == "--suite":

@@ -72,10 +72,12 @@ def peers(result: Row) -> None:
 def what_if(result: Row) -> None:
     """A row for each sparsity, pattern and setting: sparse beside dense."""
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in result["input"].items())
+    with_int8 = any("int8" in row for row in result["results"])
+    int8_headers = ["dense int8 p50 ms", "over dense int8"] if with_int8 else []
     common.print_table(
         [
-            "sparsity", "pattern", "threads", "batch", "dense p50 ms", "sparse p50 ms", "speed-up", "file", "memory",
-            "load ms", "layers sparse",
+            "sparsity", "pattern", "threads", "batch", "dense p50 ms", "sparse p50 ms", "speed-up", *int8_headers,
+            "file", "memory", "load ms", "layers sparse",
         ],
         [
             [
@@ -86,6 +88,7 @@ def what_if(result: Row) -> None:
                 _interval(row["dense"]["latency_ms"]["p50"]),
                 _interval(row["sparse"]["latency_ms"]["p50"]),
                 _interval(row["sparse"]["speedup"]),
+                *_over_int8(row),
                 *(_beside(row, key) for key in ("file_bytes", "rss_bytes")),
                 f"{_number(row['sparse']['load_ms'])} of {_number(row['dense']['load_ms'])}",
                 f"{row['layers_sparse']} of {row['layers_sparse'] + row['layers_dense']}",
@@ -95,11 +98,13 @@ def what_if(result: Row) -> None:
         title=f"What if {result['model']} were sparse ({shapes}; random weights and zeros)",
     )  # fmt: skip
     errors = [row["max_relative_error"] for row in result["results"]]
-    click.echo(f"Largest difference of the outputs from dense onnxruntime: {max(errors):.1e} of the largest output.")
+    dense = "plain int8 files in" if with_int8 else "dense"
+    click.echo(f"Largest difference of the outputs from {dense} onnxruntime: {max(errors):.1e} of the largest output.")
     lines = [
         (f"{kind} at {row['pattern']} {row['sparsity']:.4g}, {_setting(row)}", row[kind])
         for row in result["results"]
-        for kind in ("dense", "sparse")
+        for kind in ("dense", "int8", "sparse")
+        if kind in row
     ]
     _noise([row for _, row in lines])
     _notes([(place, row["note"]) for place, row in lines])
@@ -157,6 +162,13 @@ def _notes(notes: Sequence[tuple[str, str | None]]) -> None:
 
 def _setting(row: Row) -> str:
     return f"{row['threads']} thread{'' if row['threads'] == 1 else 's'}, batch {row['batch']}"
+
+
+def _over_int8(row: Row) -> list[str | None]:
+    """Latency of the dense int8 file, and the speed-up over it; nothing where it was not measured."""
+    if "int8" not in row:
+        return []
+    return [_interval(row["int8"]["latency_ms"]["p50"]), _interval(row["sparse"]["speedup_over_int8"])]
 
 
 def _beside(row: Row, key: str) -> str:

@@ -102,7 +102,13 @@ class Race:
 
 
 def take_turns(
-    paths: Sequence[Path], labels: Sequence[str], baseline: int, config: Bench, advance: Callable[[str], None]
+    paths: Sequence[Path],
+    labels: Sequence[str],
+    baseline: int,
+    config: Bench,
+    advance: Callable[[str], None],
+    *,
+    int8: int | None = None,
 ) -> Race:
     """Measure files at every setting of `config`, each in a process of its own, one running at a time.
 
@@ -112,6 +118,7 @@ def take_turns(
         baseline: index of the file that speed-ups are relative to.
         config: threads and batch sizes, time and pinning.
         advance: called `rounds(config)` times.
+        int8: index of the dense int8 file; with it each row also has `speedup_over_int8`.
 
     Raises:
         GraphError: no file could be measured.
@@ -120,7 +127,11 @@ def take_turns(
     results, reasons, workers, verdicts = [], [], [], []
     for setting in settings(config):
         measured, verdict = judged(contestants, baseline, setting, advance)
-        results += rows(labels, measured, setting, baseline)
+        own = rows(labels, measured, setting, baseline)
+        if int8 is not None:
+            over = rows(labels, measured, setting, int8)
+            own = [row | {"speedup_over_int8": other["speedup"]} for row, other in zip(own, over, strict=True)]
+        results += own
         reasons += [one.failure for one in measured if one.failure is not None]
         workers += [one.settings for one in measured if one.settings]
         verdicts.append(verdict)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from onnx import ModelProto
 
 from sparsepipe.artefact import Artefact, digest_bytes, draft, write_json
+from sparsepipe.benchmark import int8
 from sparsepipe.errors import MissingExtraError, ModelError
 from sparsepipe.graph.fold import fold
 from sparsepipe.graph.load import load
@@ -22,14 +23,15 @@ from sparsepipe.runtime.inputs import inputs_of, random_inputs, resolve
 from sparsepipe.runtime.library import status
 from sparsepipe.runtime.sessions import session
 from sparsepipe.stages import bench
-from sparsepipe.stages.variants import Variant, export_dense, export_sparse
+from sparsepipe.stages.variants import Variant, export_dense, export_sparse, export_sparse_int8
 
 log = logging.getLogger("sparsepipe")
 
 RESULT_FILE = "whatif.json"
 SCHEMA_VERSION = 1
 SEED = 0
-DENSE = "dense"
+DENSE, INT8 = "dense", "int8"
+CALIBRATION_CALLS = 4
 
 
 class WhatIf(Bench):
@@ -42,6 +44,8 @@ class WhatIf(Bench):
     model: str
     sparsity: tuple[Fraction, ...] = (0.8, 0.9, 0.95, 0.98)
     pattern: tuple[str, ...] = ("unstructured", "2x1", "4x1")
+    precision: Literal["fp32", "int8"] = "fp32"
+    """int8: the sparse files are int8, calibrated on random inputs, and a dense int8 file runs beside them."""
 
 
 def measure(config: WhatIf) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def measure(config: WhatIf) -> dict[str, Any]:
 
     Returns:
         `model`, `input`, `results` (a row for each sparsity, pattern, number of threads and batch size, each with the
-        rows `dense` and `sparse` of `bench`) and `environment`.
+        rows `dense` and `sparse` of `bench`, for int8 also `int8`, the dense int8 file) and `environment`.
 
     Raises:
         ModelError: no such network.
@@ -75,23 +79,33 @@ def measure(config: WhatIf) -> dict[str, Any]:
         opened = inputs_of(session(dense))
         feeds = random_inputs(opened, config.batch[0], SEED)
         shapes = resolve(opened, config.batch[0])
+        baselines, calls = {DENSE: dense}, [feeds]
+        if config.precision == INT8:
+            calls += [random_inputs(opened, config.batch[0], SEED + call) for call in range(1, CALIBRATION_CALLS)]
+            baselines[INT8] = Path(name) / "dense-int8.onnx"
+            int8.quantise(dense, baselines[INT8], calls)
         for sparsity in config.sparsity:
             with tempfile.TemporaryDirectory(prefix="variants-", dir=name) as folder:
                 variants = []
                 for pattern in config.pattern:
                     running.advance(0, note=f"sparsity {sparsity:.4g}: exporting {pattern}")
-                    variants.append(export_sparse(model, pattern, sparsity, Path(folder) / pattern, feeds))
+                    place = Path(folder) / pattern
+                    if config.precision == INT8:
+                        variants.append(export_sparse_int8(model, pattern, sparsity, place, calls))
+                    else:
+                        variants.append(export_sparse(model, pattern, sparsity, place, feeds))
                     running.advance()
-                paths = [dense, *(variant.path for variant in variants)]
-                labels = [DENSE, *(variant.label for variant in variants)]
+                paths = [*baselines.values(), *(variant.path for variant in variants)]
+                labels = [*baselines, *(variant.label for variant in variants)]
                 race = bench.take_turns(
                     paths,
                     labels,
                     0,
                     config,
                     lambda note, sparsity=sparsity: running.advance(note=f"sparsity {sparsity:.4g}, {note}"),  # type: ignore[misc]
+                    int8=1 if INT8 in baselines else None,
                 )
-            results += _pairs(race.results, variants)
+            results += _pairs(race.results, list(baselines), variants)
             runtimes |= {str(one): one for one in race.runtimes}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -111,14 +125,15 @@ def record(config: WhatIf, out: Path) -> Artefact:
     return Artefact.read(out)
 
 
-def _pairs(rows: list[dict[str, Any]], variants: list[Variant]) -> list[dict[str, Any]]:
-    """The rows of one race, a dense one and one for each variant at each setting, as pairs."""
+def _pairs(rows: list[dict[str, Any]], baselines: list[str], variants: list[Variant]) -> list[dict[str, Any]]:
+    """The rows of one race, one for each baseline and for each variant at each setting, as pairs."""
     pairs = []
-    for first in range(0, len(rows), len(variants) + 1):
-        dense, *sparse = rows[first : first + len(variants) + 1]
-        for variant, row in zip(variants, sparse, strict=True):
+    size = len(baselines) + len(variants)
+    for first in range(0, len(rows), size):
+        shared = dict(zip(baselines, rows[first:], strict=False))
+        for variant, row in zip(variants, rows[first + len(baselines) : first + size], strict=True):
             setting = {"threads": row["threads"], "batch": row["batch"]}
-            pairs.append({**variant.facts(), **setting, "dense": dense, "sparse": row})
+            pairs.append({**variant.facts(), **setting, **shared, "sparse": row})
     return pairs
 
 

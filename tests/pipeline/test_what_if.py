@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sparsepipe.artefact import Artefact
 from sparsepipe.benchmark import harness
+from sparsepipe.cli import bench_tables
 from sparsepipe.cli.bench import command
 from sparsepipe.errors import GraphError, ModelError
 from sparsepipe.graph.load import load
@@ -81,6 +82,35 @@ def test_a_dense_file_is_measured_at_every_setting(dense_file: Path, tmp_path: P
             assert row["sparse"]["file_bytes"] < row["dense"]["file_bytes"] / 2
     written = Artefact.read(tmp_path / "out", "whatif")
     assert json.loads(written.file("whatif.json").read_text()).items() <= result.items()
+
+
+def test_int8_is_measured_beside_both_dense_forms(dense_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = WhatIf(
+        model=str(dense_file),
+        sparsity=(0.8,),
+        pattern=("4x4", "unstructured"),
+        precision="int8",
+        input=(1, 3, 12, 16),
+        seconds=0.02,
+    )
+    result = whatif.measure(config)
+    json.dumps(result, allow_nan=False)
+    block, scattered = result["results"]
+    assert (block["pattern"], scattered["pattern"]) == ("4x4", "unstructured")
+    assert block["layers_sparse"] >= 1
+    assert scattered["layers_sparse"] == 0  # most blocks hold a value: plain int8 is faster
+    for row in (block, scattered):
+        assert row["max_relative_error"] < 0.02
+        # A byte in place of four, and what a graph needs beside its weights.
+        assert row["int8"]["file_bytes"] < 0.6 * row["dense"]["file_bytes"]
+        for kind in ("dense", "int8", "sparse"):
+            assert row[kind]["samples"] > 0
+            assert "speedup_over_int8" in row[kind]
+        own = row["int8"]["speedup_over_int8"]
+        assert own is None or own["value"] == 1
+    assert block["sparse"]["file_bytes"] < scattered["sparse"]["file_bytes"]
+    bench_tables.what_if(result)
+    assert "over dense int8" in capsys.readouterr().out
 
 
 def test_a_network_of_the_zoo_is_built_with_random_weights() -> None:
