@@ -103,6 +103,18 @@ class Network:
                 if value.is_floating_point():
                     value.zero_()
 
+    def step_own(self) -> None:
+        """Step the method's own optimizer; groups with a `relative_lr` follow the first group of the other one."""
+        if self.own_optimizer is not None:
+            for group in self.own_optimizer.param_groups:
+                if "relative_lr" in group:
+                    group["lr"] = group["relative_lr"] * float(self.optimizer.param_groups[0]["lr"])
+            self.own_optimizer.step()
+
+    def grow_dense(self, name: str) -> None:
+        """Make every weight of a masked layer active; those that were not start at zero."""
+        self.change(name, torch.ones_like(self.masks[name]))
+
     def lr(self, name: str) -> float:
         """The optimizer's present learning rate for a weight."""
         parameter = self.weights[name].parameter

@@ -6,6 +6,7 @@ from sparsepipe.sparsity import scores
 from sparsepipe.sparsity.method import TargetMethod
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.selection import top_k
+from sparsepipe.sparsity.target import Layer
 
 
 class MagnitudePruning(TargetMethod):
@@ -20,10 +21,15 @@ class MagnitudePruning(TargetMethod):
         for name, kept in self.kept(network, progress).items():
             layer = network.layers[name]
             if kept < layer.groups:
-                active = layer.pattern.rows(network.masks[name])
-                score = layer.pattern.scores(scores.magnitude(network.weights[name].parameter))
-                counts = active.sum(dim=1).clamp(max=kept)
-                network.change(name, layer.pattern.unfold(top_k(score, counts, active), layer.shape))
+                prune_layer(network, layer, kept)
             elif progress == 1:
                 network.masks.reasons.setdefault(name, f"{self.target.distribution} keeps it dense")
         network.masks.count()
+
+
+def prune_layer(network: Network, layer: Layer, kept: int) -> None:
+    """Keep the `kept` active groups of highest magnitude in each row of a layer."""
+    active = layer.pattern.rows(network.masks[layer.name])
+    score = layer.pattern.scores(scores.magnitude(network.weights[layer.name].parameter))
+    counts = active.sum(dim=1).clamp(max=kept)
+    network.change(layer.name, layer.pattern.unfold(top_k(score, counts, active), layer.shape))

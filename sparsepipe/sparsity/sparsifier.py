@@ -176,12 +176,14 @@ class Sparsifier:
 
     def metrics(self) -> dict[str, Any]:
         """Sparsity, exploration rate, drop fraction and the density of each layer, as they are now."""
+        with torch.no_grad():
+            own = self.method.metrics(self._network, self.step)
         return {
             "sparsity": self.mask_set.sparsity,
             "exploration_rate": self.mask_set.exploration_rate(),
             "drop_fraction": 0.0,
             "density": self.mask_set.densities(),
-            **self.method.metrics(self._network, self.step),
+            **own,
         }
 
     def follow(self, average: nn.Module) -> None:
@@ -369,8 +371,7 @@ class Sparsifier:
         self._prepared = False
         if not self._skipped:
             self.step += 1
-            if self._network.own_optimizer is not None:
-                self._network.own_optimizer.step()
+            self._network.step_own()
             self._network.mask_weights()
             rounds = self.mask_set.rounds
             self.method.after_step(self._network, self.step)

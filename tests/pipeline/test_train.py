@@ -190,7 +190,9 @@ def test_every_method_trains_the_digits(tmp_path: Path, method: str) -> None:
     found = artefact.metrics
     assert found["test_accuracy"] > 0.8
     assert found["test_accuracy"] == found["test_correct"] / found["test_samples"]
-    assert found["sparsity"] == pytest.approx(0 if method == "dense" else 0.8, abs=1e-3)
+    if METHODS[method].exact:
+        assert found["sparsity"] == pytest.approx(0 if method == "dense" else 0.8, abs=1e-3)
+    assert 0 <= found["sparsity"] < 1
     assert found["weights"] == found["dense_macs"] == 64 * 48 + 48 * 10
     assert found["parameters"] == found["weights"] + 48 + 10
     assert found["nnz"] == round(found["weights"] * (1 - found["sparsity"]))
