@@ -14,7 +14,8 @@ def soft_threshold(values: Tensor, threshold: Tensor | float) -> Tensor:
 def group_soft_threshold(values: Tensor, threshold: float) -> Tensor:
     """v_g max(0, 1 - t sqrt(|g|) / ||v_g||), g the rows v[i] of [R, ...]: a row stays whole or becomes zero."""
     rows = values.flatten(1)
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     smallest = torch.finfo(norms.dtype).tiny
-    scale = (1 - threshold * rows.shape[1] ** 0.5 / norms.clamp(min=smallest)).clamp(min=0)
-    return (rows * scale).reshape(values.shape)
+    scale: Tensor = (1 - threshold * rows.shape[1] ** 0.5 / norms.clamp(min=smallest)).clamp(min=0)
+    shrunk: Tensor = rows * scale
+    return shrunk.reshape(values.shape)
