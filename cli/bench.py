@@ -21,6 +21,8 @@ BELONGS = {
     "peers": ("files",),
     "install_peers": ("files",),
     "calibrate": ("files",),
+    "profile": ("files",),
+    "memory_limit": ("files",),
 }
 """Options that only some forms of the command have."""
 
@@ -82,6 +84,18 @@ def _listed(convert: Callable[[str], Any], separator: str = ",") -> Callable[...
     help="Seconds after which a process that does not answer counts as hanging. Default: 60, ten times --seconds, and "
     "one for every 10 MB of the file.",
 )  # fmt: skip
+@click.option(
+    "--compare", nargs=2, type=common.existing_path(dir_okay=False), metavar="OLD NEW",
+    help="Measure nothing: which rows of two results (JSON files) got slower beyond noise; exit code 1 if any did.",
+)  # fmt: skip
+@click.option(
+    "--profile", type=click.Choice(["edge"]),
+    help="edge: one pinned thread, batch 1, and also the size by gzip and the energy of a call.",
+)  # fmt: skip
+@click.option(
+    "--memory-limit", metavar="SIZE",
+    help="With --profile edge: whether each file loads and runs in a process with so much memory, as 256M.",
+)  # fmt: skip
 @click.option("--pin/--no-pin", default=None, help="Pin each process to as many cores as it has threads.")
 @click.option(
     "--out", type=click.Path(path_type=Path),
@@ -96,6 +110,7 @@ def command(
     model: str | None,
     suite: str | None,
     out: Path | None,
+    compare: tuple[Path, Path] | None,
     force: bool,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -112,7 +127,15 @@ def command(
     sparsepipe bench --model resnet50     what if: the speed of a network on this machine at several sparsities,
                                           with random weights, before any training; any dense ONNX file will do
     sparsepipe bench --suite kernels      the speed table of the kernels, beside dense and int8 onnxruntime
+    sparsepipe bench --compare OLD NEW    what got slower from one result to the next
     """
+    if compare:
+        if onnx or model or suite:
+            raise click.UsageError("--compare takes two results and measures nothing; leave the rest out.")
+        from sparsepipe.cli import bench_compare
+
+        bench_compare.run(*compare, as_json=as_json)
+        return
     options["input"] = options.pop("input_")
     form = _form(onnx, model, suite, out, {**options, "force": force})
     shared = {key: options[key] for key in ("threads", "batch", "seconds", "pin", "timeout")}
@@ -139,13 +162,25 @@ def command(
         result = peers.measure(onnx, beside) if out is None else peers.record(onnx, beside, out).metrics
         form = "--peers"
     else:
-        from sparsepipe.stages import bench
-
-        result = bench.measure(onnx, config) if out is None else bench.record(onnx, config, out).metrics
+        result = _files(onnx, config, out, options["profile"], options["memory_limit"])
+        form = options["profile"] or form
     if as_json:
         common.print_json(result)
     else:
         bench_tables.SHOW[form](result)
+
+
+def _files(
+    onnx: Sequence[Path], config: Any, out: Path | None, profile: str | None, memory_limit: str | None
+) -> dict[str, Any]:
+    from sparsepipe.stages import bench, edge
+
+    if memory_limit and not profile:
+        raise click.UsageError("--memory-limit belongs to --profile edge.")
+    if profile:
+        limit = edge.parse_bytes(memory_limit) if memory_limit else None
+        return edge.measure(onnx, config, limit) if out is None else edge.record(onnx, config, out, limit).metrics
+    return bench.measure(onnx, config) if out is None else bench.record(onnx, config, out).metrics
 
 
 def _form(
@@ -160,9 +195,15 @@ def _form(
         raise click.UsageError(f"{named} exclude one another; give one of them.")
     for option, forms in BELONGS.items():
         if options[option] and given[0] not in forms:
-            raise click.UsageError(f"--{option} belongs to {' or '.join(forms).replace('files', 'ONNX files')}.")
+            raise click.UsageError(
+                f"--{option.replace('_', '-')} belongs to {' or '.join(forms).replace('files', 'ONNX files')}."
+            )
     if not options["peers"] and (options["install_peers"] or options["calibrate"]):
         raise click.UsageError("--install-peers and --calibrate belong to --peers.")
+    if options["profile"] and options["peers"]:
+        raise click.UsageError("--profile edge and --peers exclude one another; give one of them.")
+    if options["profile"] and (options["threads"] or options["batch"]):
+        raise click.UsageError("--profile edge is one thread and batch 1; leave --threads and --batch out.")
     if options["input"] and options["batch"]:
         raise click.UsageError("--input names the batch size, too, as its first number; leave --batch out.")
     if suite and out is not None and out.suffix != ".json":

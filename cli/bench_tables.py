@@ -134,7 +134,45 @@ def verdicts(found: Sequence[Row]) -> None:
         click.echo(f"{_setting(verdict)}: {word}; {verdict['conditions']['note']}.")
 
 
-SHOW = {"files": files, "--peers": peers, "--model": what_if, "--suite": suite}
+def edge(result: Row) -> None:
+    """What `files` shows, and a row for each file with what a device asks for."""
+    files(result)
+    common.print_table(
+        ["file", "cold start ms", "size", "gzip", "memory", "peak", "energy of a call", "with the limit"],
+        [
+            [
+                row["file"],
+                _number(None if row["load_ms"] is None else row["load_ms"] + row["first_call_ms"]),
+                common.size_text(row["file_bytes"]),
+                common.size_text(row["gzip_bytes"]),
+                common.size_text(row["rss_bytes"]),
+                common.size_text(row["peak_rss_bytes"]),
+                "not readable" if row["energy"]["joules"] is None else f"{row['energy']['joules']:.3g} J",
+                _limit(row["limit"]),
+            ]
+            for row in result["results"]
+        ],
+        title="One thread, pinned, batch 1 (cold start: loading and the first call in a fresh process)",
+    )
+    for note in dict.fromkeys(row["energy"]["note"] for row in result["results"]):
+        click.echo(f"{note[0].upper()}{note[1:]}.")
+    for row in result["results"]:
+        if row["limit"] and row["limit"]["reason"]:
+            click.echo(
+                f"{row['file']} does not fit into {common.size_text(row['limit']['bytes'])}: {row['limit']['reason']}"
+            )
+    limit = next((row["limit"] for row in result["results"] if row["limit"]), None)
+    if limit:
+        click.echo(f"The limit: {limit['how']}.")
+
+
+def _limit(limit: Row | None) -> str | None:
+    if limit is None:
+        return None
+    return f"{'fits' if limit['fits'] else 'does not fit'} into {common.size_text(limit['bytes'])}"
+
+
+SHOW = {"edge": edge, "files": files, "--peers": peers, "--model": what_if, "--suite": suite}
 """Form of the command -> how its result is shown."""
 
 
