@@ -24,6 +24,8 @@ _HOME = {
     "MEST": "sparsepipe.sparsity.methods.mest",
     "RigLITOP": "sparsepipe.sparsity.methods.rigl_itop",
     "SETITOP": "sparsepipe.sparsity.methods.set_itop",
+    "DeepR": "sparsepipe.sparsity.methods.deepr",
+    "SRigL": "sparsepipe.sparsity.methods.srigl",
     "GraNet": "sparsepipe.sparsity.methods.granet",
     "Random": "sparsepipe.sparsity.methods.random",
     "ERKStatic": "sparsepipe.sparsity.methods.erk_static",

@@ -89,6 +89,20 @@ METHODS: dict[str, MethodInfo] = {
             "arXiv 2102.02887",
         ),
         MethodInfo(
+            "deepr",
+            "sparsepipe.sparsity.methods.deepr:DeepR",
+            "drop what changes its sign, under drift to zero and noise, grow at random, in every step",
+            "arXiv 1711.05136",
+            state="mask, int16 counter, int8 sign",
+        ),
+        MethodInfo(
+            "srigl",
+            "sparsepipe.sparsity.methods.srigl:SRigL",
+            "rigl with the same number of weights in every neuron, but for neurons that it ablates",
+            "arXiv 2305.02299",
+            exact=False,
+        ),
+        MethodInfo(
             "granet",
             "sparsepipe.sparsity.methods.granet:GraNet",
             "start at half the weights, prune along a cubic schedule, regrow by |gradient| at each pruning",

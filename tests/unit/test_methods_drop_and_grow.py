@@ -10,12 +10,14 @@ from sparse_bench import Bench, randn
 from torch import Tensor
 
 from sparsepipe.errors import RecipeError
+from sparsepipe.sparsity.methods.deepr import DeepR
 from sparsepipe.sparsity.methods.dst_ee import DSTEE
 from sparsepipe.sparsity.methods.granet import GraNet
 from sparsepipe.sparsity.methods.mest import MEST
 from sparsepipe.sparsity.methods.rigl import RigL
 from sparsepipe.sparsity.methods.rigl_itop import RigLITOP
 from sparsepipe.sparsity.methods.set_itop import SETITOP
+from sparsepipe.sparsity.methods.srigl import SRigL
 from sparsepipe.sparsity.scores import acquisition
 
 
@@ -144,3 +146,56 @@ def test_granet_s_last_pruning_falls_on_its_step_whatever_the_interval() -> None
         bench.step(randn(20, 20, seed=t))
     assert bench.sparsifier.masks_final
     assert bench.sparsifier.mask_set.nnz == 40
+
+
+def test_deepr_drifts_towards_zero_by_lr_times_l1_and_walks_by_its_temperature() -> None:
+    """Without a gradient: |w_n| = |w_0| - n lr l1, and steps of standard deviation sqrt(2 lr T)."""
+    for temperature, expected in ((0.0, 0.0), (1e-4, math.sqrt(2 * 0.01 * 1e-4))):
+        bench = Bench(DeepR(sparsity=0.5, l1=0.01, temperature=temperature, update_every=1000), (80, 80), 100)
+        before, mask = bench.weight.detach().clone(), bench.mask.clone()
+        bench.step(torch.zeros(80, 80))
+        moved = (bench.weight.detach() - before)[mask] * before[mask].sign()
+        assert float(moved.mean()) == pytest.approx(-0.01 * 0.01, abs=1e-7 + expected / 10)
+        assert float(moved.std()) == pytest.approx(expected, rel=0.05, abs=1e-8)
+        assert not bench.weight.detach()[~mask].any()
+
+
+def test_deepr_drops_what_crosses_zero_at_once_and_grows_as_many_at_zero() -> None:
+    bench = Bench(DeepR(sparsity=0.8, l1=1e-3), (20, 20), 200)
+    for t in range(60):
+        before, mask, sign = bench.weight.detach().clone(), bench.mask.clone(), None
+        sign = bench.sparsifier._network.memory["sign"]["weight"].clone()
+        gradient = randn(20, 20, seed=t)
+        bench.step(gradient)
+        theta = (before - 0.01 * gradient) * sign
+        crossed = mask & (theta < -1e-4)  # beyond doubt: drift and noise are smaller
+        regrown = bench.mask & crossed
+        assert not bench.weight.detach()[crossed].any()
+        assert int(regrown.sum()) <= int(crossed.sum()) // 2 + 2, "candidates are all inactive ones"
+        assert bench.sparsifier.mask_set.nnz == 80
+        signs = bench.sparsifier._network.memory["sign"]["weight"]
+        assert bool((bench.weight.detach()[bench.mask] * signs[bench.mask] >= 0).all())
+    assert bench.sparsifier.mask_set.exploration_rate() > 0.3
+
+
+def test_srigl_gives_each_live_neuron_as_many_weights_and_ablates_the_others_for_good() -> None:
+    """Neuron 0 has neither large weights nor large gradients: it goes, and the others get what it had."""
+    bench = Bench(SRigL(sparsity=0.5, update_every=1, drop_fraction=0.5, drop_schedule="constant"), (5, 16), 40)
+    bench.optimizer.param_groups[0]["lr"] = 0.0
+    with torch.no_grad():
+        bench.weight.copy_(torch.where(bench.mask, 1 + randn(5, 16, seed=1).abs(), 0.0))
+        bench.weight[0] *= 1e-3
+    for t in range(20):
+        gradient = randn(5, 16, seed=t)
+        gradient[0] = 0
+        bench.step(gradient)
+        assert bench.mask.sum(dim=1).tolist() == [0, 10, 10, 10, 10]
+
+
+def test_srigl_without_ablation_keeps_the_constant_fan_in_of_all() -> None:
+    bench = Bench(SRigL(sparsity=0.75, update_every=1, ablation=False), (6, 16), 60)
+    first = bench.mask.clone()
+    for t in range(40):
+        bench.step(randn(6, 16, seed=t))
+        assert bench.mask.sum(dim=1).tolist() == [4] * 6
+    assert not torch.equal(first, bench.mask)

@@ -25,12 +25,13 @@ from sparsepipe.sparsity.methods.rigl_itop import RigLITOP
 from sparsepipe.sparsity.methods.set import SET
 from sparsepipe.sparsity.methods.set_itop import SETITOP
 from sparsepipe.sparsity.methods.snfs import SNFS
+from sparsepipe.sparsity.methods.srigl import SRigL
 from sparsepipe.sparsity.pattern import NM, parse
 from sparsepipe.sparsity.sparsifier import Sparsifier
 
 UPDATES = 1000
 FAMILY: list[Callable[..., DropGrow]] = [DSTEE, RigL, SET, SNFS, DSR, MEST, RigLITOP, SETITOP]
-SHRINKING: list[Callable[..., DropGrow]] = [GraNet]
+SHRINKING: list[Callable[..., DropGrow]] = [GraNet, SRigL]
 """Drop and grow, but with ever fewer weights."""
 SHAPES = st.sampled_from([(4, 4), (8, 4), (4, 8), (8, 8), (12, 4), (4, 4, 2), (8, 4, 3), (4, 4, 2, 2), (1, 4), (4, 1)])
 PATTERNS = st.sampled_from(
