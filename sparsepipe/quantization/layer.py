@@ -120,6 +120,46 @@ def fuse_sum(layer: QLayer, found: Index, shapes: Shapes) -> None:
         layer.last = step
 
 
+def fuse_bias(layer: QLayer, found: Index) -> Array | None:
+    """Take a sum with a constant of [outputs] behind a linear layer without a bias into it, in place.
+
+    Returns:
+        The bias, int32 [outputs] in units of the product's scale; None where there is no such sum, or where a number
+        is too large. The product is no longer rounded to bytes before the sum: the result differs by about 1.
+    """
+    back = _only_user(layer.output.name, found)
+    if layer.base != "SparseQLinear" or layer.bias or back is None or not is_standard(back, "DequantizeLinear"):
+        return None
+    add = _only_user(back.output[0], found)
+    if add is None or not is_standard(add, "Add"):
+        return None
+    step = quantiser_of(add.output[0], found)
+    bias = _real(add.input[1] if add.input[0] == back.output[0] else add.input[0], found)
+    if step is None or bias is None or bias.shape != (len(layer.weight),):
+        return None
+    if _kind(step.input[2], found) != _kind(layer.output.zero_point, found):
+        return None
+    scale = _constant(layer.source.scale, found).astype(np.float64) * _constant(layer.weight_scale, found)
+    units = np.rint(bias / scale)
+    if not np.all(np.abs(units) < np.iinfo(np.int32).max):
+        return None
+    layer.output = Quantised(step.output[0], step.input[1], step.input[2])
+    layer.nodes += [back, add, step]
+    layer.last = step
+    return units.astype(np.int32)
+
+
+def _real(name: str, found: Index) -> Array | None:
+    """The numbers of a constant, be it quantised with one scale or not, in float64."""
+    if name in found.constants:
+        return numpy_helper.to_array(found.constants[name]).astype(np.float64)
+    stored = source_of(name, found)
+    if stored is None or stored.name not in found.constants or _constant(stored.scale, found).size != 1:
+        return None
+    steps = _constant(stored.name, found).astype(np.float64) - _constant(stored.zero_point, found)
+    return np.asarray(steps * _constant(stored.scale, found).astype(np.float64))
+
+
 def source_of(name: str, found: Index) -> Quantised | None:
     """The quantised form of an fp32 tensor."""
     step = found.producers.get(name)

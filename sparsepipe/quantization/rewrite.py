@@ -26,7 +26,7 @@ from sparsepipe.graph.tidy import tidy
 from sparsepipe.graph.universal import OLDEST_IR
 from sparsepipe.native import operators, quantized
 from sparsepipe.quantization.beside import pool
-from sparsepipe.quantization.layer import QLayer, Quantised, fuse_sum, read
+from sparsepipe.quantization.layer import QLayer, Quantised, fuse_bias, fuse_sum, read
 
 FEWEST_VALUES = 256
 FEWEST_INPUTS = 8
@@ -157,6 +157,9 @@ def _replace(graph: GraphProto, node: NodeProto, choice: Choice, shapes: Shapes)
     found = index(graph)
     layer = read(node, found)
     fuse_sum(layer, found, shapes)
+    if (bias := fuse_bias(layer, found)) is not None:
+        layer.bias = fresh(f"{choice.name.removesuffix('.weight')}.bias_quantized", graph)
+        graph.initializer.append(numpy_helper.from_array(bias, layer.bias))
     depthwise = layer.base == "QDepthwiseConv"
     stored = [layer.weight_name] if depthwise else _encoded(graph, choice, layer)
     inputs = [*_names(layer.source), *stored, layer.weight_scale, layer.output.scale, layer.output.zero_point]
