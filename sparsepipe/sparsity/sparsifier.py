@@ -129,7 +129,8 @@ class Sparsifier:
     @property
     def masks_final(self) -> bool:
         """Whether the masks will not change any more and the target sparsity is reached."""
-        return self.method.masks_final(self._network, self.step)
+        ended = self._frozen and self.step >= self._network.total_steps
+        return ended or self.method.masks_final(self._network, self.step)
 
     @property
     def history(self) -> MaskHistory | None:
