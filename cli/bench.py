@@ -10,7 +10,7 @@ import click
 
 from sparsepipe.cli import bench_tables, common
 
-SUITES = ("kernels",)
+SUITES = ("kernels", "peers")
 BELONGS = {
     "sparsity": ("--model", "--suite"),
     "pattern": ("--model", "--suite"),
@@ -18,8 +18,8 @@ BELONGS = {
     "input": ("--model", "files"),
     "network": ("--suite",),
     "force": ("--suite",),
-    "peers": ("files",),
-    "install_peers": ("files",),
+    "peers": ("files", "--suite"),
+    "install_peers": ("files", "--suite"),
     "calibrate": ("files",),
     "profile": ("files",),
     "memory_limit": ("files",),
@@ -126,6 +126,7 @@ def command(
     sparsepipe bench ONNX... --peers LIST the same network in other runtimes, checked against dense onnxruntime
     sparsepipe bench --model resnet50     what if: the speed of a network on this machine at several sparsities,
                                           with random weights, before any training; any dense ONNX file will do
+    sparsepipe bench --suite peers        sparsepipe beside the other runtimes on six networks
     sparsepipe bench --suite kernels      the speed table of the kernels, beside dense and int8 onnxruntime
     sparsepipe bench --compare OLD NEW    what got slower from one result to the next
     """
@@ -153,8 +154,12 @@ def command(
 
         assert suite is not None
         chosen = {"sparsity": options["sparsity"], "pattern": options["pattern"], "networks": options["network"]}
-        kernels = _extended(suites.Kernels, config, chosen)
-        result = suites.SUITES[suite](kernels, out, force=force)
+        kind: Any = suites.Kernels
+        if suite == "peers":
+            kind = suites.PeersSuite
+            chosen = {**chosen, "peers": options["peers"], "install_peers": options["install_peers"]}
+            del chosen["pattern"]
+        result = suites.SUITES[suite](_extended(kind, config, chosen), out, force=force)
     elif options["peers"]:
         from sparsepipe.stages import peers
 
@@ -198,7 +203,7 @@ def _form(
             raise click.UsageError(
                 f"--{option.replace('_', '-')} belongs to {' or '.join(forms).replace('files', 'ONNX files')}."
             )
-    if not options["peers"] and (options["install_peers"] or options["calibrate"]):
+    if not options["peers"] and not suite and (options["install_peers"] or options["calibrate"]):
         raise click.UsageError("--install-peers and --calibrate belong to --peers.")
     if options["profile"] and options["peers"]:
         raise click.UsageError("--profile edge and --peers exclude one another; give one of them.")

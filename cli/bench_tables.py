@@ -112,8 +112,15 @@ def what_if(result: Row) -> None:
 
 def suite(result: Row) -> None:
     """The tables of speed, and what each file needs in a process of its own."""
+    from sparsepipe.reporting import peers as beside
     from sparsepipe.reporting import speed
 
+    if result["suite"] == "peers":
+        for table in beside.tables(result):
+            common.print_table(table.headers, table.rows, title=table.title)
+        for remark in beside.remarks(result):
+            click.echo(remark)
+        return
     for table in (*speed.tables(result), speed.needs(result)):
         common.print_table(table.headers, table.rows, title=table.title)
     for remark in speed.remarks(result):

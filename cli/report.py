@@ -51,10 +51,13 @@ def command(sources: tuple[Path, ...], out: Path | None, title: str | None, into
 
 def _tables(source: Path, into: Path | None) -> None:
     from sparsepipe.artefact import write_text
-    from sparsepipe.reporting import markdown, speed
+    from sparsepipe.reporting import markdown, peers, speed
     from sparsepipe.stages import suite
 
-    text = speed.markdown(suite.read(source))
+    result = suite.read(source)
+    text = {"kernels": speed, "peers": peers}[result["suite"]].markdown(result)
+    if result["suite"] == "peers":
+        peers.picture(result, source.with_suffix(".png"))
     if into is None:
         click.echo(text)
     else:

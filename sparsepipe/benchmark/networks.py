@@ -123,6 +123,10 @@ def _resnet50(graph: _Graph) -> str:
     """He et al., arXiv 1512.03385, with the stride in the 3x3 convolution."""
     x = graph.conv(INPUT, (64, 3, 7, 7), 2)
     x = graph.add("MaxPool", [x], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+    return _bottlenecks(graph, x, 1000)
+
+
+def _bottlenecks(graph: _Graph, x: str, classes: int) -> str:
     channels = 64
     for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
         for position in range(blocks):
@@ -132,7 +136,12 @@ def _resnet50(graph: _Graph) -> str:
             y = graph.conv(y, (width, width, 3, 3), step)
             x = graph.conv(y, (4 * width, width, 1, 1), residual=short)
             channels = 4 * width
-    return graph.classifier(x, (1000, channels))
+    return graph.classifier(x, (classes, channels))
+
+
+def _resnet50_cifar(graph: _Graph) -> str:
+    """ResNet-50 for images of 32 x 32: a 3x3 convolution without stride or pooling in front."""
+    return _bottlenecks(graph, graph.conv(INPUT, (64, 3, 3, 3)), 10)
 
 
 def _mobilenet_v1(graph: _Graph) -> str:
@@ -201,6 +210,7 @@ NETWORKS: Mapping[str, Network] = {
     "resnet50": Network("ResNet-50 224", (1, 3, 224, 224), _resnet50),
     "mobilenet-v1": Network("MobileNetV1 224", (1, 3, 224, 224), _mobilenet_v1),
     "vgg19": Network("VGG-19 CIFAR", (1, 3, 32, 32), _vgg19),
+    "resnet50-cifar": Network("ResNet-50 CIFAR", (1, 3, 32, 32), _resnet50_cifar),
     "resnet20": Network("ResNet-20 CIFAR", (1, 3, 32, 32), _resnet20),
     "mlp": Network("MLP 1024-4096-4096-4096-10, 16 rows", (16, 1024), _mlp),
     "encoder": Network("4 encoder layers 768/3072, 128 tokens", (1, 128, 768), _encoder),

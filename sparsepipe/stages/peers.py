@@ -138,7 +138,9 @@ def compare(networks: Sequence[Network], config: Peers, advance: Callable[[int, 
     """`measure` for files that were read; `advance` is called with a number of steps and a note."""
     peers = chosen(config.peers)
     absent = _install(peers, advance) if config.install_peers else {}
-    results, verdicts, runtimes = [], [], {}
+    results: list[dict[str, Any]] = []
+    verdicts: list[dict[str, Any]] = []
+    runtimes: dict[str, dict[str, Any]] = {}
     for batch in config.batch:
         with tempfile.TemporaryDirectory(prefix="sparsepipe-") as name:
             entries = _entries(networks, peers, absent, config, batch, Path(name), advance)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from sparsepipe.artefact import digest_file, read_json, write_json
 from sparsepipe.benchmark import networks
@@ -16,7 +18,8 @@ from sparsepipe.graph.prune import block_shape
 from sparsepipe.progress import bar
 from sparsepipe.recipe import Bench, Fraction
 from sparsepipe.runtime.library import library_path
-from sparsepipe.stages import bench, suite_row
+from sparsepipe.stages import bench, peers_row, suite_row
+from sparsepipe.stages.peers import Peers
 
 log = logging.getLogger("sparsepipe")
 
@@ -25,6 +28,11 @@ METHOD = (
     "cpu: all files of a row in one process with one thread, blocks of calls in random order, CPU time of the "
     "thread; ratios of best deciles, and of medians of rounds with 95% bootstrap intervals. processes: each file in a "
     "process of its own, one running at a time, wall time; memory is resident memory above that before loading."
+)
+PEERS_METHOD = (
+    "Each runtime in a process of its own, one running at a time, in blocks in random order; wall time; random "
+    "unstructured zeros in random weights, so errors tell of arithmetic and not of a task; int8 is calibrated on "
+    "random values."
 )
 COMPARABLE = ("cpu", "architecture", "isa", "versions", "kernel_library")
 """What rows must share to stand in one table."""
@@ -35,7 +43,54 @@ class Kernels(Bench):
 
     sparsity: tuple[Fraction, ...] = (0.8, 0.9, 0.95, 0.98)
     pattern: tuple[str, ...] = ("unstructured", "4x1")
-    networks: tuple[str, ...] = tuple(networks.NETWORKS)
+    networks: tuple[str, ...] = tuple(name for name in networks.NETWORKS if name != "resnet50-cifar")
+
+
+class PeersSuite(Peers):
+    """Settings of the suite `peers`: which networks at which sparsities, in which runtimes."""
+
+    seconds: Annotated[float, Field(gt=0)] = 2.0
+    sparsity: tuple[Fraction, ...] = (0.8, 0.9, 0.95, 0.98)
+    networks: tuple[str, ...] = ("resnet50", "mobilenet-v1", "vgg19", "resnet50-cifar", "mlp", "encoder")
+
+
+def peers(config: PeersSuite, out: Path | None = None, *, force: bool = False) -> dict[str, Any]:
+    """Whole networks with random weights in sparsepipe and in other runtimes.
+
+    Args:
+        config: networks, sparsities, runtimes, threads and time.
+        out: as of `kernels`.
+        force: start the file anew.
+
+    Returns:
+        `rows`, one for each network and sparsity (`peers_row.measure`), the `method`, the `settings` and the
+        `environment`.
+
+    Raises:
+        RecipeError: no such network or peer.
+        ArtefactError: `out` holds something else, or rows of other settings or of another machine or version.
+        GraphError: a sparse file computes something else than the dense one.
+    """
+    _check_networks(config.networks)
+    result = _empty(config, "peers", PEERS_METHOD)
+    result["settings"]["peers"] = list(config.peers)
+    if out is not None and out.exists() and not force:
+        result["rows"] = _earlier(out, result)
+    rows: dict[tuple[str, float], dict[str, Any]] = {(row["network"], row["sparsity"]): row for row in result["rows"]}
+    missing = [(name, one) for name in config.networks for one in config.sparsity if (name, one) not in rows]
+    steps = bench.rounds(config.model_copy(update={"batch": (1,)}))
+    with bar("Suite", steps * len(missing)) as running:
+        for name in dict.fromkeys(name for name, _ in missing):
+            model = networks.build(name, seed=suite_row.SEED)
+            for sparsity in [one for network, one in missing if network == name]:
+                with tempfile.TemporaryDirectory(prefix="sparsepipe-") as folder:
+                    row = peers_row.measure(name, model, sparsity, config, Path(folder), running.advance)
+                rows[name, sparsity] = row
+                order = list(networks.NETWORKS)
+                result["rows"] = [rows[key] for key in sorted(rows, key=lambda key: (order.index(key[0]), key[1]))]
+                if out is not None:
+                    write_json(out, result)
+    return result
 
 
 def kernels(config: Kernels, out: Path | None = None, *, force: bool = False) -> dict[str, Any]:
@@ -58,14 +113,8 @@ def kernels(config: Kernels, out: Path | None = None, *, force: bool = False) ->
     """
     for pattern in config.pattern:
         block_shape(pattern)
-    unknown = [name for name in config.networks if name not in networks.NETWORKS]
-    if unknown:
-        raise RecipeError(
-            f"The suite has no network '{unknown[0]}'.",
-            where="networks",
-            advice=f"It has: {', '.join(networks.NETWORKS)}.",
-        )
-    result = _empty(config)
+    _check_networks(config.networks)
+    result = _empty(config, "kernels", METHOD)
     if out is not None and out.exists() and not force:
         result["rows"] = _earlier(out, result)
     rows: dict[tuple[str, str], dict[str, Any]] = {(row["network"], row["pattern"]): row for row in result["rows"]}
@@ -89,7 +138,7 @@ def kernels(config: Kernels, out: Path | None = None, *, force: bool = False) ->
     return result
 
 
-SUITES: Mapping[str, Callable[..., dict[str, Any]]] = {"kernels": kernels}
+SUITES: Mapping[str, Callable[..., dict[str, Any]]] = {"kernels": kernels, "peers": peers}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -110,15 +159,25 @@ def read(path: Path) -> dict[str, Any]:
     return result
 
 
-def _empty(config: Kernels) -> dict[str, Any]:
+def _check_networks(names: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in networks.NETWORKS]
+    if unknown:
+        raise RecipeError(
+            f"The suite has no network '{unknown[0]}'.",
+            where="networks",
+            advice=f"It has: {', '.join(networks.NETWORKS)}.",
+        )
+
+
+def _empty(config: Bench, suite: str, method: str) -> dict[str, Any]:
     described = bench.environment(config)
     library = library_path()
     settings = {key: described["settings"][key] for key in ("seconds", "threads", "pin", "rounds", "cold_starts")}
     shared = {key: value for key, value in described.items() if key not in ("settings", "measured", "load_average")}
     return {
         "schema_version": SCHEMA_VERSION,
-        "suite": "kernels",
-        "method": METHOD,
+        "suite": suite,
+        "method": method,
         "int8": INT8_METHOD,
         "settings": settings,
         "environment": {**shared, "kernel_library": digest_file(Path(library)) if library else None},

@@ -12,14 +12,15 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
-from sparsepipe.benchmark import harness
+from sparsepipe.benchmark import harness, networks
 from sparsepipe.benchmark.client import WorkerProcess
 from sparsepipe.benchmark.peers import environments
 from sparsepipe.benchmark.peers.environments import Environment, NotInstalled
 from sparsepipe.benchmark.peers.registry import PEERS, Peer, chosen
+from sparsepipe.cli import report as report_verb
 from sparsepipe.cli.bench import command
-from sparsepipe.errors import RecipeError
-from sparsepipe.stages import peers
+from sparsepipe.errors import ArtefactError, RecipeError
+from sparsepipe.stages import peers, peers_row, suite
 
 FAKES = """
 import os, time
@@ -136,3 +137,57 @@ def test_names_stand_for_peers() -> None:
     ]  # fmt: skip
     with pytest.raises(RecipeError, match=r"no peer 'tvm'.*deepsparse"):
         chosen(["tvm"])
+
+
+def made_up(name: str, model: Any, sparsity: float, *_: Any) -> dict[str, Any]:
+    """A row as `peers_row.measure` gives it: sparsepipe takes (1 - sparsity) * 10 ms, dense 8 ms, a peer is absent."""
+
+    def one(runtime: str, taken: float | None, note: str | None = None) -> dict[str, Any]:
+        gain = taken and {"value": 8 / taken, "low": 7 / taken, "high": 9 / taken}
+        latency = taken and {"value": taken, "low": taken, "high": taken}
+        return {
+            "runtime": runtime, "threads": 1, "latency_ms": {"p50": latency}, "speedup": gain, "noisy": False,
+            "samples": 9 if taken else 0, "note": note,
+            "fidelity": taken and {"max_relative_error": 2e-7, "top1_agreement": 0.5, "samples": 64},
+        }  # fmt: skip
+
+    return {
+        "network": name, "title": name.upper(), "sparsity": sparsity, "measured": "2031-01-02T03:04:05+00:00",
+        "results": [one("onnxruntime", 8.0), one("sparsepipe", (1 - sparsity) * 10), one("mnn", None, "not here")],
+        "verdicts": [{"noisy": True, "difference": 0.05}], "runtimes": [{"runtime": "onnxruntime", "version": "9.9"}],
+    }  # fmt: skip
+
+
+def test_the_suite_goes_on_where_it_was_interrupted_and_writes_document_and_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def measured(name: str, model: Any, sparsity: float, *rest: Any) -> dict[str, Any]:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append((name, sparsity))
+        return made_up(name, model, sparsity)
+
+    monkeypatch.setattr(peers_row, "measure", measured)
+    monkeypatch.setattr(networks, "build", lambda name, seed: None)
+    out, document = tmp_path / "peers.json", tmp_path / "README.md"
+    config = suite.PeersSuite(networks=("mlp", "vgg19"), sparsity=(0.9, 0.95), peers=("mnn",))
+    with pytest.raises(KeyboardInterrupt):
+        suite.peers(config, out)
+    assert [(row["network"], row["sparsity"]) for row in suite.read(out)["rows"]] == [("mlp", 0.9), ("mlp", 0.95)]
+    monkeypatch.setattr(peers_row, "measure", made_up)
+    result = suite.peers(config, out)
+    assert [row["network"] for row in result["rows"]] == ["vgg19", "vgg19", "mlp", "mlp"]
+    with pytest.raises(ArtefactError, match="not the same peers"):
+        suite.peers(config.model_copy(update={"peers": ("openvino",)}), out)
+    document.write_text("<!-- peers.json -->\n<!-- /peers.json -->\n")
+    done = CliRunner().invoke(report_verb.command, [str(out), "--into", str(document)])
+    assert done.exit_code == 0, done.output
+    text = document.read_text()
+    assert "| MLP | sparsepipe | 1 | 8.00 (7.00–9.00) | 16.00 (14.00–18.00) |" in text
+    assert "| MLP | onnxruntime | 1 | 8.00\u202fms | 8.00\u202fms |" in text
+    assert "| MLP | sparsepipe | 1 | 2.0e-07, 50% | 2.0e-07, 50% |" in text
+    assert "noisy in 4 of 4 races; two processes of the same file differed by up to 5.0%" in text
+    assert "mnn (MLP): not here." in text
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

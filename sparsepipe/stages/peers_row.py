@@ -1,0 +1,63 @@
+"""One row of the suite `peers`: a network with random zeros in every runtime, beside sparsepipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto
+
+from sparsepipe.benchmark import networks
+from sparsepipe.graph.finish import serialise
+from sparsepipe.graph.prune import prune
+from sparsepipe.runtime.inputs import inputs_of, random_inputs
+from sparsepipe.runtime.sessions import session
+from sparsepipe.stages.peers import SEED, Network, Peers, compare
+from sparsepipe.stages.variants import export_sparse
+
+
+def measure(
+    name: str,
+    model: ModelProto,
+    sparsity: float,
+    config: Peers,
+    folder: Path,
+    advance: Callable[[int, str], None],
+) -> dict[str, Any]:
+    """Measure the network `name` of `benchmark.networks`, whose dense form is `model`, at one sparsity.
+
+    The pruned weights go into a dense file, which onnxruntime and the peers run, and into a universal one for
+    sparsepipe; all of them take turns in one race.
+
+    Raises:
+        GraphError: the universal file computes something else than the dense one.
+    """
+    network = networks.NETWORKS[name]
+    config = config.model_copy(update={"batch": (network.input_shape[0],)})
+    advance(0, f"{name} {sparsity:.4g}: exporting")
+    pruned, _ = prune(model, sparsity, "unstructured")
+    dense = folder / f"{name}.onnx"
+    dense.write_bytes(serialise(pruned, where=name))
+    feeds = random_inputs(inputs_of(session(dense, library=False)), network.input_shape[0], SEED)
+    variant = export_sparse(model, "unstructured", sparsity, folder / "universal", feeds)
+    pair = [Network(name, dense, pruned, False), Network(name, variant.path, pruned, True)]
+    result = compare(pair, config, lambda count, note: advance(count, f"{name} {sparsity:.4g}: {note}"))
+    return {
+        "network": name,
+        "title": network.title,
+        "input": list(network.input_shape),
+        "sparsity": sparsity,
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "samples": result["samples"],
+        "results": result["results"],
+        "verdicts": result["verdicts"],
+        # A library's place on this machine is of no use elsewhere.
+        "runtimes": [
+            {key: value for key, value in one.items() if key != "kernel_library"}
+            for one in result["environment"]["runtimes"]
+        ],
+    }
