@@ -212,6 +212,25 @@ bool packs_agree(const QIsa& isa) {
   return true;
 }
 
+bool largest_agrees(const QIsa& isa) {
+  const int rows = 1 + choice(5), count = 1 + choice(150);
+  std::vector<std::vector<std::uint8_t>> x(static_cast<std::size_t>(rows), std::vector<std::uint8_t>(static_cast<std::size_t>(count)));
+  std::vector<const std::uint8_t*> from;
+  for (auto& row : x) {
+    for (auto& v : row) v = static_cast<std::uint8_t>(byte());
+    from.push_back(row.data());
+  }
+  const auto flip = static_cast<std::uint8_t>(choice(2) * 0x80);
+  std::vector<std::uint8_t> to(static_cast<std::size_t>(count + 9), 77);
+  isa.largest(from.data(), rows, count, flip, to.data());
+  for (std::size_t i = 0; i < to.size(); ++i) {
+    int expected = i < static_cast<std::size_t>(count) ? 0 : 77;
+    for (int k = 0; k < rows && i < static_cast<std::size_t>(count); ++k) expected = std::max(expected, x[static_cast<std::size_t>(k)][i] ^ flip);
+    if (to[i] != expected) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 // Prints one line per set; false where one differs.
@@ -228,7 +247,7 @@ bool quantized_kernels_agree() {
         for (int t = 1; t <= (*isa)->most_vectors[block]; ++t) passed = passed && rows_agree(**isa, block, t);
         passed = passed && vector_agrees(**isa, block);
       }
-      passed = passed && packs_agree(**isa);
+      passed = passed && packs_agree(**isa) && largest_agrees(**isa);
     }
     std::printf("int8 %s: %s\n", (*isa)->name, passed ? "passed" : "FAILED");
     good = good && passed;
