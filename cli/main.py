@@ -15,6 +15,7 @@ from sparsepipe.errors import InterruptedBySignal, SparsepipeError
 VERBS = {
     "run": "Run a whole recipe: train, freeze, convert, export, validate, bench, report.",
     "train": "Train a network sparse from scratch.",
+    "compare": "Train a recipe with several methods, sparsities and seeds.",
     "freeze": "Fix the masks: exact zeros, no training state.",
     "convert": "Choose a compact format for every layer.",
     "export": "Write ONNX files.",

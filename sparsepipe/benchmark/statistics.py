@@ -161,6 +161,22 @@ def self_difference(blocks: Sequence[Samples]) -> float | None:
     return float(abs(even - odd) / min(even, odd))
 
 
+def mean(values: Sequence[float]) -> Estimate | None:
+    """The mean of independent values, as of runs with different seeds, with Student's interval.
+
+    Args:
+        values: all in one unit.
+
+    Returns:
+        None for less than two values, whose spread is not known.
+    """
+    if len(values) < 2:
+        return None
+    centre = float(np.mean(values))
+    half = float(stats.t.ppf(1 - TAIL, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return Estimate(centre, centre - half, centre + half)
+
+
 def wilson(correct: int, samples: int) -> Estimate:
     """A share with its interval by Wilson (1927), "Probable inference, the law of succession", JASA 22.
 

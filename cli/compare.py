@@ -1,0 +1,116 @@
+"""`sparsepipe compare`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparsepipe.cli import common
+
+log = logging.getLogger("sparsepipe")
+
+
+def _list_of(convert: Callable[[str], Any]) -> Callable[..., tuple[Any, ...]]:
+    """A callback that reads `0,1,2`."""
+
+    def read(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[Any, ...]:
+        try:
+            return tuple(dict.fromkeys(convert(part.strip()) for part in (text or "").split(",") if part.strip()))
+        except ValueError as error:
+            raise click.BadParameter(f"'{text}' is not a list of numbers separated by ','.") from error
+
+    return read
+
+
+def _vary(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for text in texts:
+        key, separator, values = text.partition("=")
+        parts = tuple(part.strip() for part in values.split(",") if part.strip())
+        if not separator or not parts:
+            raise click.BadParameter(f"'{text}' is not of the form KEY=VALUE,VALUE, as method.c=1e-4,1e-3.")
+        found[key.strip()] = parts
+    return found
+
+
+@click.command("compare")
+@common.recipe_options
+@click.option(
+    "--methods", callback=_list_of(str), default="dst-ee,rigl,set,dense", show_default=True, metavar="LIST",
+    help="The first is what the others are compared with.",
+)  # fmt: skip
+@click.option(
+    "--sparsities", callback=_list_of(float), metavar="LIST", help="As 0.9,0.95. Default: that of the recipe."
+)
+@click.option("--seeds", callback=_list_of(int), default="0,1,2", show_default=True, metavar="LIST", help="As 0,1,2.")
+@click.option(
+    "--vary", multiple=True, callback=_vary, metavar="KEY=LIST",
+    help="Another key of the recipe with its values, e.g. --vary method.pattern=unstructured,4x4 (repeatable).",
+)  # fmt: skip
+@click.option("--jobs", type=click.IntRange(0), default=0, help="Trainings at once. Default: as many as cores.")
+@click.option(
+    "--backend", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+    help="ray: on the cluster that RAY_ADDRESS names, or on one started on this machine.",
+)  # fmt: skip
+@common.output_options
+def command(
+    recipe: Path,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    methods: tuple[str, ...],
+    sparsities: tuple[float, ...],
+    seeds: tuple[int, ...],
+    vary: Mapping[str, tuple[str, ...]],
+    jobs: int,
+    backend: str,
+    as_json: bool,
+) -> None:
+    """Train a recipe with several methods, sparsities and seeds, and compare their accuracies.
+
+    Each training stands in a folder of its own, and what is finished is not trained again: the command can be
+    interrupted, repeated, and called with more methods or seeds. It writes comparison.json, comparison.md and, where
+    matplotlib is installed, comparison.svg into the output folder. Exits with 1 if a training failed.
+
+    The test split is read once by each training. To choose an option, go by the column `validation`.
+
+    \b
+    sparsepipe compare examples/quickstart.toml --methods dst-ee,rigl,set,dense --sparsities 0.9,0.95 --seeds 0,1,2
+    """
+    from sparsepipe import comparison
+    from sparsepipe.reporting.comparison import table
+
+    grid = comparison.Grid(methods, sparsities, seeds, vary)
+    _, folder = common.load_recipe(recipe, overrides, None)
+    folder = out if out is not None else folder.with_name(f"{folder.name}-compared")
+    result = comparison.compare(
+        recipe, grid, folder, overrides=overrides, workers=jobs, backend=backend, write_up=_write_up
+    )
+    failed = [run for run in result["runs"] if run["error"]]
+    if as_json:
+        common.print_json(result)
+    else:
+        shown = table(result)
+        common.print_table(shown.headers, shown.rows, title=shown.title)
+        click.echo(f"Written to {folder}.")
+    for run in failed:
+        click.echo(f"Failed: {run['command']}\n{run['error']}", err=True)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+def _write_up(result: Mapping[str, Any], folder: Path) -> None:
+    from sparsepipe.artefact import write_text
+    from sparsepipe.reporting import comparison
+
+    write_text(folder / "comparison.md", comparison.table(result).markdown() + "\n")
+    try:
+        drawn = comparison.figure(result)
+    except ModuleNotFoundError as error:
+        log.debug("There is no figure without %s.", error.name)
+        return
+    if drawn is not None:
+        write_text(folder / "comparison.svg", drawn)

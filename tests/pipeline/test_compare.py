@@ -1,0 +1,172 @@
+"""`sparsepipe compare`: a grid of trainings, its means and paired differences, interruption and failures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from scipy import stats
+
+from sparsepipe import comparison, jobs
+from sparsepipe.artefact import Artefact
+from sparsepipe.cli.main import sparsepipe
+from sparsepipe.comparison import Grid
+from sparsepipe.errors import RecipeError
+from sparsepipe.jobs import Done
+
+RECIPE = """
+name = "tiny"
+model = "mlp"
+data = "digits"
+method = {name = "dst-ee", sparsity = 0.8, update_every = 5}
+[train]
+epochs = 1
+threads = 1
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Trainings run in this process, one after another; the list has the arguments of each."""
+    made: list[list[str]] = []
+
+    def in_this_process(commands: Sequence[Sequence[str]], at_once: int) -> Iterator[Done]:
+        for index, arguments in enumerate(commands):
+            made.append(list(arguments))
+            if "seed=13" in arguments:
+                yield Done(index, 2, "Error: unlucky")
+                continue
+            done = CliRunner().invoke(sparsepipe, list(arguments))
+            assert done.exit_code == 0, done.output
+            yield Done(index, 0, "")
+
+    monkeypatch.setitem(jobs.BACKENDS, "local", in_this_process)
+    return made
+
+
+def test_means_and_paired_differences(recipe: Path, tmp_path: Path, calls: list[list[str]]) -> None:
+    grid = Grid(("rigl", "set", "dense"), (0.8, 0.9), (0, 1, 2), {})
+    result = comparison.compare(recipe, grid, tmp_path / "out", workers=1)
+    assert len(calls) == 3 * (2 + 2 + 1)
+    assert json.loads((tmp_path / "out/comparison.json").read_text()) == result
+    accuracy = {}
+    for name in ("rigl_0.8", "set_0.8", "dense"):
+        artefacts = [Artefact.read(tmp_path / f"out/{name}_s{seed}/train") for seed in (0, 1, 2)]
+        accuracy[name] = np.array([artefact.metrics["test_accuracy"] for artefact in artefacts])
+    rows = {(row["method"], row["sparsity"]): row for row in result["table"]}
+    assert list(rows) == [("rigl", 0.8), ("rigl", 0.9), ("set", 0.8), ("set", 0.9), ("dense", None)]
+    row = rows["set", 0.8]
+    assert row["means"]["sparsity"]["value"] == pytest.approx(0.8, abs=2e-3)
+    assert row["means"]["test_accuracy"]["value"] == pytest.approx(accuracy["set_0.8"].mean())
+    low, high = stats.ttest_1samp(accuracy["set_0.8"], 0).confidence_interval(0.95)
+    assert row["means"]["test_accuracy"]["low"] == pytest.approx(low)
+    assert row["means"]["test_accuracy"]["high"] == pytest.approx(high)
+    low, high = stats.ttest_rel(accuracy["set_0.8"], accuracy["rigl_0.8"]).confidence_interval(0.95)
+    assert row["minus"]["low"] == pytest.approx(low)
+    assert row["minus"]["high"] == pytest.approx(high)
+    assert row["minus"]["pairs"] == 3
+    assert row["minus_dense"]["value"] == pytest.approx((accuracy["set_0.8"] - accuracy["dense"]).mean())
+    # Dense training has one row, which stands beside several of the reference.
+    assert rows["dense", None]["minus"] is None
+    assert rows["rigl", 0.8]["minus"] is None
+
+
+def test_what_is_finished_is_not_trained_again(recipe: Path, tmp_path: Path, calls: list[list[str]]) -> None:
+    out = tmp_path / "out"
+    comparison.compare(recipe, Grid(("rigl",), (), (0,), {}), out, workers=1)
+    comparison.compare(recipe, Grid(("rigl",), (), (0,), {}), out, workers=1)
+    assert len(calls) == 1
+    wider = comparison.compare(recipe, Grid(("rigl", "set"), (), (0,), {}), out, workers=1)
+    assert len(calls) == 2
+    assert "method.name=set" in calls[1]
+    assert [run["metrics"] is not None for run in wider["runs"]] == [True, True]
+    only = wider["table"][1]
+    assert only["means"]["test_accuracy"]["low"] is None  # one value has no spread
+    comparison.compare(recipe, Grid(("rigl",), (), (0,), {}), out, workers=1, overrides=["train.epochs=2"])
+    assert len(calls) == 3
+
+
+def test_other_keys_vary_where_a_method_has_them(recipe: Path) -> None:
+    grid = Grid(("dst-ee", "rigl", "dense"), (0.9,), (0,), {"method.c": ("1e-4", "1e-2"), "optimizer.lr": ("0.1", "1")})
+    found = [(row.method, row.sparsity, dict(row.others)) for row in grid.settings()]
+    rates = [{"optimizer.lr": rate} for rate in ("0.1", "1")]
+    assert found == [
+        *(("dst-ee", 0.9, {"method.c": c, **rate}) for c in ("1e-4", "1e-2") for rate in rates),
+        *(("rigl", 0.9, rate) for rate in rates),
+        *(("dense", None, rate) for rate in rates),
+    ]
+
+
+def test_a_failed_training_is_a_row_with_its_reason(recipe: Path, tmp_path: Path, calls: list[list[str]]) -> None:
+    arguments = ["compare", str(recipe), "--methods", "set", "--seeds", "13,1", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(sparsepipe, arguments)
+    assert done.exit_code == 1
+    assert "unlucky" in done.output
+    result: dict[str, Any] = comparison.read(tmp_path / "out")
+    assert [(run["metrics"] is None, run["error"]) for run in result["runs"]] == [
+        (True, "Error: unlucky"),
+        (False, None),
+    ]
+    assert result["table"][0]["seeds"] == [1]
+    assert "set" in (tmp_path / "out/comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--methods", "rigle"], "rigl"),
+        (["--sparsities", "1.5"], "sparsity"),
+        (["--sparsities", "much"], "list of numbers"),
+        (["--vary", "method.c"], "KEY=VALUE"),
+        (["--vary", "method.see=1"], "see"),
+        (["--seeds", ""], "nothing to compare"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_trained(
+    recipe: Path, tmp_path: Path, calls: list[list[str]], arguments: list[str], said: str
+) -> None:
+    done = CliRunner().invoke(sparsepipe, ["compare", str(recipe), "--out", str(tmp_path / "out"), *arguments])
+    assert done.exit_code != 0
+    assert said in f"{done.output} {done.exception}"
+    assert not calls
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_file_is_not_a_comparison(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(RecipeError, match="not the result of a comparison"):
+        comparison.read(tmp_path / "x.json")
+
+
+def test_processes_run_side_by_side_and_report_how_they_ended(tmp_path: Path) -> None:
+    ended = sorted(jobs.local([["methods", "set"], ["no-such-verb"]], 2), key=lambda done: done.index)
+    assert [done.code for done in ended] == [0, 2]
+    assert "no-such-verb" in ended[1].error
+
+
+def test_on_a_ray_of_two_workers(recipe: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        grid = Grid(("rigl", "set"), (), (0,), {})
+        result = comparison.compare(recipe, grid, tmp_path / "out", workers=2, backend="ray")
+    finally:
+        ray.shutdown()
+    assert [run["error"] for run in result["runs"]] == [None, None]
+    here = comparison.compare(recipe, grid, tmp_path / "here", workers=1)
+    # A cluster computes what this machine does.
+    assert [row["means"]["test_accuracy"] for row in result["table"]] == [
+        row["means"]["test_accuracy"] for row in here["table"]
+    ]
