@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from sparsepipe.errors import MissingExtraError
@@ -83,7 +84,7 @@ def on_ray(commands: Sequence[Sequence[str]], jobs: int) -> Iterator[Done]:
         MissingExtraError: ray is not installed.
     """
     try:
-        import ray
+        ray: Any = import_module("ray")  # its functions have no types
     except ModuleNotFoundError as error:
         raise MissingExtraError("ray", "ray", "The backend ray") from error
     ours = not ray.is_initialized()
