@@ -128,6 +128,9 @@ def _what_if(result: Table) -> Iterator[Record]:
 
 def _suite(result: Table) -> Iterator[Record]:
     for row in result["rows"]:
+        if "results" in row:
+            yield from _runtimes(row)
+            continue
         for file in row["files"]:
             sparse = file["kind"] == SPARSE
             pattern, sparsity = (row["pattern"], file["sparsity"]) if sparse else ("", None)
@@ -141,6 +144,17 @@ def _suite(result: Table) -> Iterator[Record]:
                 )
             for process in file.get("processes", ()):
                 yield _process(row["title"], name, file["kind"], pattern, sparsity, process)
+
+
+def _runtimes(row: Table) -> Iterator[Record]:
+    """A network at one sparsity in several runtimes, the first of which is dense onnxruntime; each is a pattern."""
+    first = row["results"][0]["file"]
+    for measured in row["results"]:
+        label = measured.get("runtime") or measured["file"]
+        is_dense = measured["file"] == first
+        kind = DENSE if is_dense else INT8 if "int8" in label else SPARSE
+        name = f"dense beside {row['sparsity']:.4g}" if is_dense else f"{label} {row['sparsity']:.4g}"
+        yield _process(row["title"], name, kind, "" if is_dense else label, row["sparsity"], measured)
 
 
 def _process(network: str, label: str, kind: str, pattern: str, sparsity: float | None, row: Table) -> Record:

@@ -182,6 +182,23 @@ def test_records_name_the_same_measurement_alike() -> None:
     assert [record.kind for record in records.read(files_result(), where="a")][:3] == ["dense", "sparse", "int8"]
 
 
+def test_a_suite_of_runtimes_is_a_curve_for_each(tmp_path: Path) -> None:
+    rows = [
+        {"network": "n", "title": "Net", "sparsity": sparsity, "input": [1, 3],
+         "results": [process("dense.onnx", 8.0, 1.0), process("sparsepipe", 8 / gain, gain), process("mnn", 6.0, 1.3),
+                     process("onnxruntime-int8", 4.0, 2.0)]}
+        for sparsity, gain in ((0.9, 2.0), (0.95, 3.0))
+    ]  # fmt: skip
+    found = records.read({"rows": rows}, where="suite")
+    assert [record.kind for record in found[:4]] == ["dense", "sparse", "sparse", "int8"]
+    assert len({record.key for record in found}) == 8
+    data = bench_page.page({"s": {"rows": rows}}, title="t")
+    (figure,) = bench_page._speedups(found)
+    assert "sparsepipe: 2.00× at 90%, 3.00× at 95%" in figure.caption
+    assert "mnn" in figure.caption
+    assert "Net" in bench_page.render(data)
+
+
 @pytest.mark.parametrize("result", [[], {}, {"rows": [{}]}, {"results": [{"file": "a"}]}])
 def test_what_is_no_result_is_refused(result: Any) -> None:
     with pytest.raises(ArtefactError):
