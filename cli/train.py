@@ -12,8 +12,25 @@ from sparsepipe.cli import common
 @click.command("train")
 @common.recipe_options
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted run.")
+@click.option(
+    "--target-sparsity",
+    type=float,
+    metavar="FRACTION",
+    help="For methods without a target: train again and again, bisecting the method's knob, until it is reached.",
+)
+@click.option("--tolerance", type=float, default=0.01, show_default=True, help="Of --target-sparsity.")
+@click.option("--trials", type=click.IntRange(1), default=10, show_default=True, help="At most, of --target-sparsity.")
 @common.output_options
-def command(recipe: Path, out: Path | None, resume: bool, overrides: tuple[str, ...], as_json: bool) -> None:
+def command(
+    recipe: Path,
+    out: Path | None,
+    resume: bool,
+    target_sparsity: float | None,
+    tolerance: float,
+    trials: int,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Train a network sparse from scratch, as the recipe says; writes OUT/train.
 
     \b
@@ -22,18 +39,27 @@ def command(recipe: Path, out: Path | None, resume: bool, overrides: tuple[str, 
     """
     from sparsepipe import launch
     from sparsepipe import recipe as recipes
-    from sparsepipe.stages import train
+    from sparsepipe.stages import target, train
 
     loaded, folder = common.load_recipe(recipe, overrides, out)
     config = train.TrainConfig.from_recipe(loaded)
     if launch.rank() > 0:
         train.follow(config)
         return
-    artefact = train.run(config, {}, folder / "train", resume=resume)
+    tried = []
+    if target_sparsity is None:
+        artefact = train.run(config, {}, folder / "train", resume=resume)
+    else:
+        artefact, config, tried = target.run(
+            config, folder / "train", sparsity=target_sparsity, tolerance=tolerance, most=trials
+        )
+        loaded = loaded.model_copy(update={"method": config.method})
     recipes.write(loaded, folder / common.RECIPE_FILE)
     if as_json:
         common.print_json(common.artefact_json(artefact))
         return
+    if tried:
+        common.print_table(list(tried[0]), [list(trial.values()) for trial in tried])
     metrics = artefact.metrics
     common.print_table(
         ["method", "sparsity", "validation accuracy", "test accuracy", "exploration rate", "training FLOPs", "minutes"],
