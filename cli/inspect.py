@@ -9,6 +9,8 @@ import click
 
 from sparsepipe.cli import common
 
+INT8 = "in int8 (time: of dense int8)"
+
 
 @click.command("inspect")
 @click.argument("path", type=common.existing_path())
@@ -28,7 +30,7 @@ def command(path: Path, as_json: bool) -> None:
         # What only some kinds of files have: the operator of a weight, and how its kernel packs the input.
         extra = [name for name in ("op", "mode") if any(layer.get(name) for layer in layers)]
         common.print_table(
-            ["layer", *extra, "shape", "nonzeros", "sparsity", "bytes", "format", "zeros also fit"],
+            ["layer", *extra, "shape", "nonzeros", "sparsity", "bytes", "each", "format", "zeros also fit", INT8],
             [
                 [
                     layer["name"],
@@ -37,12 +39,28 @@ def command(path: Path, as_json: bool) -> None:
                     f"{layer['nnz']}/{layer['size']}",
                     f"{layer['sparsity']:.1%}",
                     layer.get("bytes"),
+                    _each(layer.get("bytes_per_nonzero")),
                     layer.get("format"),
                     ", ".join(layer.get("patterns") or []) or None,
+                    _int8(layer.get("int8")),
                 ]
                 for layer in layers
             ],
         )
+
+
+def _each(value: float | None) -> str | None:
+    """Bytes for each value that is not zero."""
+    return None if value is None else f"{value:.2f} B"
+
+
+def _int8(found: dict[str, Any] | None) -> str | None:
+    """What the best blocks of the int8 operators cost and save."""
+    if found is None:
+        return None
+    if not found["eligible"]:
+        return f"dense ({found['block']}: {found['stored_zeros']:.0%} zeros stored)"
+    return f"{found['block']}, {found['stored_zeros']:.0%} zeros stored, {found['time']:.2f} of the time"
 
 
 def _show(key: str, value: Any) -> None:

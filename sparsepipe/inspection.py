@@ -17,6 +17,7 @@ from sparsepipe.formats.layout import VALUE_DTYPES, Array
 from sparsepipe.formats.masks import is_masks, load_masks
 from sparsepipe.formats.patterns import followed
 from sparsepipe.formats.tensors import read_tensors
+from sparsepipe.inspection_int8 import int8_blocks
 from sparsepipe.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
 
 BEST_SOURCES = ("convert", "freeze", "train")
@@ -30,7 +31,8 @@ def inspect(path: Path) -> dict[str, Any]:
     `layers` with their totals `weights` (elements), `nnz` and `sparsity` (None where there are no layers). A layer is a
     floating-point or int8 tensor of two or more dimensions: `name`, `shape`, `dtype`, `nnz`, `size`, `sparsity`,
     `bytes` as stored, `format`, and `patterns`, the names of the block, n:m and channel patterns that its zeros
-    happen to follow. For ONNX those that an operator takes as its weight are listed, as in `export`, with this `op`;
+    happen to follow, `bytes_per_nonzero`, and `int8`, what blocks cost and save on the int8 operators (`int8_blocks`).
+    For ONNX those that an operator takes as its weight are listed, as in `export`, with this `op`;
     `mode` is how a kernel of the library packs its input, None for other operators.
 
     Raises:
@@ -66,6 +68,7 @@ def layer_row(
         inputs_first: the weight is [I, O, *kernel], as MatMul and ConvTranspose take it.
     """
     nnz = int(np.count_nonzero(dense))
+    outputs_first = dense.swapaxes(0, 1) if inputs_first else dense
     return {
         "name": name,
         "shape": list(dense.shape),
@@ -75,7 +78,9 @@ def layer_row(
         "sparsity": 1 - nnz / dense.size if dense.size else 0.0,
         "bytes": stored_bytes,
         "format": stored_as,
-        "patterns": followed(dense.swapaxes(0, 1) if inputs_first else dense, where=name),
+        "bytes_per_nonzero": stored_bytes / nnz if nnz else None,
+        "patterns": followed(outputs_first, where=name),
+        "int8": int8_blocks(outputs_first),
     }
 
 

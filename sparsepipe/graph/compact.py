@@ -54,6 +54,7 @@ KINDS: Mapping[str, Kind] = {
         quantized.INPUTS["SparseQLinear"], quantized.function_for, FEATURES, decode=quantized.decode,
         width=quantized.QUAD,
     ),
+    "QDepthwiseConv": Kind(quantized.INPUTS["QDepthwiseConv"], quantized.function_for),
 }  # fmt: skip
 
 _BASES = {

@@ -65,6 +65,9 @@ def restore(model: ModelProto, *, where: str, limit: int) -> list[Compact]:
     version = next((entry.version for entry in model.opset_import if entry.domain == operators.DOMAIN), 0)
     if version > operators.VERSION:
         raise GraphError(f"Its operators are of version {version}, not {operators.VERSION}.", where=where, advice=NEWER)
+    for node in all_nodes(model):
+        if _is_ours(node) and node.op_type == "QMaxPool":  # without a weight: the standard operator itself
+            node.domain, node.op_type = "", "MaxPool"
     if sum(math.prod(shape) for shape in _shapes(model, where)) * FLOAT_BYTES > limit:
         raise GraphError("Its weights have more than 2 GB when they are dense; no ONNX file holds that.", where=where)
     restorer = _Restorer(opset(model), mentioned(model.graph), where)

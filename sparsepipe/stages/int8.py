@@ -12,10 +12,11 @@ import numpy as np
 from onnx import ModelProto
 
 from sparsepipe import data as datasets
-from sparsepipe.errors import RecipeError
+from sparsepipe.errors import GraphError, RecipeError
 from sparsepipe.graph.choice import Choice
 from sparsepipe.graph.finish import serialise
 from sparsepipe.quantization.calibrate import calibration_rows, ranges
+from sparsepipe.quantization.noise import is_quantised
 from sparsepipe.quantization.rewrite import rewrite
 from sparsepipe.quantization.sensitivity import mixed
 from sparsepipe.recipe import Export, check
@@ -80,8 +81,14 @@ def prepare(folded: ModelProto, properties: Mapping[str, str], config: Export) -
 
     Raises:
         DataError: the dataset cannot be read, or does not fit the network.
-        GraphError: onnxruntime cannot quantise the network.
+        GraphError: the network is quantised already, or onnxruntime cannot quantise it.
     """
+    if is_quantised(folded):
+        raise GraphError(
+            "It is quantised already, and quantising bytes again would only lose more.",
+            where=folded.graph.name or "model",
+            advice="Export the fp32 network that it was made from with --precision int8, or leave that out here.",
+        )
     stored = {entry.key: entry.value for entry in folded.metadata_props} | dict(properties)
     calibration, held_out = _samples(folded, stored.get(SPEC_KEY), config)
     feeds = [batch.inputs for batch in calibration]

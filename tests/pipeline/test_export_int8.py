@@ -17,6 +17,8 @@ for package in ("torch", "onnxscript", "sklearn"):
 from int8_digits import SPARSE, exit_code, outputs  # noqa: E402
 
 from sparsepipe import recipe  # noqa: E402
+from sparsepipe.inspection import inspect  # noqa: E402
+from sparsepipe.inspection_int8 import int8_blocks  # noqa: E402
 from sparsepipe.native import quantized  # noqa: E402
 from sparsepipe.runtime import library_path  # noqa: E402
 from sparsepipe.stages import export  # noqa: E402
@@ -129,3 +131,50 @@ def test_refusals(
     assert exit_code(["export", str(fp32), "--precision", "int8", "--out", str(out), *given]) == 2
     assert word in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["model.dense.onnx", "model.universal.onnx"])
+def test_int8_files_are_not_quantised_again(
+    name: str, int8: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["export", str(int8 / name), "--precision", "int8", "--calibrate", f"npz:{digits}"]
+    assert exit_code([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "quantised already" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_universal_int8_file_becomes_a_plain_one_again(int8: Path, prepared: tuple[Any, Any], tmp_path: Path) -> None:
+    source = int8 / "model.universal.onnx"
+    made = export.from_onnx(source, recipe.Export(targets=("dense",)), tmp_path / "out")
+    graph = onnx.load(made.file("model.dense.onnx")).graph
+    assert all(node.domain != "sparsepipe" for node in graph.node)
+    expected, found = (outputs(path, prepared[0]) for path in (source, made.file("model.dense.onnx")))
+    assert np.abs(found - expected).max() < 1.5 * step_of(source)
+
+
+def test_inspect_tells_what_blocks_cost(int8: Path, fp32: Path) -> None:
+    rows = {row["name"]: row for row in inspect(int8 / "model.universal.onnx")["layers"]}
+    dense = {row["name"]: row for row in inspect(fp32)["layers"]}
+    stored = {tensor.name: tensor for tensor in onnx.load(int8 / "model.universal.onnx").graph.initializer}
+    for name in ("one", "two", "point", "hidden"):
+        values = numpy_helper.to_array(stored[f"{name}.values"])
+        deltas = numpy_helper.to_array(stored[f"{name}.deltas"])
+        row = rows[f"{name}.weight"]
+        assert row["int8"]["block"] == "4x4"
+        assert row["int8"]["eligible"]
+        # No delta was too large, so that there are no blocks of nothing but zeros.
+        assert row["int8"]["stored_zeros"] == pytest.approx(np.mean(values == 0))
+        assert row["bytes_per_nonzero"] == (values.nbytes + deltas.nbytes) / np.count_nonzero(values)
+        assert dense[f"{name}.weight"]["int8"]["stored_zeros"] < 0.05  # the zeros fill blocks
+    assert not dense["head.weight"]["int8"]["eligible"]
+
+
+def test_scattered_zeros_do_not_pay_in_int8() -> None:
+    weight = np.zeros((64, 64), np.float32)
+    weight[::4, ::4] = 1  # one in each block of 4 x 4
+    found = int8_blocks(weight)
+    assert found is not None
+    # By hand: blocks of 1x4 store the fewest zeros, three of four values; of 4x4 15 of 16.
+    assert found["block"] in ("1x4", "2x4", "4x4")
+    assert found["stored_zeros"] == pytest.approx({"1x4": 3 / 4, "2x4": 7 / 8, "4x4": 15 / 16}[found["block"]])
+    assert int8_blocks(np.zeros((4, 4), np.float32)) is None

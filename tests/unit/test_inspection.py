@@ -66,6 +66,11 @@ def test_a_plain_safetensors_file(tmp_path: Path) -> None:
     assert (found["kind"], found["tensors"], found["metadata"]) == ("tensors", 3, {"made": "here"})
     assert found["bytes"] == path.stat().st_size
     nnz = int(np.count_nonzero(FC))
+    in_int8 = found["layers"][0].pop("int8")
+    high = int(in_int8["block"][0])
+    held = [FC[o : o + high, i : i + 4] for o in range(0, 16, high) for i in range(0, 32, 4)]
+    stored = sum(block.size for block in held if block.any())
+    assert in_int8["stored_zeros"] == pytest.approx(1 - nnz / stored)
     assert rows(found) == {
         "fc.weight": {
             "name": "fc.weight",
@@ -75,6 +80,7 @@ def test_a_plain_safetensors_file(tmp_path: Path) -> None:
             "size": 512,
             "sparsity": 1 - nnz / 512,
             "bytes": 2048,
+            "bytes_per_nonzero": 2048 / nnz,
             "format": "dense",
             "patterns": ["2x1", "4x1"],
         }
