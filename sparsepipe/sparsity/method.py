@@ -33,6 +33,11 @@ class Method:
     """How many times longer than the recipe says to train."""
 
     @property
+    def samples_needed(self) -> int:
+        """Training batches that `attach` finds in `network.samples`."""
+        return 0
+
+    @property
     def dense_gradient_every(self) -> int | None:
         """Steps without the dense gradient between two that need it, for FLOPs: 0 if all do, None if none does."""
         return None

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.masks import MaskSet
+from sparsepipe.sparsity.samples import Samples
 from sparsepipe.sparsity.target import Layer
 from sparsepipe.sparsity.weights import Weight
 
@@ -32,6 +33,8 @@ class Network:
     masks: MaskSet = field(init=False)
     base_lrs: list[float] = field(init=False)
     """Of the optimizer's groups, before any schedule."""
+    samples: Samples | None = None
+    """Training batches and their loss, where the method asked for them."""
     layers: dict[str, Layer] = field(default_factory=dict)
     """The method's plan for each weight."""
     gradients: dict[str, Tensor] = field(default_factory=dict)

@@ -127,6 +127,24 @@ METHODS: dict[str, MethodInfo] = {
             "arXiv 1911.11134, 2202.02643",
         ),
         MethodInfo(
+            "snip",
+            "sparsepipe.sparsity.methods.snip:SNIP",
+            "keep the largest |weight x gradient| of the first batches, before training",
+            "arXiv 1810.02340",
+        ),
+        MethodInfo(
+            "grasp",
+            "sparsepipe.sparsity.methods.grasp:GraSP",
+            "keep what preserves the norm of the gradient, by Hessian-gradient products, before training",
+            "arXiv 2002.07376",
+        ),
+        MethodInfo(
+            "synflow",
+            "sparsepipe.sparsity.methods.synflow:SynFlow",
+            "keep what most of the flow of an input of ones passes through, in 100 rounds, before training",
+            "arXiv 2006.05467",
+        ),
+        MethodInfo(
             "gmp",
             "sparsepipe.sparsity.methods.gmp:GMP",
             "start dense, prune by magnitude along a cubic schedule",

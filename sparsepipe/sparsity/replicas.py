@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import distributed, nn
@@ -40,6 +41,14 @@ class Replicas:
             distributed.broadcast(values, src=first, group=self._group)
             tensor.detach().copy_(values)
         return seeds[0]
+
+    def average(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by its mean over the processes."""
+        if self.count > 1:
+            for tensor in tensors:
+                values = tensor.contiguous()
+                distributed.all_reduce(values, group=self._group)
+                tensor.copy_(values / self.count)
 
     def compare(self, network: Network, step: int) -> None:
         """Compare masks and counters; every process has to call this after the same optimizer step.

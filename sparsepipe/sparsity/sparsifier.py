@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from sparsepipe.errors import ModelError, RecipeError
@@ -20,6 +21,7 @@ from sparsepipe.sparsity.masks import MaskSet
 from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.replicas import Replicas, refuse_sharded
+from sparsepipe.sparsity.samples import Loss, Samples
 from sparsepipe.sparsity.scaling import refuse_scaled
 from sparsepipe.sparsity.weights import maskable, same_weights, unwrapped
 
@@ -48,6 +50,8 @@ class Sparsifier:
             get the weights and the seed of the first of them, and from then on choose the same masks.
         check_every: mask updates between two comparisons of the masks over the processes; the first update is always
             compared. Single processes compare nothing.
+        samples: training batches for methods that score weights before training (snip, grasp, synflow); all are used.
+        loss: of outputs and labels, for these methods.
         state: go on from this `state_dict()`, with a model and an optimizer that are loaded already.
 
     Raises:
@@ -71,6 +75,8 @@ class Sparsifier:
         process_group: distributed.ProcessGroup | None = None,
         check_every: int = 10,
         state: Mapping[str, Any] | None = None,
+        samples: Iterable[tuple[Tensor, Tensor]] = (),
+        loss: Loss = cross_entropy,
     ) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # the wrappers of Fabric and Accelerate keep it there
         if not isinstance(optimizer, Optimizer):
@@ -94,6 +100,8 @@ class Sparsifier:
             seed = self._replicas.share({name: weight.parameter for name, weight in weights.items()}, seed)
         steps = options.count("total_steps", total_steps)
         self._network = Network(self._model, weights, optimizer, steps, seed)
+        if batches := list(samples):
+            self._network.samples = Samples(self._model, batches, loss, self._replicas.average)
         self._loop_lrs: list[Any] = []
         self._skipped = False
         self._frozen = False
@@ -107,6 +115,7 @@ class Sparsifier:
                     method.attach(self._network)
                 self.load_state_dict(state)
                 saved.check_weights_are_loaded(self._network)
+            self._network.samples = None
             self._replicas.compare(self._network, self.step)
         self._transformed = tuple(method.transforms(self._network))
         self._forward = self._forward_weights(model) if self._transformed else None

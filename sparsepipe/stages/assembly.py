@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -110,7 +111,8 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     )
     macs = flops.count_macs(model, dataset.input_shape)
     validation = evaluation(held_out, normalise, fabric)
-    sparsifier = Sparsifier(model, optimizer, method, total_steps=total, seed=config.seed)
+    samples = list(islice(batches.epoch(0, 0), method.samples_needed)) if method.samples_needed else []
+    sparsifier = Sparsifier(model, optimizer, method, total_steps=total, seed=config.seed, samples=samples)
     loop = Loop(
         fabric,
         model,

@@ -45,7 +45,11 @@ def method_of(label: str) -> Any:
 def start(label: str) -> Training:
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return model, optimizer, Sparsifier(model, optimizer, method_of(label), total_steps=STEPS, seed=1)
+    return (
+        model,
+        optimizer,
+        Sparsifier(model, optimizer, method_of(label), total_steps=STEPS, seed=1, samples=[batch(7)]),
+    )
 
 
 def advance(training: Training, first: int, last: int) -> None:

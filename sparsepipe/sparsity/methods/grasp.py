@@ -1,0 +1,54 @@
+"""GraSP: picking winning tickets by preserving gradient flow (arXiv 2002.07376)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsepipe.sparsity import options, scores
+from sparsepipe.sparsity.before import BeforeTraining
+from sparsepipe.sparsity.network import Network
+from sparsepipe.sparsity.samples import Samples
+
+
+class GraSP(BeforeTraining):
+    """Keep the weights of largest w (H g): without those of largest -w (H g) the gradient keeps most of its norm.
+
+    g is the gradient and H the Hessian of the loss at the start; H g comes from a second pass through the graph.
+
+    Args:
+        temperature: outputs are divided by it before the loss: 200 in the paper's code.
+        **shared: the options of `BeforeTraining`.
+
+    Raises:
+        RecipeError: an option is out of range or of the wrong type.
+    """
+
+    name = "grasp"
+
+    def __init__(self, *, temperature: float = 200.0, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.temperature = options.positive("temperature", temperature)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "temperature": self.temperature}
+
+    def masks_of(self, network: Network, samples: Samples) -> dict[str, Tensor]:
+        tensors = network.tensors
+        flow = self.gradients(network, samples, self.temperature)
+        products = {name: torch.zeros_like(weight) for name, weight in tensors.items()}
+        for loss in samples.losses(self.temperature):
+            found = torch.autograd.grad(loss, list(tensors.values()), create_graph=True, allow_unused=True)
+            pairs = [(flow[name], each) for name, each in zip(tensors, found, strict=True) if each is not None]
+            along = torch.stack([(known * each).sum() for known, each in pairs]).sum()
+            second = torch.autograd.grad(along, list(tensors.values()), allow_unused=True)
+            for name, each in zip(tensors, second, strict=True):
+                if each is not None:
+                    products[name] += each
+        samples.average(list(products.values()))
+        return self.chosen(
+            network,
+            {name: scores.wide(weight) * scores.wide(products[name]) for name, weight in tensors.items()},
+        )
