@@ -66,6 +66,7 @@ class Setting:
         cpus: processors to pin to; None where processes are not pinned.
         seed: of inputs and of the order.
         shapes: of inputs, by name, as `sparsepipe.runtime.inputs.sized` takes them.
+        cold_starts: processes in which loading is timed; None for `COLD_STARTS`.
         timeout: seconds after which a process that does not answer counts as hanging; None goes by the measurement.
     """
 
@@ -76,6 +77,7 @@ class Setting:
     seed: int = 0
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     timeout: float | None = None
+    cold_starts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def measure(
     """
     measurements = [Measurement(contestant) for contestant in contestants]
     with ExitStack() as stack:
-        for _ in range(COLD_STARTS - 1):
+        for _ in range((setting.cold_starts or COLD_STARTS) - 1):
             for measurement in measurements:
                 if measurement.failure is None and (probe := _start(measurement, setting)):
                     probe.process.close()
