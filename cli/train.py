@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -46,7 +47,7 @@ def command(
     if launch.rank() > 0:
         train.follow(config)
         return
-    tried = []
+    tried: list[dict[str, Any]] = []
     if target_sparsity is None:
         artefact = train.run(config, {}, folder / "train", resume=resume)
     else:
