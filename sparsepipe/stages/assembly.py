@@ -126,9 +126,9 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
         label_smoothing=settings.label_smoothing,
         ema=settings.ema,
     )
-    samples = {"train": len(rest), "validation": len(held_out), "test": len(dataset.test)}
+    sizes = {"train": len(rest), "validation": len(held_out), "test": len(dataset.test)}
     sparsifier.watch()
-    return Assembly(config, dataset, samples, batches.global_size, macs, loop, validation, normalise, fabric)
+    return Assembly(config, dataset, sizes, batches.global_size, macs, loop, validation, normalise, fabric)
 
 
 def _check_fit(config: TrainConfig, model: nn.Module, dataset: Dataset, batch: int) -> None:
