@@ -111,8 +111,8 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     )
     macs = flops.count_macs(model, dataset.input_shape)
     validation = evaluation(held_out, normalise, fabric)
-    samples = list(islice(batches.epoch(0, 0), method.samples_needed)) if method.samples_needed else []
-    sparsifier = Sparsifier(model, optimizer, method, total_steps=total, seed=config.seed, samples=samples)
+    scored = list(islice(batches.epoch(0, 0), method.samples_needed)) if method.samples_needed else []
+    sparsifier = Sparsifier(model, optimizer, method, total_steps=total, seed=config.seed, samples=scored)
     loop = Loop(
         fabric,
         model,
