@@ -42,6 +42,11 @@ def command(
     from sparsepipe import recipe as recipes
     from sparsepipe.stages import target, train
 
+    if target_sparsity is not None and launch.world_size() > 1:
+        raise click.UsageError(
+            "--target-sparsity searches in one process: it trains again and again. Run it without torchrun, and train "
+            "in several processes with the knob that it found."
+        )
     loaded, folder = common.load_recipe(recipe, overrides, out)
     config = train.TrainConfig.from_recipe(loaded)
     if launch.rank() > 0:

@@ -267,3 +267,16 @@ def test_other_verbs_are_refused_under_torchrun(monkeypatch: pytest.MonkeyPatch)
     result = CliRunner().invoke(sparsepipe, ["run", "recipe.toml"])
     assert result.exit_code == 2
     assert "Only `sparsepipe train` runs in several processes" in result.output
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_search_for_a_sparsity_is_refused_under_torchrun(
+    rank: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "out"
+    result = CliRunner().invoke(sparsepipe, ["train", str(recipe), "--target-sparsity", "0.8", "--out", str(out)])
+    assert result.exit_code == 2
+    assert "--target-sparsity" in result.output
+    assert not out.exists()
