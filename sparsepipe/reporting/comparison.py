@@ -34,7 +34,7 @@ def table(result: Mapping[str, Any]) -> Table:
     rows = [
         [
             line["method"],
-            _value(line["sparsity"], lambda value: percent(value, 1)),
+            percent(_sparsity(line), 1),
             *(line["others"].get(key, MISSING) for key in keys),
             str(len(line["seeds"])),
             _value(line["means"]["validation_accuracy"], percent),
@@ -47,6 +47,13 @@ def table(result: Mapping[str, Any]) -> Table:
         for line in lines
     ]
     return Table(_title(result), headers, rows)
+
+
+def _sparsity(line: Mapping[str, Any]) -> float | None:
+    """What was asked for, else what came out; None for dense training."""
+    reached = line["means"]["sparsity"]
+    found: float | None = line["sparsity"] or (reached and reached["value"])
+    return found or None
 
 
 def _title(result: Mapping[str, Any]) -> str:
@@ -87,7 +94,7 @@ def figure(result: Mapping[str, Any]) -> str | None:
             # Side by side, so that intervals can be told apart.
             shift = 0.0015 * (number - (len(lines) - 1) / 2)
             axes.errorbar(
-                [line["sparsity"] + shift for line in found],
+                [(_sparsity(line) or 0.0) + shift for line in found],
                 centre,
                 yerr=[(each["high"] or value) - value for each, value in zip(estimates, centre, strict=True)],
                 label=label,
@@ -102,7 +109,7 @@ def figure(result: Mapping[str, Any]) -> str | None:
             axes.axhline(line["means"]["test_accuracy"]["value"], color=DENSE, linewidth=1.6, label="dense")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}{NARROW}%"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.1f}{NARROW}%"))
-        axes.set_xticks(sorted({line["sparsity"] for found in lines.values() for line in found}))
+        axes.set_xticks(sorted({_sparsity(line) or 0.0 for found in lines.values() for line in found}))
         axes.set_xlabel("sparsity")
         axes.set_ylabel("test accuracy")
         drawing.legend(loc="outside upper left", ncols=4, handlelength=3.2)
@@ -113,7 +120,7 @@ def figure(result: Mapping[str, Any]) -> str | None:
 def _lines(table: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for line in table:
-        if line["sparsity"] is not None and line["means"]["test_accuracy"]:
+        if _sparsity(line) and line["means"]["test_accuracy"]:
             others = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in line["others"].items())
             lines.setdefault(f"{line['method']}{', ' if others else ''}{others}", []).append(line)
-    return {label: sorted(found, key=lambda line: float(line["sparsity"])) for label, found in lines.items()}
+    return {label: sorted(found, key=lambda line: _sparsity(line) or 0.0) for label, found in lines.items()}
