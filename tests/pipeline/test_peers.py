@@ -73,16 +73,20 @@ def by_runtime(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["runtime"]: row for row in result["results"]}
 
 
-def test_a_peer_that_is_absent_crashes_hangs_or_is_wrong_is_a_row_with_the_reason(model: Path) -> None:
+def test_a_peer_that_is_absent_crashes_hangs_or_is_wrong_is_a_row_with_the_reason(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The others may take as long as a busy machine makes them.
+    monkeypatch.setattr(harness, "patience", lambda one, _: 2.0 if one.runtime == "fakes:Hangs" else 60.0)
     names = ("good", "wrong", "crashes", "refuses", "hangs", "absent")
-    rows = by_runtime(peers.measure([model], peers.Peers(peers=names, seconds=0.05, timeout=12.0)))
+    rows = by_runtime(peers.measure([model], peers.Peers(peers=names, seconds=0.05)))
     assert list(rows) == ["onnxruntime", *names]
     assert {name for name, row in rows.items() if row["samples"]} == {"onnxruntime", "good"}
     for name, reason in (
         ("wrong", "not timed: its outputs differ"),
         ("crashes", "signal 6"),
         ("refuses", "no such operator here"),
-        ("hangs", "no answer to 'load' within 12 s"),
+        ("hangs", "no answer to 'load' within 2 s"),
         ("absent", "some-package>=3"),
     ):
         assert reason in rows[name]["note"]
