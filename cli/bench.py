@@ -66,11 +66,13 @@ def _listed(convert: Callable[[str], Any], separator: str = ",") -> Callable[...
 )  # fmt: skip
 @click.option(
     "--peers", multiple=True, callback=_listed(str), metavar="LIST",
-    help="Run the network in other runtimes, too: onnxruntime-int8, openvino, openvino-int8, mnn, deepsparse.",
+    help="Run the network in other runtimes, too: onnxruntime-int8, openvino, openvino-int8, mnn, and deepsparse, "
+    "whose licence allows evaluation only. With --suite peers the default is all but the last.",
 )  # fmt: skip
 @click.option(
     "--install-peers", is_flag=True,
-    help="With --peers: put those that are not here into environments of their own under $SPARSEPIPE_CACHE.",
+    help="With --peers or --suite peers: put those that are named and not here into environments of their own under "
+    "$SPARSEPIPE_CACHE.",
 )  # fmt: skip
 @click.option(
     "--calibrate", metavar="DATA",

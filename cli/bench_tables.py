@@ -64,6 +64,8 @@ def peers(result: Row) -> None:
         title="Speed-up over dense onnxruntime; error of the outputs in times of the largest one",
     )
     click.echo(f"int8 was calibrated, and outputs were compared, on {result['samples']}.")
+    for name, settings in result["peers"].items():
+        click.echo(f"{name} was set to: {settings}.")
     _noise(result["results"])
     verdicts(result["verdicts"])
     _notes([(f"{row['file']}, {_setting(row)}", row["note"]) for row in result["results"]])

@@ -20,7 +20,7 @@ from sparsepipe.benchmark import calls
 from sparsepipe.benchmark.client import WorkerError, WorkerProcess
 from sparsepipe.benchmark.harness import Ask, Contestant, Measurement, Setting
 from sparsepipe.benchmark.peers.environments import NotInstalled, install
-from sparsepipe.benchmark.peers.registry import Peer, chosen
+from sparsepipe.benchmark.peers.registry import DEFAULT, Peer, chosen
 from sparsepipe.benchmark.results import rows
 from sparsepipe.errors import ArtefactError
 from sparsepipe.graph.finish import serialise
@@ -53,7 +53,7 @@ Calls = list[dict[str, Any]]
 class Peers(Bench):
     """What is measured: as `bench`, and the runtimes."""
 
-    peers: tuple[str, ...] = ("onnxruntime-int8", "openvino", "openvino-int8", "mnn", "deepsparse")
+    peers: tuple[str, ...] = DEFAULT
     install_peers: bool = False
     calibrate: NamedChoice | None = None
     """int8 is calibrated on its training split, outputs are compared on its test split. None: random values."""
@@ -107,7 +107,7 @@ def measure(paths: Sequence[Path], config: Peers) -> dict[str, Any]:
 
     Returns:
         `baseline`, `results` (as `bench.measure`, each row with its `runtime` and its `fidelity`), `verdicts`,
-        `samples` and `environment`.
+        `samples`, `peers` (name -> what it is set to) and `environment`.
 
     Raises:
         RecipeError: there is no such peer.
@@ -116,12 +116,20 @@ def measure(paths: Sequence[Path], config: Peers) -> dict[str, Any]:
         DataError: the dataset cannot be read, or does not fit the network.
     """
     config = bench.with_batch_of_input(config)
+    tell_licences(config)
     missing = next((path for path in paths if not path.is_file()), None)
     if missing is not None or not paths:
         raise ArtefactError("There is no such ONNX file.", where=str(missing) if missing else "bench")
     networks = [Network.read(path, label) for path, label in zip(paths, bench.labels(paths), strict=True)]
     with bar("Measuring", bench.rounds(config)) as running:
         return compare(networks, config, lambda count, note: running.advance(count, note=note))
+
+
+def tell_licences(config: Peers) -> None:
+    """Warn, a line for each, of the peers among those named whose licence does not allow any use."""
+    for peer in chosen(config.peers).values():
+        if peer.licence:
+            log.warning("%s: %s.", peer.title, peer.licence)
 
 
 def record(paths: Sequence[Path], config: Peers, out: Path) -> Artefact:
@@ -160,6 +168,7 @@ def compare(networks: Sequence[Network], config: Peers, advance: Callable[[int, 
         "results": results,
         "verdicts": verdicts,
         "samples": config.calibrate.name if config.calibrate else "random values",
+        "peers": {name: peer.settings for name, peer in peers.items()},
         "environment": {**bench.environment(config), "runtimes": list(runtimes.values())},
     }
 

@@ -13,13 +13,14 @@ from pydantic import Field
 from sparsepipe.artefact import digest_file, read_json, write_json
 from sparsepipe.benchmark import networks
 from sparsepipe.benchmark.int8 import METHOD as INT8_METHOD
+from sparsepipe.benchmark.peers.registry import chosen
 from sparsepipe.errors import ArtefactError, RecipeError
 from sparsepipe.graph.prune import block_shape
 from sparsepipe.progress import bar
 from sparsepipe.recipe import Bench, Fraction
 from sparsepipe.runtime.library import library_path
 from sparsepipe.stages import bench, peers_row, suite_row
-from sparsepipe.stages.peers import Peers
+from sparsepipe.stages.peers import Peers, tell_licences
 
 log = logging.getLogger("sparsepipe")
 
@@ -72,7 +73,9 @@ def peers(config: PeersSuite, out: Path | None = None, *, force: bool = False) -
         GraphError: a sparse file computes something else than the dense one.
     """
     _check_networks(config.networks)
-    result = _empty(config, "peers", PEERS_METHOD)
+    tell_licences(config)
+    settings = "; ".join(f"{name}: {peer.settings}" for name, peer in chosen(config.peers).items())
+    result = _empty(config, "peers", f"{PEERS_METHOD} Set to: {settings}.")
     result["settings"]["peers"] = list(config.peers)
     if out is not None and out.exists() and not force:
         result["rows"] = _earlier(out, result)

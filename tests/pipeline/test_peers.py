@@ -195,3 +195,21 @@ def test_the_suite_goes_on_where_it_was_interrupted_and_writes_document_and_pict
     assert "noisy in 4 of 4 races; two processes of the same file differed by up to 5.0%" in text
     assert "mnn (MLP): not here." in text
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_may_only_be_evaluated_is_run_when_it_is_named_and_its_licence_told(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for kind in (peers.Peers, suite.PeersSuite):
+        assert "deepsparse" not in chosen(kind().peers)
+    installed: list[str] = []
+    monkeypatch.setattr(peers, "install", lambda environment: installed.append(environment.name))
+    monkeypatch.setattr(networks, "build", lambda name, seed: None)
+    monkeypatch.setattr(peers_row, "measure", made_up)
+    with caplog.at_level("WARNING", "sparsepipe"):
+        suite.peers(suite.PeersSuite(networks=("mlp",), sparsity=(0.9,), install_peers=True))
+        assert "licence" not in caplog.text
+        suite.peers(suite.PeersSuite(networks=("mlp",), sparsity=(0.9, 0.95), peers=("mnn", "deepsparse")))
+    assert caplog.text.count("evaluation") == 1  # once for all rows
+    peers._install(chosen(peers.Peers().peers), lambda count, note: None)
+    assert sorted(installed) == ["mnn", "openvino"]

@@ -26,12 +26,17 @@ class Peer:
         runtime: its class, as `sparsepipe.benchmark.runtimes.find` takes it.
         environment: what it needs; None for what sparsepipe itself needs.
         int8: whether it computes in int8, and so needs samples to calibrate with.
+        settings: what it is set to, for readers of its figures.
+        licence: what a user must know of its licence; None for a licence that allows any use. Such a peer is neither
+            installed nor run unless it is named.
     """
 
     title: str
     runtime: str
     environment: Environment | None = None
     int8: bool = False
+    settings: str = ""
+    licence: str | None = None
 
     def command(self) -> tuple[str, ...]:
         """How to start its worker.
@@ -48,13 +53,45 @@ class Peer:
 
 
 PEERS: dict[str, Peer] = {
-    "onnxruntime-int8-qdq": Peer("onnxruntime int8 (QDQ)", f"{HERE}.onnxruntime_int8:Qdq", int8=True),
-    "onnxruntime-int8-qoperator": Peer("onnxruntime int8 (QOperator)", f"{HERE}.onnxruntime_int8:QOperator", int8=True),
-    "openvino": Peer("OpenVINO", f"{HERE}.openvino:OpenVino", OPENVINO),
-    "openvino-int8": Peer("OpenVINO int8", f"{HERE}.openvino:OpenVinoInt8", OPENVINO, int8=True),
-    "mnn": Peer("MNN", f"{HERE}.mnn:Mnn", MNN),
-    "deepsparse": Peer("DeepSparse", f"{HERE}.deepsparse:DeepSparse", DEEPSPARSE),
+    "onnxruntime-int8-qdq": Peer(
+        "onnxruntime int8 (QDQ)",
+        f"{HERE}.onnxruntime_int8:Qdq",
+        int8=True,
+        settings="static, QDQ, weights int8 per output channel, activations uint8",
+    ),
+    "onnxruntime-int8-qoperator": Peer(
+        "onnxruntime int8 (QOperator)",
+        f"{HERE}.onnxruntime_int8:QOperator",
+        int8=True,
+        settings="static, QOperator, weights int8 per output channel, activations uint8",
+    ),
+    "openvino": Peer(
+        "OpenVINO",
+        f"{HERE}.openvino:OpenVino",
+        OPENVINO,
+        settings="latency hint, one stream, held at fp32: its default is bfloat16 where the CPU has it, as with AMX",
+    ),
+    "openvino-int8": Peer(
+        "OpenVINO int8",
+        f"{HERE}.openvino:OpenVinoInt8",
+        OPENVINO,
+        int8=True,
+        settings="latency hint, one stream, quantised by NNCF with its default preset, precision left at its default: "
+        "with AMX its int8 layers run on AMX, and those that are not int8 in bfloat16",
+    ),
+    "mnn": Peer(
+        "MNN", f"{HERE}.mnn:Mnn", MNN, settings="precision high, which is fp32; zeros found by --detectSparseSpeedUp"
+    ),
+    "deepsparse": Peer(
+        "DeepSparse",
+        f"{HERE}.deepsparse:DeepSparse",
+        DEEPSPARSE,
+        settings="fp32, one core for each thread",
+        licence="the licence of DeepSparse allows evaluation in development and testing only, and no production use",
+    ),
 }
+DEFAULT = ("onnxruntime-int8", "openvino", "openvino-int8", "mnn")
+"""What is measured where no peer is named: all that have no `licence` to tell of."""
 GROUPS: dict[str, tuple[str, ...]] = {"onnxruntime-int8": ("onnxruntime-int8-qdq", "onnxruntime-int8-qoperator")}
 """Names that stand for several."""
 
