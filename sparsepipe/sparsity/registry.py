@@ -96,6 +96,13 @@ METHODS: dict[str, MethodInfo] = {
             state="mask, int16 counter, int8 sign",
         ),
         MethodInfo(
+            "top-kast",
+            "sparsepipe.sparsity.methods.top_kast:TopKAST",
+            "compute with the largest magnitudes; a larger set gets gradients and a penalty, so that others can grow",
+            "arXiv 2106.03517",
+            state="two masks, the last value of each weight",
+        ),
+        MethodInfo(
             "srigl",
             "sparsepipe.sparsity.methods.srigl:SRigL",
             "rigl with the same number of weights in every neuron, but for neurons that it ablates",
@@ -155,6 +162,13 @@ METHODS: dict[str, MethodInfo] = {
             "sparsepipe.sparsity.methods.magnitude_oneshot:MagnitudeOneShot",
             "train dense, prune once by magnitude, fine-tune",
             "arXiv 1506.02626",
+        ),
+        MethodInfo(
+            "lottery",
+            "sparsepipe.sparsity.methods.lottery:Lottery",
+            "train, prune by magnitude, rewind what is kept to an early step, train again, in rounds",
+            "arXiv 1803.03635, 1912.05671",
+            state="mask, int16 counter, the weight of the early step",
         ),
         MethodInfo(
             "acdc",

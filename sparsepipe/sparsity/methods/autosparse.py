@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from sparsepipe.sparsity import options, scores
+from sparsepipe.sparsity import options
 from sparsepipe.sparsity.emergent import Emergent
-from sparsepipe.sparsity.method import TargetMethod
+from sparsepipe.sparsity.forward_top_k import ForwardTopK
 from sparsepipe.sparsity.network import Network
-from sparsepipe.sparsity.selection import top_k
 
 
 def annealed(alpha: float, progress: float, stop: float = 1.0) -> float:
@@ -116,7 +115,7 @@ class STR(AutoSparse):
         super().__init__(alpha=alpha, threshold_decay=threshold_decay, granularity=granularity, **shared)
 
 
-class AutoSparseTopK(TargetMethod):
+class AutoSparseTopK(ForwardTopK):
     """Compute with the weights of largest magnitude, chosen anew at each step; the others get alpha_t of the gradient.
 
     The form of AutoSparse for a given sparsity, which it has in every step: w * M, M = top-k |w|.
@@ -141,14 +140,6 @@ class AutoSparseTopK(TargetMethod):
     def dense_gradient_every(self) -> int | None:
         return 0
 
-    def attach(self, network: Network) -> None:
-        self.plan(network)
-        network.memory["mask"] = {}
-        self._choose(network)
-
-    def transforms(self, network: Network) -> Collection[str]:
-        return list(network.memory["mask"])
-
     def transform_weight(self, network: Network, name: str, weight: Tensor, step: int, training: bool) -> Tensor:
         alpha = annealed(self.alpha, (step - 1) / network.total_steps, self.alpha_stop)
         mask = network.memory["mask"][name]
@@ -156,32 +147,10 @@ class AutoSparseTopK(TargetMethod):
         return torch.where(mask, weight, 0.0) + (inactive - inactive.detach())
 
     def after_step(self, network: Network, step: int) -> None:
-        self._choose(network)
-
-    def finalize(self, network: Network) -> None:
-        for name, mask in network.memory["mask"].items():
-            network.change(name, mask)
-        network.masks.count()
+        self.choose(network)
 
     def masks_final(self, network: Network, step: int) -> bool:
         return False
 
-    def metrics(self, network: Network, step: int) -> dict[str, Any]:
-        masks = {name: network.memory["mask"].get(name, mask) for name, mask in network.masks.items()}
-        nnz = sum(int(mask.count_nonzero()) for mask in masks.values())
-        density = {name: int(mask.count_nonzero()) / mask.numel() for name, mask in masks.items()}
-        return {"sparsity": 1 - nnz / network.masks.size, "density": density}
-
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "alpha": self.alpha, "alpha_stop": self.alpha_stop}
-
-    def _choose(self, network: Network) -> None:
-        for name, kept in self.kept(network).items():
-            layer = network.layers[name]
-            if kept == layer.groups:
-                network.masks.reasons.setdefault(name, f"{self.target.distribution} keeps it dense")
-                continue
-            score = layer.pattern.scores(scores.magnitude(network.weights[name].parameter))
-            counts = torch.full((layer.rows,), kept, device=score.device)
-            chosen = top_k(score, counts, torch.ones_like(score, dtype=torch.bool))
-            network.memory["mask"][name] = layer.pattern.unfold(chosen, layer.shape)
