@@ -21,7 +21,8 @@ class TopKAST(ForwardTopK):
     adds `penalty` times the gradient of |w|^2 / 2 in A, and of |w|^2 / (2 D) in the rest of B, D the density of A in
     that layer: what explores without success shrinks below the weights outside, which then take its place.
 
-    No gradient outside of B is needed; the FLOPs that `train` tells count that of A alone. From `stop_at` on A is the mask, and the other weights are zero.
+    No gradient outside of B is needed; the FLOPs that `train` tells count only that in A. From `stop_at` on A is the
+    mask, and the other weights are zero.
 
     Args:
         backward: weights in B for each in A; at most all of a layer. The paper's 80% and 50% sparse are 2.5.
