@@ -99,7 +99,7 @@ class Lottery(MagnitudePruning):
         sparsity = self.target.sparsity
         if number == self.rounds or sparsity == 0:
             return 1.0
-        return (1 - (1 - sparsity) ** (number / self.rounds)) / sparsity
+        return (1 - math.pow(1 - sparsity, number / self.rounds)) / sparsity
 
     def _rewind_step(self, network: Network) -> int:
         return min(
