@@ -13,6 +13,7 @@ from sparsepipe.cli import common
 def command(pattern: str, as_json: bool) -> None:
     """List the training methods, and how they can spread weights over layers."""
     from sparsepipe.sparsity import registry
+    from sparsepipe.sparsity.modifiers.registry import MODIFIERS
 
     found = registry.available(pattern)
     if as_json:
@@ -23,6 +24,10 @@ def command(pattern: str, as_json: bool) -> None:
             [[info.name, info.exact, info.summary, info.state, info.source] for info in found],
         )
         if pattern == "*":
+            common.print_table(
+                ["modifier", "what, with any method (train --modifier)", "source"],
+                [[info.name, info.summary, info.source] for info in MODIFIERS.values()],
+            )
             common.print_table(["distribution", "how the weights are spread over layers"], registry.SPREADS.items())
             common.print_table(["redistribution", "who gets what was dropped"], registry.EXCHANGES.items())
     else:

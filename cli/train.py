@@ -14,6 +14,11 @@ from sparsepipe.cli import common
 @common.recipe_options
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted run.")
 @click.option(
+    "--modifier", "modifier_names", metavar="NAMES",
+    help="What to combine with the method, as `adversarial,extrapolation`; their options are in the recipe "
+    "([[modifiers]]).",
+)  # fmt: skip
+@click.option(
     "--target-sparsity",
     type=float,
     metavar="FRACTION",
@@ -26,6 +31,7 @@ def command(
     recipe: Path,
     out: Path | None,
     resume: bool,
+    modifier_names: str | None,
     target_sparsity: float | None,
     tolerance: float,
     trials: int,
@@ -48,6 +54,8 @@ def command(
             "in several processes with the knob that it found."
         )
     loaded, folder = common.load_recipe(recipe, overrides, out)
+    if modifier_names is not None:
+        loaded = recipes.with_modifiers(loaded, modifier_names)
     config = train.TrainConfig.from_recipe(loaded)
     if launch.rank() > 0:
         train.follow(config)

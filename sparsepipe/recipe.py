@@ -73,6 +73,14 @@ Shapes = Annotated[
 NamedChoice = Annotated[Choice, BeforeValidator(_from_short_form)]
 
 
+def _modifiers_from_short_form(value: Any) -> Any:
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+Modifiers = Annotated[tuple[NamedChoice, ...], BeforeValidator(_modifiers_from_short_form)]
+"""What combines with the method, in this order: names, or tables of a name and options."""
+
+
 class Augment(Section):
     """Augmentation of training batches, on tensors."""
 
@@ -211,6 +219,7 @@ class Recipe(Section):
     model: NamedChoice
     data: NamedChoice
     method: Annotated[Choice, BeforeValidator(_method_from_short_form)] = Choice(name=DEFAULT_METHOD)
+    modifiers: Modifiers = ()
     augment: Augment = Augment()
     optimizer: Annotated[Optimizer, BeforeValidator(_from_short_form)] = Optimizer()
     schedule: Annotated[Schedule, BeforeValidator(_from_short_form)] = Schedule()
@@ -259,6 +268,13 @@ def write(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe, every default filled in, as TOML."""
     table = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
     write_text(path, tomli_w.dumps(table))
+
+
+def with_modifiers(recipe: Recipe, names: str) -> Recipe:
+    """The recipe with these modifiers, comma-separated, alone; those that it has keep their options."""
+    known = {modifier.name: modifier for modifier in recipe.modifiers}
+    chosen = tuple(known.get(name, Choice(name=name)) for name in _modifiers_from_short_form(names))
+    return recipe.model_copy(update={"modifiers": chosen})
 
 
 def digest(recipe: BaseModel) -> str:

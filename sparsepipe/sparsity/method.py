@@ -77,9 +77,9 @@ class Method:
         return None
 
     def transform_batch(
-        self, network: Network, model: nn.Module, inputs: Tensor, labels: Tensor
+        self, network: Network, model: nn.Module, inputs: Tensor, labels: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        """The batch to train on in the place of this one; for loops that ask `Sparsifier.transform_batch`."""
+        """The batch of `step` to train on in the place of this one; for loops that ask `Sparsifier.transform_batch`."""
         return inputs, labels
 
     def after_step(self, network: Network, step: int) -> None:

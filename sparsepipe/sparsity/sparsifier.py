@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -19,6 +19,7 @@ from sparsepipe.sparsity.forward import ForwardWeights
 from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.masks import MaskSet
 from sparsepipe.sparsity.method import Method
+from sparsepipe.sparsity.modifiers.combined import Combined, Modifier
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.replicas import Replicas, refuse_sharded
 from sparsepipe.sparsity.samples import Loss, Samples
@@ -52,6 +53,7 @@ class Sparsifier:
             compared. Single processes compare nothing.
         samples: training batches for methods that score weights before training (snip, grasp, synflow); all are used.
         loss: of outputs and labels, for these methods.
+        modifiers: what else changes the training, for example `[Adversarial(epsilon=0.1)]`; in this order.
         state: go on from this `state_dict()`, with a model and an optimizer that are loaded already.
 
     Raises:
@@ -59,7 +61,7 @@ class Sparsifier:
         ModelError: nothing can be masked, `optimizer` is none of torch's, the parameters are sharded (FSDP), or the
             model is compiled and the method changes forward passes. During training: the processes have different
             masks.
-        RecipeError: `method` is none, the target cannot be reached, or an override matches no layer.
+        RecipeError: `method` or a modifier is none, the target cannot be reached, or an override matches no layer.
     """
 
     _at_work: ClassVar[WeakSet[Sparsifier]] = WeakSet()
@@ -77,6 +79,7 @@ class Sparsifier:
         state: Mapping[str, Any] | None = None,
         samples: Iterable[tuple[Tensor, Tensor]] = (),
         loss: Loss = cross_entropy,
+        modifiers: Sequence[Modifier] = (),
     ) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # the wrappers of Fabric and Accelerate keep it there
         if not isinstance(optimizer, Optimizer):
@@ -88,6 +91,7 @@ class Sparsifier:
                 advice="Give it one with its options: DSTEE(sparsity=0.9).",
             )
         self.method = method
+        self._method = Combined(method, modifiers)
         self.step = 0
         """Optimizer steps taken so far."""
         refuse_sharded(model)
@@ -109,15 +113,15 @@ class Sparsifier:
         self._expected_nonzero: dict[str, int] = {}
         with torch.no_grad():
             if state is None:
-                method.attach(self._network)
+                self._method.attach(self._network)
             else:
                 with self._network.preserved():
-                    method.attach(self._network)
+                    self._method.attach(self._network)
                 self.load_state_dict(state)
                 saved.check_weights_are_loaded(self._network)
             self._network.samples = None
             self._replicas.compare(self._network, self.step)
-        self._transformed = tuple(method.transforms(self._network))
+        self._transformed = tuple(self._method.transforms(self._network))
         self._forward = self._forward_weights(model) if self._transformed else None
         self._take_place()
         # A compiled `optimizer.step` leaves its graph for them: traced, they would be compiled anew at every step.
@@ -139,7 +143,7 @@ class Sparsifier:
     def masks_final(self) -> bool:
         """Whether the masks will not change any more and the target sparsity is reached."""
         ended = self._frozen and self.step >= self._network.total_steps
-        return ended or self.method.masks_final(self._network, self.step)
+        return ended or self._method.masks_final(self._network, self.step)
 
     @property
     def history(self) -> MaskHistory | None:
@@ -173,21 +177,21 @@ class Sparsifier:
 
         The Sparsifier sets it for the step and puts the loop's back; loops may log it.
         """
-        return self.method.lr_scale(self._network, step)
+        return self._method.lr_scale(self._network, step)
 
     def transform_batch(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """For methods that train on other batches than they are given: call it before each forward pass."""
-        return self.method.transform_batch(self._network, self._model, inputs, labels)
+        """For methods and modifiers that train on other batches than they get: call it before each forward pass."""
+        return self._method.transform_batch(self._network, self._model, inputs, labels, self.step + 1)
 
     def on_epoch_end(self, epoch: int) -> None:
         """For loops that have epochs: call it after each (`epoch` from 0)."""
         with torch.no_grad():
-            self.method.on_epoch_end(self._network, epoch)
+            self._method.on_epoch_end(self._network, epoch)
 
     def metrics(self) -> dict[str, Any]:
         """Sparsity, exploration rate, drop fraction and the density of each layer, as they are now."""
         with torch.no_grad():
-            own = self.method.metrics(self._network, self.step)
+            own = self._method.metrics(self._network, self.step)
         return {
             "sparsity": self.mask_set.sparsity,
             "exploration_rate": self.mask_set.exploration_rate(),
@@ -209,7 +213,7 @@ class Sparsifier:
         Raises:
             ModelError: it lacks one of the masked weights, or the method computes with other weights than these.
         """
-        if self._forward is not None:
+        if self.method.transforms(self._network):
             raise ModelError(
                 f"The method {self.method.name} computes with other weights than the model holds, so an average of "
                 "what the model holds is not an average of the network.",
@@ -234,7 +238,7 @@ class Sparsifier:
         """End sparse training: let the method finish, zero inactive weights, leave the optimizer, return the masks."""
         with torch.no_grad():
             if not self._frozen:
-                self.method.finalize(self._network)
+                self._method.finalize(self._network)
                 self._frozen = True
             self._network.mask_weights()
             self._network.mask_copies()
@@ -251,7 +255,7 @@ class Sparsifier:
 
         Masks are bits, counters int16. Load it into a Sparsifier made with the same method for the same model.
         """
-        return saved.of(self._network, self.method, self.step)
+        return saved.of(self._network, self._method, self.step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`. Load the model and the optimizer after making the Sparsifier, not before.
@@ -261,7 +265,7 @@ class Sparsifier:
         Raises:
             ArtefactError: the state is of another model or of other options; the message names the first difference.
         """
-        saved.refuse_other(state, self._network, self.method)
+        saved.refuse_other(state, self._network, self._method)
         saved.restore(state, self._network)
         self.step = int(state["step"])
         self._expected_nonzero = dict(state["nonzero"])
@@ -270,7 +274,7 @@ class Sparsifier:
         network = self._network
 
         def transform(name: str, weight: Tensor, training: bool) -> Tensor:
-            return self.method.transform_weight(network, name, weight, self.step + 1, training)
+            return self._method.transform_weight(network, name, weight, self.step + 1, training)
 
         return ForwardWeights(model, {name: network.weights[name] for name in self._transformed}, transform)
 
@@ -359,8 +363,8 @@ class Sparsifier:
             self._expected_nonzero = {}
         network = self._network
         network.gradients.clear()
-        gradients.complete(self.method, network, self._transformed, self.step + 1, scale)
-        if self.method.needs_gradients(network, self.step + 1):
+        gradients.complete(self._method, network, self._transformed, self.step + 1, scale)
+        if self._method.needs_gradients(network, self.step + 1):
             for name in network.masks.counters:
                 gradient = network.weights[name].parameter.grad
                 if gradient is not None:
@@ -370,7 +374,7 @@ class Sparsifier:
     @torch.no_grad()
     def _take_owned(self, scale: Tensor | None) -> None:
         """Keep the gradients of weights that the method moves, clipped or not, from the optimizer."""
-        for name in self.method.owned(self._network):
+        for name in self._method.owned(self._network):
             parameter = self._network.weights[name].parameter
             if parameter.grad is not None:
                 self._network.gradients[name] = parameter.grad if scale is None else parameter.grad / scale
@@ -384,7 +388,7 @@ class Sparsifier:
             self._network.step_own()
             self._network.mask_weights()
             rounds = self.mask_set.rounds
-            self.method.after_step(self._network, self.step)
+            self._method.after_step(self._network, self.step)
             if self.mask_set.rounds > rounds:
                 if self.history is not None:
                     self.history.end_round(self.step, self._network.gradients)

@@ -19,7 +19,9 @@ from sparsepipe.plugins import failure
 from sparsepipe.sparsity import flops
 from sparsepipe.sparsity import registry as methods
 from sparsepipe.sparsity.history import MaskHistory
+from sparsepipe.sparsity.modifiers import registry as modifiers
 from sparsepipe.sparsity.sparsifier import Sparsifier
+from sparsepipe.stages.attack import input_space
 from sparsepipe.training import optimizers, rates
 from sparsepipe.training.augment import Augmentation
 from sparsepipe.training.batches import EvaluationBatches, Normalise, TrainingBatches, source
@@ -112,7 +114,16 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     macs = flops.count_macs(model, dataset.input_shape)
     validation = evaluation(held_out, normalise, fabric)
     scored = list(islice(batches.epoch(0, 0), method.samples_needed)) if method.samples_needed else []
-    sparsifier = Sparsifier(model, optimizer, method, total_steps=total, seed=config.seed, samples=scored)
+    space = input_space(dataset.preprocessing, dataset.input_shape)
+    sparsifier = Sparsifier(
+        model,
+        optimizer,
+        method,
+        total_steps=total,
+        seed=config.seed,
+        samples=scored,
+        modifiers=[modifiers.create(each.name, each.options, inputs=space) for each in config.modifiers],
+    )
     loop = Loop(
         fabric,
         model,

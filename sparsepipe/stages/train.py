@@ -24,7 +24,7 @@ from sparsepipe import data, launch
 from sparsepipe.artefact import MANIFEST, Artefact, digest_file, draft
 from sparsepipe.errors import ArtefactError, MissingExtraError, ModelError
 from sparsepipe.plugins import is_plugin, load_plugin
-from sparsepipe.recipe import Augment, NamedChoice, Optimizer, Recipe, Schedule, Section, Training
+from sparsepipe.recipe import Augment, Modifiers, NamedChoice, Optimizer, Recipe, Schedule, Section, Training
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -49,6 +49,7 @@ class TrainConfig(Section):
     model: NamedChoice
     data: NamedChoice
     method: NamedChoice
+    modifiers: Modifiers = ()
     augment: Augment = Augment()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()

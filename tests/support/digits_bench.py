@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sparsepipe.sparsity.method import Method
+from sparsepipe.sparsity.modifiers.combined import Modifier
 from sparsepipe.sparsity.sparsifier import Sparsifier
 
 
@@ -55,6 +56,7 @@ def fit(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     after_step: Callable[[nn.Module, Sparsifier], None] = lambda model, sparsifier: None,
+    modifiers: Sequence[Modifier] = (),
 ) -> tuple[nn.Module, Sparsifier]:
     """Train to the end; the sparsifier is not frozen."""
     model = perceptron(*sizes, seed=seed)
@@ -65,7 +67,7 @@ def fit(
         else torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     )
     steps = len(y) // batch
-    sparsifier = Sparsifier(model, used, method, total_steps=steps * epochs, seed=seed)
+    sparsifier = Sparsifier(model, used, method, total_steps=steps * epochs, seed=seed, modifiers=modifiers)
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         order = torch.randperm(len(y), generator=generator)
@@ -75,7 +77,8 @@ def fit(
                     group["lr"] = lr * (1 + math.cos(math.pi * (epoch * steps + index) / (epochs * steps))) / 2
             part = order[index * batch : (index + 1) * batch]
             used.zero_grad()
-            cross_entropy(model.train()(x[part]), y[part]).backward()
+            inputs, labels = sparsifier.transform_batch(x[part], y[part])
+            cross_entropy(model.train()(inputs), labels).backward()
             used.step()
             after_step(model, sparsifier)
     return model, sparsifier

@@ -251,9 +251,10 @@ class Halving(Method):
             network.snapshot("fifth")
 
     def transform_batch(
-        self, network: Network, model: nn.Module, inputs: Tensor, labels: Tensor
+        self, network: Network, model: nn.Module, inputs: Tensor, labels: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
         assert model is network.model
+        assert step == 9
         return -inputs, labels.flip(0)
 
 

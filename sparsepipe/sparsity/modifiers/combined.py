@@ -1,0 +1,107 @@
+"""A method together with modifiers: one set of hooks for the Sparsifier."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsepipe.errors import RecipeError
+from sparsepipe.sparsity.method import Method
+from sparsepipe.sparsity.network import Network
+
+
+class Modifier(Method):
+    """What changes training without choosing masks: a method's hooks, called beside those of the method.
+
+    It keeps what it remembers in `network.memory`, under kinds that begin with its name.
+    """
+
+
+class Combined(Method):
+    """Calls the hooks of a method and of modifiers in one order, so that the Sparsifier sees one method.
+
+    Batches pass through the modifiers in their order, then through the method. Weights do the same: a modifier shifts
+    the parameter, and the method makes of it what its forward pass computes with. Of learning rates the first one that
+    is set holds, modifiers before the method. Everything else is called for the method first.
+
+    Args:
+        method: chooses the masks.
+        modifiers: in the order of their names in the recipe.
+
+    Raises:
+        RecipeError: one of them is none, or is there twice.
+    """
+
+    def __init__(self, method: Method, modifiers: Sequence[Modifier]) -> None:
+        for modifier in modifiers:
+            if not isinstance(modifier, Modifier):
+                raise RecipeError(f"{modifier!r} is no modifier.", where="modifiers", advice="Give Adversarial(...).")
+        names = [modifier.name for modifier in modifiers]
+        for name in names:
+            if names.count(name) > 1:
+                raise RecipeError(f"The modifier '{name}' is there twice.", where="modifiers")
+        self._method = method
+        self._modifiers = tuple(modifiers)
+        self._all: tuple[Method, ...] = (method, *modifiers)
+
+    def attach(self, network: Network) -> None:
+        for each in self._all:
+            each.attach(network)
+
+    def needs_gradients(self, network: Network, step: int) -> bool:
+        return any(each.needs_gradients(network, step) for each in self._all)
+
+    def transforms(self, network: Network) -> Collection[str]:
+        return list(dict.fromkeys(chain.from_iterable(each.transforms(network) for each in self._all)))
+
+    def transform_weight(self, network: Network, name: str, weight: Tensor, step: int, training: bool) -> Tensor:
+        for each in (*self._modifiers, self._method):
+            if name in each.transforms(network):
+                weight = each.transform_weight(network, name, weight, step, training)
+        return weight
+
+    def extra_loss(self, network: Network, step: int) -> Tensor | None:
+        losses = [loss for each in self._all if (loss := each.extra_loss(network, step)) is not None]
+        return sum(losses[1:], losses[0]) if losses else None
+
+    def owned(self, network: Network) -> Collection[str]:
+        return list(dict.fromkeys(chain.from_iterable(each.owned(network) for each in self._all)))
+
+    def lr_scale(self, network: Network, step: int) -> float | None:
+        scales = (each.lr_scale(network, step) for each in (*self._modifiers, self._method))
+        return next((scale for scale in scales if scale is not None), None)
+
+    def transform_batch(
+        self, network: Network, model: nn.Module, inputs: Tensor, labels: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        for each in (*self._modifiers, self._method):
+            inputs, labels = each.transform_batch(network, model, inputs, labels, step)
+        return inputs, labels
+
+    def after_step(self, network: Network, step: int) -> None:
+        for each in self._all:
+            each.after_step(network, step)
+
+    def on_epoch_end(self, network: Network, epoch: int) -> None:
+        for each in self._all:
+            each.on_epoch_end(network, epoch)
+
+    def finalize(self, network: Network) -> None:
+        for each in self._all:
+            each.finalize(network)
+
+    def masks_final(self, network: Network, step: int) -> bool:
+        return all(each.masks_final(network, step) for each in self._all)
+
+    def metrics(self, network: Network, step: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for each in self._all:
+            found |= each.metrics(network, step)
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        options = {modifier.name: modifier.describe() for modifier in self._modifiers}
+        return {**self._method.describe(), **({"modifiers": options} if options else {})}

@@ -1,0 +1,15 @@
+"""Attacks on the network of a stage: in what space, and what accuracy is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sparsepipe.sparsity.attacks import InputSpace
+from sparsepipe.spec import Preprocessing
+
+
+def input_space(preprocessing: Preprocessing, input_shape: Sequence[int]) -> InputSpace:
+    """Where the inputs of a network lie: scaled pixels are in [0, 1], features have no bounds."""
+    if len(input_shape) == 3:
+        return InputSpace(preprocessing.mean, preprocessing.std, 0.0, 1.0)
+    return InputSpace(preprocessing.mean, preprocessing.std)

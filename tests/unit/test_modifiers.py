@@ -1,0 +1,194 @@
+"""Modifiers: attacks with known optima, learning rates, composition with methods, resuming, outcomes on digits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from digits_bench import accuracy, digits, fit
+from sparse_bench import batch, dst_ee, inactive_are_positive_zero, network, sgd
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sparsepipe.errors import ArtefactError, RecipeError
+from sparsepipe.recipe import parse, with_modifiers
+from sparsepipe.sparsity.attacks import InputSpace, pgd
+from sparsepipe.sparsity.methods.dense import Dense
+from sparsepipe.sparsity.methods.magnitude_oneshot import MagnitudeOneShot
+from sparsepipe.sparsity.modifiers import registry
+from sparsepipe.sparsity.modifiers.adversarial import Adversarial
+from sparsepipe.sparsity.modifiers.combined import Modifier
+from sparsepipe.sparsity.sparsifier import Sparsifier
+from sparsepipe.training import checkpoint
+
+UNIT = InputSpace(low=0.0, high=1.0)
+TOTAL = 24
+
+
+def attack(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, space: InputSpace = UNIT, **options: Any) -> Tensor:
+    return pgd(model, x, y, epsilon=epsilon, step_size=epsilon / 4, steps=20, space=space, **options)
+
+
+@pytest.mark.parametrize("random_start", [True, False])
+def test_on_a_linear_network_the_attack_finds_the_corner_of_the_ball_in_the_units_of_pixels(random_start: bool) -> None:
+    mean, std = np.array([0.2, 0.6]), np.array([0.5, 0.25])
+    pixels = np.random.default_rng(0).random((5, 2, 3, 3))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(18, 2, bias=False)).double()
+    direction = (model[1].weight[1] - model[1].weight[0]).detach().numpy().reshape(2, 3, 3)
+    inputs = torch.tensor((pixels - mean[:, None, None]) / std[:, None, None])
+    space = InputSpace(mean.tolist(), std.tolist(), 0.0, 1.0)
+    found = attack(model, inputs, torch.zeros(5, dtype=torch.int64), 0.1, space, random_start=random_start)
+    # For label 0 the loss grows along the difference of the rows, so the worst pixels are one step of 0.1 that way.
+    worst = np.clip(pixels + 0.1 * np.sign(direction), 0, 1)
+    np.testing.assert_allclose(found.numpy() * std[:, None, None] + mean[:, None, None], worst, atol=1e-12)
+
+
+def test_an_attack_stays_in_the_ball_raises_the_loss_and_leaves_the_network_alone() -> None:
+    model = network()
+    model[1].eval()
+    x, y = batch(0, 64)
+    x = x.sigmoid()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = attack(model, x, y, 0.05)
+    assert float((found - x).abs().max()) <= 0.05 + 1e-6
+    assert float(found.min()) >= 0
+    assert float(found.max()) <= 1
+    assert model.training
+    assert not model[1].training
+    assert model[0].training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with torch.no_grad():
+        model.eval()
+        assert float(cross_entropy(model(found), y)) > float(cross_entropy(model(x), y))
+
+
+def test_the_learning_rate_starts_slowly_and_decays_fast_after_the_natural_steps() -> None:
+    model = network()
+    optimizer = sgd(model.parameters())
+    modifier = Adversarial(begin=0.5, peak=0.8, first=0.08, last=0.008, peak_at=0.4)
+    sparsifier = Sparsifier(model, optimizer, Dense(), total_steps=42, modifiers=[modifier])
+    rates = [sparsifier.lr_scale(step) for step in range(1, 43)]
+    assert rates[:21] == [None] * 21
+    own = np.array(rates[21:], float)  # 21 steps: the 9th is at 0.4
+    np.testing.assert_allclose(own[[0, 4, 8, 20]], [0.08, 0.44, 0.8, 0.008])
+    assert (np.diff(own[:9]) > 0).all()
+    assert (np.diff(own[8:]) < 0).all()
+    np.testing.assert_allclose(own[9:] / own[8:-1], 0.01 ** (1 / 12))
+    assert not sparsifier.masks_final
+    x, y = batch(0)
+    assert torch.equal(sparsifier.transform_batch(x, y)[0], x)
+
+
+class Shift(Modifier):
+    """Adds to inputs, and multiplies them."""
+
+    name = "shift"
+
+    def __init__(self, name: str, factor: float, offset: float) -> None:
+        self.name = name  # type: ignore[misc]
+        self.factor, self.offset = factor, offset
+
+    def transform_batch(self, network: Any, model: Any, inputs: Tensor, labels: Tensor, step: int) -> Any:
+        return inputs * self.factor + self.offset, labels
+
+
+def test_batches_pass_through_modifiers_in_their_order_and_none_may_be_there_twice() -> None:
+    model = network()
+    make = [Shift("one", 2, 0), Shift("two", 1, 3)]
+    sparsifier = Sparsifier(model, sgd(model.parameters()), dst_ee(), total_steps=4, modifiers=make)
+    assert torch.equal(sparsifier.transform_batch(torch.ones(1), torch.ones(1))[0], torch.full((1,), 5.0))
+    assert sparsifier.method.name == "dst-ee"
+    with pytest.raises(RecipeError, match="twice"):
+        Sparsifier(model, sgd(model.parameters()), dst_ee(), total_steps=4, modifiers=[*make, make[0]])
+    with pytest.raises(RecipeError, match="no modifier"):
+        Sparsifier(model, sgd(model.parameters()), dst_ee(), total_steps=4, modifiers=[Dense()])  # type: ignore[list-item]
+
+
+def steps_of(model: nn.Module, optimizer: Any, sparsifier: Sparsifier, steps: Iterable[int]) -> None:
+    for step in steps:
+        torch.manual_seed(step)  # loops restore the random state, from which the attack starts
+        optimizer.zero_grad()
+        x, y = sparsifier.transform_batch(*batch(step))
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+MODIFIERS: dict[str, Any] = {
+    "adversarial": lambda: [Adversarial(epsilon=0.1, begin=0.25, steps=2)],
+}
+
+
+@pytest.mark.parametrize("name", MODIFIERS)
+def test_a_resumed_training_equals_an_uninterrupted_one_and_masks_hold(name: str, tmp_path: Any) -> None:
+    def start() -> tuple[Any, Any, Sparsifier]:
+        model = network()
+        optimizer = sgd(model.parameters())
+        made = Sparsifier(model, optimizer, dst_ee(), total_steps=TOTAL, modifiers=MODIFIERS[name]())
+        return model, optimizer, made
+
+    whole = start()
+    steps_of(*whole, range(TOTAL))
+    plain, optimizer = network(), None
+    optimizer = sgd(plain.parameters())
+    steps_of(plain, optimizer, Sparsifier(plain, optimizer, dst_ee(), total_steps=TOTAL), range(TOTAL))
+    assert not torch.equal(plain[0].weight, whole[0][0].weight)
+    for cut in (3, 13):
+        first = start()
+        steps_of(*first, range(cut))
+        state = {key: each.state_dict() for key, each in zip("mos", first, strict=True)}
+        checkpoint.save(tmp_path, state)
+        loaded = checkpoint.load(tmp_path)
+        second = start()
+        for key, each in zip("mos", second, strict=True):
+            each.load_state_dict(loaded[key])
+        steps_of(*second, range(cut, TOTAL))
+        for ours, theirs in zip(second[0].state_dict().values(), whole[0].state_dict().values(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert inactive_are_positive_zero(second[0], second[2])
+    other = network()
+    with pytest.raises(ArtefactError, match="modifiers"):
+        Sparsifier(other, sgd(other.parameters()), dst_ee(), total_steps=TOTAL).load_state_dict(loaded["s"])
+
+
+def test_recipes_name_modifiers_in_three_forms_and_keep_their_options() -> None:
+    base: dict[str, Any] = {"model": "mlp", "data": "digits"}
+    assert parse(dict(base)).modifiers == ()
+    short = parse(dict(base), ["modifiers=adversarial, extrapolation"])
+    assert [each.name for each in short.modifiers] == ["adversarial", "extrapolation"]
+    table = parse({**base, "modifiers": ["extrapolation", {"name": "adversarial", "epsilon": 0.2}]})
+    only = with_modifiers(table, "adversarial")
+    assert [(each.name, each.options) for each in only.modifiers] == [("adversarial", {"epsilon": 0.2})]
+    with pytest.raises(RecipeError, match="no modifier 'adversary'"):
+        registry.create("adversary")
+    with pytest.raises(RecipeError, match="no option 'eps'"):
+        registry.create("adversarial", {"eps": 0.1})
+    with pytest.raises(RecipeError, match="no option 'inputs'"):
+        registry.create("adversarial", {"inputs": UNIT})
+
+
+def robust(model: nn.Module, epsilon: float) -> float:
+    _, _, x, y = digits()
+    torch.manual_seed(0)
+    found = pgd(model.eval(), x, y, epsilon=epsilon, step_size=epsilon / 8, steps=20, space=UNIT)
+    return 100 * float((model(found).argmax(1) == y).float().mean())
+
+
+@pytest.mark.parametrize("method", [Dense(), MagnitudeOneShot(sparsity=0.9, prune_at=0.5, distribution="global")])
+def test_adversarial_fine_tuning_makes_robust_what_was_not_and_keeps_the_sparsity(method: Any) -> None:
+    scores: list[float] = []
+
+    def watch(model: nn.Module, sparsifier: Sparsifier) -> None:
+        if sparsifier.step == 40 * 22:
+            scores.append(robust(model, 0.15))
+
+    modifier = Adversarial(epsilon=0.15, begin=0.8, inputs=UNIT)
+    model, sparsifier = fit(method, epochs=50, modifiers=[modifier], after_step=watch)
+    assert scores[0] < 25
+    assert robust(model, 0.15) >= 55
+    assert accuracy(model) >= 94
+    if not isinstance(method, Dense):
+        assert sparsifier.freeze().sparsity == pytest.approx(0.9, abs=1e-4)
