@@ -181,6 +181,8 @@ def test_every_method_trains_the_digits(tmp_path: Path, method: str) -> None:
         tmp_path / "train",
         f"method={method}",
         "method.sparsity=0.8",
+        # Scores over all layers leave the last one of so small a network almost nothing.
+        *(["method.distribution=erk"] if method == "grasp" else []),
         "model={name='mlp', hidden=1, width=48}",
         "data={name='digits'}",
         "augment={}",
@@ -197,9 +199,11 @@ def test_every_method_trains_the_digits(tmp_path: Path, method: str) -> None:
     assert found["parameters"] == found["weights"] + 48 + 10
     assert found["nnz"] == round(found["weights"] * (1 - found["sparsity"]))
     assert found["data"] == {"name": "digits", "train": 1150, "validation": 288, "test": 359}
-    grown = method in ("dst-ee", "rigl", "set", "snfs", "dsr")
-    assert found["exploration_rate"] == pytest.approx(0.2, abs=1e-3) or grown or found["exploration_rate"] == 1
-    assert not grown or 0.21 < found["exploration_rate"] < 1
+    assert found["nnz"] / found["weights"] - 1e-3 <= found["exploration_rate"] <= 1
+    if method in ("static", "random", "erk-static", "snip", "grasp", "synflow"):
+        assert found["exploration_rate"] == pytest.approx(0.2, abs=1e-3)
+    if method in ("dst-ee", "rigl", "set", "snfs", "dsr"):
+        assert 0.21 < found["exploration_rate"] < 1
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from sparsepipe.sparsity.samples import Samples
 class GraSP(BeforeTraining):
     """Keep the weights of largest w (H g): without those of largest -w (H g) the gradient keeps most of its norm.
 
-    g is the gradient and H the Hessian of the loss at the start; H g comes from a second pass through the graph.
+    g is the gradient and H the Hessian of the loss at the start; H g comes from a second pass through the graph. Scores
+    over all layers can leave the last layer of a small network almost nothing; `distribution="erk"` prevents that.
 
     Args:
         temperature: outputs are divided by it before the loss: 200 in the paper's code.
