@@ -31,8 +31,8 @@ from sparsepipe.cli import common
 )  # fmt: skip
 @click.option("--measure-seconds", type=float, metavar="N", help="About how long that may take. Default: 30.")
 @click.option(
-    "--precision", type=click.Choice(["fp32", "int8"]),
-    help="int8: static, for the targets dense and universal. Default: fp32.",
+    "--precision", "precisions", multiple=True, type=click.Choice(["fp32", "int8"]),
+    help="int8: static, for the targets dense and universal. Given twice, once for each: files of both. Default: fp32.",
 )  # fmt: skip
 @click.option(
     "--calibrate", metavar="DATA", help="int8: the dataset on whose training split the ranges of activations are found."
@@ -58,7 +58,7 @@ def command(
     isa: str | None,
     measure: bool | None,
     measure_seconds: float | None,
-    precision: str | None,
+    precisions: tuple[str, ...],
     calibrate: str | None,
     calibration: str | None,
     calibration_samples: int | None,
@@ -81,7 +81,7 @@ def command(
         "isa": isa,
         "measure": measure,
         "measure_seconds": measure_seconds,
-        "precision": precision,
+        "precision": precisions,
         "calibrate": calibrate,
         "calibration": calibration,
         "calibration_samples": calibration_samples,
@@ -105,7 +105,9 @@ def command(
     metrics = artefact.metrics
     if metrics["kernels"]:
         _print_layers("universal", metrics["kernels"])
-    if "portable" in metrics["files"] or not metrics["kernels"]:
+    if metrics["int8_kernels"]:
+        _print_layers("universal int8", metrics["int8_kernels"])
+    if "portable" in metrics["files"] or not (metrics["kernels"] or metrics["int8_kernels"]):
         _print_layers("portable", metrics["layers"])
     if measured := metrics["measured"]:
         click.echo(_whole(measured))

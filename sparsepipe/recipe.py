@@ -70,6 +70,11 @@ Shapes = Annotated[
 ]
 """Shapes of inputs by name, batch first; a shape alone, or under the name "", is that of the only input."""
 
+
+def _list_from_short_form(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 NamedChoice = Annotated[Choice, BeforeValidator(_from_short_form)]
 
 
@@ -153,8 +158,11 @@ class Export(Section):
     """universal: choose by timing the layers on this machine instead of by the cost model alone."""
     measure_seconds: Annotated[float, Field(gt=0)] = 30.0
     """About how long measuring may take."""
-    precision: Literal["fp32", "int8"] = "fp32"
-    """int8: weights int8 for each output channel, activations uint8 for each tensor. `portable` is not written then."""
+    precision: Annotated[
+        tuple[Literal["fp32", "int8"], ...], BeforeValidator(_list_from_short_form), Field(min_length=1)
+    ] = ("fp32",)
+    """One, or both side by side: then the int8 files are called `model.TARGET.int8.onnx`. int8: weights int8 for each
+    output channel, activations uint8 for each tensor; `portable` has no such form."""
     calibrate: NamedChoice | None = None
     """int8: the dataset on whose training split the ranges of activations are found."""
     calibration: Literal["minmax", "percentile", "entropy"] = "minmax"
@@ -175,10 +183,12 @@ class Export(Section):
 
     @field_validator("precision")
     @classmethod
-    def _measuring_is_in_fp32(cls, precision: str, info: ValidationInfo) -> str:
-        if precision == "int8" and info.data.get("measure"):
+    def _measuring_is_in_fp32(
+        cls, precision: tuple[Literal["fp32", "int8"], ...], info: ValidationInfo
+    ) -> tuple[Literal["fp32", "int8"], ...]:
+        if "fp32" not in precision and info.data.get("measure"):
             raise ValueError("layers of int8 files are chosen by the cost model; they cannot be measured yet")
-        return precision
+        return tuple(sorted(set(precision)))  # fp32 first: what others are compared with
 
 
 class Validation(Section):

@@ -14,6 +14,8 @@ SPEC_FILE = "model.json"
 WEIGHTS_FILE = "model.safetensors"
 MASKS_FILE = "masks.safetensors"
 FILM_FILE = "mask_film.safetensors"
+PRECISION_KEY = "sparsepipe.precision"
+"""Metadata of an exported file: fp32 or int8."""
 CALIBRATION_KEY = "sparsepipe.calibration"
 """Metadata of an int8 file: the dataset that its ranges come from."""
 

@@ -111,9 +111,17 @@ def kind_of(result: Any) -> str:
 def _files(result: Table) -> Iterator[Record]:
     baseline = result.get("baseline")
     for row in result["results"]:
-        is_dense = row["file"] == baseline or row.get("target") == DENSE
-        kind = DENSE if is_dense else INT8 if "int8" in str(row.get("runtime") or row["file"]) else SPARSE
-        yield _process("", row["file"], kind, "", None, row)
+        yield _process("", row["file"], _kind_of_file(row, baseline), "", None, row)
+
+
+def _kind_of_file(row: Table, baseline: str | None) -> str:
+    """By what the export says of itself; a file from elsewhere says nothing, so by its name."""
+    target, precision = row.get("target"), row.get("precision")
+    if target == DENSE and precision == INT8:
+        return INT8
+    if row["file"] == baseline or target == DENSE:
+        return DENSE
+    return INT8 if target is None and "int8" in str(row.get("runtime") or row["file"]) else SPARSE
 
 
 def _what_if(result: Table) -> Iterator[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sparsepipe.benchmark.statistics import (
     speedup,
     tail,
 )
+from sparsepipe.spec import PRECISION_KEY
 
 MEDIAN = 0.5
 MILLISECONDS_PER_NANOSECOND = 1e-6
@@ -96,8 +98,17 @@ def compare_inputs(baseline: Mapping[str, Any], other: Mapping[str, Any]) -> tup
     return False, f"no speed-up is given: it takes {described[0]}, not {described[1]} as"
 
 
-def file_facts(path: Path) -> tuple[str | None, int]:
-    """The export target that an ONNX file names in its metadata, and its size in bytes with its external data.
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file says of itself: the target and the precision of its export, and its size with its external data."""
+
+    target: str | None
+    precision: str | None
+    bytes: int
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Target and precision that an ONNX file names in its metadata, None where it names none, and its size in bytes.
 
     A file that is not valid ONNX has no target; the worker will say what is wrong with it.
     """
@@ -105,8 +116,8 @@ def file_facts(path: Path) -> tuple[str | None, int]:
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception:  # protobuf and onnx each raise their own
-        return None, size
-    target = next((entry.value for entry in model.metadata_props if entry.key == TARGET_KEY), None)
+        return FileFacts(None, None, size)
+    named = {entry.key: entry.value for entry in model.metadata_props}
     beside = {
         entry.value
         for tensor in model.graph.initializer
@@ -115,14 +126,16 @@ def file_facts(path: Path) -> tuple[str | None, int]:
         if entry.key == "location"
     }
     external = [path.parent / name for name in beside]
-    return target, size + sum(file.stat().st_size for file in external if file.is_file())
+    size += sum(file.stat().st_size for file in external if file.is_file())
+    return FileFacts(named.get(TARGET_KEY), named.get(PRECISION_KEY), size)
 
 
 def _row(label: str, measurement: Measurement, setting: Setting, gain: Estimate | None) -> dict[str, Any]:
-    target, size = file_facts(measurement.contestant.model)
+    facts = file_facts(measurement.contestant.model)
     row: dict[str, Any] = {
         "file": label,
-        "target": target,
+        "target": facts.target,
+        "precision": facts.precision,
         "threads": setting.threads,
         "batch": setting.batch,
         "samples": 0,
@@ -135,7 +148,7 @@ def _row(label: str, measurement: Measurement, setting: Setting, gain: Estimate 
         "peak_rss_bytes": measurement.peak_rss_bytes,
         "idle_rss_bytes": measurement.idle_rss_bytes,
         "inputs": measurement.inputs,
-        "file_bytes": size,
+        "file_bytes": facts.bytes,
         "blocks": len(measurement.blocks),
         "blocks_dropped": 0,
         "self_difference": None,

@@ -20,6 +20,7 @@ from sparsepipe.environment import describe_machine, package_versions
 from sparsepipe.errors import ArtefactError, GraphError
 from sparsepipe.progress import bar
 from sparsepipe.recipe import Bench
+from sparsepipe.stages.forms import INT8
 
 RESULT_FILE = "bench.json"
 BASELINE_TARGET = "dense"
@@ -44,7 +45,7 @@ def run(config: BaseModel, inputs: Mapping[str, Artefact], out: Path) -> Artefac
 
 
 def measure(paths: Sequence[Path], config: Bench) -> dict[str, Any]:
-    """Measure ONNX files from anywhere; the dense export, or else the first file, is the baseline.
+    """Measure ONNX files from anywhere; the dense export in fp32, or else in int8, or the first file is the baseline.
 
     Args:
         paths: the files.
@@ -52,7 +53,8 @@ def measure(paths: Sequence[Path], config: Bench) -> dict[str, Any]:
             inputs, the first number of these is the batch size.
 
     Returns:
-        `baseline`, `results` (a row for each file and setting), `verdicts` (for each setting, whether the machine was
+        `baseline`, `results` (a row for each file and setting, with `speedup_over_int8` where there is a dense int8
+        export beside the baseline), `verdicts` (for each setting, whether the machine was
         noisy) and `environment`.
 
     Raises:
@@ -64,10 +66,19 @@ def measure(paths: Sequence[Path], config: Bench) -> dict[str, Any]:
     if missing is not None or not paths:
         raise ArtefactError("There is no such ONNX file.", where=str(missing) if missing else "bench")
     names = labels(paths)
-    targets = [file_facts(path)[0] for path in paths]
-    baseline = targets.index(BASELINE_TARGET) if BASELINE_TARGET in targets else 0
+    facts = [file_facts(path) for path in paths]
+    dense = [number for number, one in enumerate(facts) if one.target == BASELINE_TARGET]
+    int8 = next((number for number in dense if facts[number].precision == INT8), None)
+    baseline = next((number for number in dense if facts[number].precision != INT8), int8 or 0)
     with bar("Measuring", rounds(config)) as running:
-        measured = take_turns(paths, names, baseline, config, lambda note: running.advance(note=note))
+        measured = take_turns(
+            paths,
+            names,
+            baseline,
+            config,
+            lambda note: running.advance(note=note),
+            int8=None if int8 == baseline else int8,
+        )
     return {
         "baseline": names[baseline],
         "results": measured.results,

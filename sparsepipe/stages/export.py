@@ -26,8 +26,9 @@ from sparsepipe.graph.universal import rewrite
 from sparsepipe.plugins import is_plugin
 from sparsepipe.progress import bar
 from sparsepipe.runtime import session
-from sparsepipe.spec import CALIBRATION_KEY, SPEC_FILE, ModelSpec
+from sparsepipe.spec import CALIBRATION_KEY, PRECISION_KEY, SPEC_FILE, ModelSpec
 from sparsepipe.stages.fit import check_fit
+from sparsepipe.stages.forms import FP32, INT8, Form, forms
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("sparsepipe")
 
 LAYERS_FILE = "layers.json"
-INT8 = "int8"
 COMMON_IR_VERSION = 10
 """Version of the file format that any onnxruntime since 1.18 reads. The onnx package writes its own newest one, which
 onnxruntime reads only months later."""
@@ -53,9 +53,9 @@ class Plan:
         model: as it was built or read.
         layers: what `portable` stores sparse.
         folded: the model without batch normalisations.
-        kernels: what `universal` runs sparse, in `folded`; empty where that is not exported.
+        kernels: what `universal` runs sparse in fp32, in `folded`; empty where that is not exported.
         outcome: what measuring found; None where the cost model decided.
-        int8: the files in int8; None in fp32.
+        int8: the files in int8; None where there are none.
     """
 
     model: ModelProto
@@ -162,7 +162,7 @@ def export_onnx(network: nn.Module, input_shape: tuple[int, ...], out: str | Pat
 
 
 def file_name(target: str) -> str:
-    """Name of the ONNX file of a target in the output folder."""
+    """Name of the ONNX file of a target in the output folder; `dense.int8` is the int8 form beside that in fp32."""
     return f"model.{target}.onnx"
 
 
@@ -221,31 +221,43 @@ def _write(
         **_versions("onnx"),
         "sparsepipe.version": package_versions()["sparsepipe"],
         "sparsepipe.sparsity": f"{total:.6f}",
-        "sparsepipe.precision": config.precision,
     }
-    if plan.int8 is not None and config.calibrate is not None:
-        common[CALIBRATION_KEY] = config.calibrate.model_dump_json()
     advance(note="checking")
-    files: dict[str, bytes] = {}
-    for target in _targets(config):
-        rewritten = TARGETS[target](plan) if plan.int8 is None else index.copy(plan.int8.files[target])
-        stamp(rewritten, {**common, "sparsepipe.target": target})
-        files[target] = serialise(rewritten, where=file_name(target))
+    files: dict[Form, bytes] = {}
+    for form in forms(config):
+        own = {**common, "sparsepipe.target": form.target, PRECISION_KEY: form.precision}
+        if form.precision == INT8 and plan.int8 is not None and config.calibrate is not None:
+            rewritten = index.copy(plan.int8.files[form.target])
+            own[CALIBRATION_KEY] = config.calibrate.model_dump_json()
+        else:
+            rewritten = TARGETS[form.target](plan)
+        stamp(rewritten, own)
+        files[form] = serialise(rewritten, where=file_name(form.key))
     advance(note="writing")
     rows = [asdict(layer) for layer in plan.layers]
+    universal = "universal" in config.targets
     with draft(out, "export", config, inputs) as building:
-        for name, data in files.items():
-            path = building.folder / file_name(name)
+        for form, data in files.items():
+            path = building.folder / file_name(form.key)
             with atomic_write(path) as file:
                 file.write(data)
             session(path)
         write_json(building.folder / LAYERS_FILE, rows)
         building.metrics.update(
-            files={name: {"name": file_name(name), "bytes": len(data)} for name, data in files.items()},
+            files={
+                form.key: {
+                    "name": file_name(form.key),
+                    "bytes": len(data),
+                    "target": form.target,
+                    "precision": form.precision,
+                }
+                for form, data in files.items()
+            },
             sparsity=total,
             opset=index.opset(model),
             layers=rows,
             kernels=[asdict(choice) for choice in plan.kernels],
+            int8_kernels=[asdict(choice) for choice in plan.int8.kernels] if plan.int8 and universal else [],
             measured=_facts(plan.outcome),
             precision=config.precision,
             calibration_samples=plan.int8.samples if plan.int8 else None,
@@ -256,18 +268,10 @@ def _write(
 
 
 def _check_settings(config: recipe.Export) -> None:
-    if config.precision == INT8:
+    if INT8 in config.precision:
         from sparsepipe.stages import int8
 
         int8.check_settings(config)
-
-
-def _targets(config: recipe.Export) -> Sequence[str]:
-    if config.precision == INT8:
-        from sparsepipe.stages.int8 import TARGETS as WITH_INT8
-
-        return [target for target in config.targets if target in WITH_INT8]
-    return config.targets
 
 
 def _plan(
@@ -275,19 +279,18 @@ def _plan(
 ) -> Plan:
     """Which layers become sparse: by size, by the cost model and, where that is asked for, by timing them."""
     layers = survey(model)
-    if config.precision == INT8:
+    made = None
+    if INT8 in config.precision:
         from sparsepipe.stages import int8
 
         advance(0, note="calibrating")
-        folded = fold(model)[0]
-        made = int8.prepare(folded, properties, config)
-        return Plan(model, layers, folded, made.kernels if "universal" in config.targets else [], int8=made)
-    if "universal" not in config.targets:
-        return Plan(model, layers, model, [])
+        made = int8.prepare(fold(model)[0], properties, config)
+    if FP32 not in config.precision or "universal" not in config.targets:
+        return Plan(model, layers, model, [], int8=made)
     folded = fold(model)[0]
     kernels = choose(folded, config.isa)
     if not config.measure:
-        return Plan(model, layers, folded, kernels)
+        return Plan(model, layers, folded, kernels, int8=made)
     from sparsepipe.benchmark.measure import measure
 
     steps = _steps(config) - STEPS
@@ -299,7 +302,7 @@ def _plan(
         advance(done - before, note)
 
     outcome = measure(folded, kernels, config.measure_seconds, move)
-    return Plan(model, layers, folded, outcome.choices, outcome)
+    return Plan(model, layers, folded, outcome.choices, outcome, made)
 
 
 def _steps(config: recipe.Export) -> int:

@@ -24,6 +24,7 @@ from sparsepipe.runtime.inputs import inputs_of
 from sparsepipe.runtime.samples import Batch, labelled_samples
 from sparsepipe.runtime.sessions import session
 from sparsepipe.spec import ModelSpec
+from sparsepipe.stages.forms import FP32, INT8_TARGETS
 from sparsepipe.stages.int8_selection import Selection, select
 from sparsepipe.stages.validate import input_for
 
@@ -33,7 +34,6 @@ BATCH = 16
 SELECTION_SAMPLES = 1000
 """Samples on which accuracy is measured for `max_drop`; of a small dataset, those that the calibration leaves."""
 SPEC_KEY = "sparsepipe.spec"
-TARGETS = ("dense", "universal")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ def check_settings(config: Export) -> None:
             where="export.calibrate",
             advice="Add --calibrate DATA, a dataset as `sparsepipe validate` takes it: npz:FILE, for example.",
         )
-    if "targets" in config.model_fields_set and "portable" in config.targets:
+    chosen = set(config.targets) != set(Export.model_fields["targets"].default)  # a run's recipe names the default, too
+    portable_alone = FP32 not in config.precision and "portable" in config.targets
+    if (chosen and portable_alone) or not set(config.targets) & set(INT8_TARGETS):
         raise RecipeError(
             "The target portable has no int8 form.", where="export.targets", advice="Name dense, universal or both."
         )

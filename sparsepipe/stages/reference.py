@@ -21,6 +21,7 @@ from sparsepipe.runtime.network import OnnxNetwork
 from sparsepipe.runtime.sessions import one_line
 from sparsepipe.spec import SPEC_FILE, ModelSpec
 from sparsepipe.stages.export import load_network
+from sparsepipe.stages.forms import INT8
 
 if TYPE_CHECKING:
     import torch
@@ -171,17 +172,17 @@ def from_path(path: Path, trusted_model: str | None) -> Reference:
 
 
 def dense_file(export: Artefact | None, folder: Path) -> Path:
-    """The dense file of an export, to stand for the network.
+    """The dense file in fp32 of an export, to stand for the network.
 
     Raises:
         ArtefactError: there is no export, or no dense file in it; the message names `folder`.
     """
-    files = export.metric("files") if export else {}
-    if export is None or DENSE_TARGET not in files:
+    file = export.metric("files").get(DENSE_TARGET) if export else None
+    if export is None or file is None or file.get("precision") == INT8:
         raise ArtefactError(
             "This folder holds no network to compare with that can be run here.",
             where=str(folder),
             advice=f"Name a run folder, or the folder of one of the stages {', '.join(NETWORK_STAGES)} (these need "
-            "torch), or of an export with the dense target.",
+            "torch), or of an export with the dense target in fp32.",
         )
-    return export.file(files[DENSE_TARGET]["name"])
+    return export.file(file["name"])

@@ -140,7 +140,7 @@ def test_a_converted_network_becomes_files_that_agree(
 
     metrics = result.metrics
     assert metrics["files"] == {
-        target: {"name": path.name, "bytes": path.stat().st_size}
+        target: {"name": path.name, "bytes": path.stat().st_size, "target": target, "precision": "fp32"}
         for target, path in (("dense", dense), ("portable", portable), ("universal", universal))
     }
     assert metrics["opset"] == model.opset_import[0].version == 18

@@ -64,7 +64,7 @@ def test_the_layer_that_loses_stays_fp32(
     assert accuracy(whole.file("model.universal.onnx"), prepared) < wanted - 0.05
     made = export.from_onnx(fragile, config(digits, max_drop=1.0), tmp_path / "kept")
     assert accuracy(made.file("model.universal.onnx"), prepared) > wanted - 0.02
-    reasons = {row["name"]: row["reason"] for row in made.metrics["kernels"]}
+    reasons = {row["name"]: row["reason"] for row in made.metrics["int8_kernels"]}
     assert "dB" in reasons["hidden.weight"]
     assert "first layer" in reasons["stem.weight"]
     assert "last layer" in reasons["head.weight"]
