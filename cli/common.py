@@ -69,6 +69,18 @@ def recipe_options(function: F) -> F:
     return click.argument("recipe", type=click.Path(path_type=Path))(function)
 
 
+def list_of(convert: Callable[[str], Any]) -> Callable[..., tuple[Any, ...]]:
+    """A callback for an option that reads `0,1,2`."""
+
+    def read(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[Any, ...]:
+        try:
+            return tuple(dict.fromkeys(convert(part.strip()) for part in (text or "").split(",") if part.strip()))
+        except ValueError as error:
+            raise click.BadParameter(f"'{text}' is not a list of numbers separated by ','.") from error
+
+    return read
+
+
 def model_option(function: F) -> F:
     """Adds `--model`, by which the user vouches for a network's own code."""
     return click.option(

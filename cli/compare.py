@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,6 @@ import click
 from sparsepipe.cli import common
 
 log = logging.getLogger("sparsepipe")
-
-
-def _list_of(convert: Callable[[str], Any]) -> Callable[..., tuple[Any, ...]]:
-    """A callback that reads `0,1,2`."""
-
-    def read(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[Any, ...]:
-        try:
-            return tuple(dict.fromkeys(convert(part.strip()) for part in (text or "").split(",") if part.strip()))
-        except ValueError as error:
-            raise click.BadParameter(f"'{text}' is not a list of numbers separated by ','.") from error
-
-    return read
 
 
 def _vary(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -40,13 +28,15 @@ def _vary(context: click.Context, parameter: click.Parameter, texts: tuple[str, 
 @click.command("compare")
 @common.recipe_options
 @click.option(
-    "--methods", callback=_list_of(str), default="dst-ee,rigl,set,dense", show_default=True, metavar="LIST",
+    "--methods", callback=common.list_of(str), default="dst-ee,rigl,set,dense", show_default=True, metavar="LIST",
     help="The first is what the others are compared with.",
 )  # fmt: skip
 @click.option(
-    "--sparsities", callback=_list_of(float), metavar="LIST", help="As 0.9,0.95. Default: that of the recipe."
+    "--sparsities", callback=common.list_of(float), metavar="LIST", help="As 0.9,0.95. Default: that of the recipe."
 )
-@click.option("--seeds", callback=_list_of(int), default="0,1,2", show_default=True, metavar="LIST", help="As 0,1,2.")
+@click.option(
+    "--seeds", callback=common.list_of(int), default="0,1,2", show_default=True, metavar="LIST", help="As 0,1,2."
+)
 @click.option(
     "--vary", multiple=True, callback=_vary, metavar="KEY=LIST",
     help="Another key of the recipe with its values, e.g. --vary method.pattern=unstructured,4x4 (repeatable).",

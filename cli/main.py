@@ -16,6 +16,7 @@ VERBS = {
     "run": "Run a whole recipe: train, freeze, convert, export, validate, bench, report.",
     "train": "Train a network sparse from scratch.",
     "compare": "Train a recipe with several methods, sparsities and seeds.",
+    "emc": "Search for the largest sample that a network, dense or sparse, fits.",
     "freeze": "Fix the masks: exact zeros, no training state.",
     "convert": "Choose a compact format for every layer.",
     "export": "Write ONNX files.",

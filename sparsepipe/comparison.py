@@ -263,7 +263,7 @@ def _table(grid: Grid, trainings: Sequence[Training], done: Mapping[int, Mapping
             "others": dict(setting.others),
             "seeds": sorted(runs),
         }
-        row["means"] = {key: _mean([run[key] for run in runs.values() if run[key] is not None]) for key in KEPT}
+        row["means"] = {key: over_seeds([run[key] for run in runs.values() if run[key] is not None]) for key in KEPT}
         reference = _partner(by_setting, grid.methods[0], setting)
         dense = _partner(by_setting, "dense", setting)
         row["minus"] = None if setting.method == grid.methods[0] else _difference(runs, reference)
@@ -294,11 +294,12 @@ def _difference(
     """Test accuracy minus that of the partners with the same seed, as fractions."""
     pairs: Iterable[int] = sorted({*runs} & {*others})
     differences = [runs[seed]["test_accuracy"] - others[seed]["test_accuracy"] for seed in pairs]
-    found = _mean(differences)
+    found = over_seeds(differences)
     return None if found is None else {**found, "pairs": len(differences)}
 
 
-def _mean(values: Sequence[float]) -> dict[str, Any] | None:
+def over_seeds(values: Sequence[float]) -> dict[str, Any] | None:
+    """Mean and 95% interval of one value for each seed; no interval for a single one, None for none."""
     if not values:
         return None
     return as_dict(mean(values)) or {"value": values[0], "low": None, "high": None}

@@ -86,7 +86,7 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     model = models.create(
         config.model.name, input_shape=dataset.input_shape, classes=classes, options=config.model.options
     )
-    _check_fit(config, model, dataset, min(2, settings.batch_size, len(rest)))
+    check_fit(config, model, dataset, min(2, settings.batch_size, len(rest)))
     # Channels last is the layout that convolutions are fastest in, on CPUs by a quarter and more.
     model.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = optimizers.create(model=model, **config.optimizer.model_dump())
@@ -142,7 +142,7 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     return Assembly(config, dataset, sizes, batches.global_size, macs, loop, validation, normalise, fabric)
 
 
-def _check_fit(config: TrainConfig, model: nn.Module, dataset: Dataset, batch: int) -> None:
+def check_fit(config: TrainConfig, model: nn.Module, dataset: Dataset, batch: int) -> None:
     """Refuse a network that does not take the dataset's samples, or does not tell its classes apart.
 
     It runs in evaluation mode, and in training mode on `batch` samples: some networks then return something else.
