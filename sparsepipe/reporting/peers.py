@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsepipe.reporting import units
 from sparsepipe.reporting.markdown import Table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Row = Mapping[str, Any]
 BASELINE, OURS = "onnxruntime", "sparsepipe"
-LOOKS = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "--"), ("P", "-."), ("X", ":"))
-"""Marker and line of each runtime, so that the picture needs no colour."""
+MARKERS, DASHES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
+"""Marker and line of a runtime, so that the picture needs no colour. Their numbers share no factor: 28 pairs differ."""
+PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.4
+LEGEND_HANDLE, LEGEND_LETTER, LEGEND_LINE = 0.8, 0.08, 0.22
+"""Inches that an entry of the legend takes: beside its name, for each letter of it, in height."""
 
 
 def tables(result: Row) -> list[Table]:
@@ -77,7 +83,12 @@ def markdown(result: Row) -> str:
 
 
 def picture(result: Row, path: Path) -> None:
-    """Draw speed-up against sparsity, a panel for each network, in the format that the name of the file asks for.
+    """Write `figure` in the format that the name of the file asks for."""
+    figure(result).savefig(path, dpi=130)
+
+
+def figure(result: Row) -> Figure:
+    """Draw speed-up against sparsity, a panel for each network.
 
     Lines differ by marker and dashes; a bar at each point is the 95% interval, the level 1 is dense onnxruntime.
     """
@@ -90,41 +101,46 @@ def picture(result: Row, path: Path) -> None:
     first = lines[0][2] if lines else "1"
     columns = min(3, max(len(titles), 1))
     height = -(-max(len(titles), 1) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.4 * height + 0.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    width = PANEL_WIDTH * columns
+    beside = max(int(width / (LEGEND_HANDLE + LEGEND_LETTER * max(map(len, runtimes), default=0))), 1)
+    legend = LEGEND_LINE * (-(-len(runtimes) // beside) + 1)
+    page = Figure(figsize=(width, PANEL_HEIGHT * height + legend), layout="constrained")
+    FigureCanvasAgg(page)
+    drawn: dict[str, Any] = {}
     for place, title in enumerate(titles):
-        axes = figure.add_subplot(height, columns, place + 1)
+        axes = page.add_subplot(height, columns, place + 1)
         sparsities = sorted({row["sparsity"] for row in result["rows"] if row["title"] == title})
         for number, runtime in enumerate(runtimes):
             cells = [(one, _find(result, title, one, runtime, first)) for one in sparsities]
             points = [(100 * one, cell["speedup"]) for one, cell in cells if cell and cell["speedup"]]
             if not points:
                 continue
-            marker, dashes = LOOKS[number % len(LOOKS)]
-            axes.errorbar(
+            drawn[runtime] = axes.errorbar(
                 [x for x, _ in points],
                 [gain["value"] for _, gain in points],
                 yerr=[
                     [max(gain["value"] - gain["low"], 0) for _, gain in points],
                     [max(gain["high"] - gain["value"], 0) for _, gain in points],
                 ],
-                marker=marker,
-                linestyle=dashes,
+                color=f"C{number}",
+                marker=MARKERS[number % len(MARKERS)],
+                linestyle=DASHES[number % len(DASHES)],
                 linewidth=2.6 if runtime == OURS else 1.3,
                 markersize=6,
                 capsize=3,
-                label=runtime,
             )
         axes.axhline(1.0, color="0.4", linewidth=0.8)
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        axes.set_xticks([100 * one for one in sparsities], [f"{100 * one:.4g}" for one in sparsities])
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("sparsity, %")
         axes.set_ylabel(f"faster than dense onnxruntime, {first} thread{'' if first == '1' else 's'}", fontsize=8)
-        if place == 0:
-            handles, labels = axes.get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=4, handlelength=4, fontsize=9)
-    figure.savefig(path, dpi=130)
+    shown = [runtime for runtime in runtimes if runtime in drawn]  # some run in some of the networks only
+    if shown:
+        handles = [drawn[runtime] for runtime in shown]
+        page.legend(handles, shown, loc="outside lower center", ncols=beside, handlelength=4, fontsize=9)
+    return page
 
 
 def _lines(result: Row) -> list[tuple[str, str, str]]:

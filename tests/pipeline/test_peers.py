@@ -20,6 +20,7 @@ from sparsepipe.benchmark.peers.registry import PEERS, Peer, chosen
 from sparsepipe.cli import report as report_verb
 from sparsepipe.cli.bench import command
 from sparsepipe.errors import ArtefactError, RecipeError
+from sparsepipe.reporting import peers as tables
 from sparsepipe.stages import peers, peers_row, suite
 
 FAKES = """
@@ -213,3 +214,32 @@ def test_what_may_only_be_evaluated_is_run_when_it_is_named_and_its_licence_told
     assert caplog.text.count("evaluation") == 1  # once for all rows
     peers._install(chosen(peers.Peers().peers), lambda count, note: None)
     assert sorted(installed) == ["mnn", "openvino"]
+
+
+@pytest.mark.parametrize(("panels", "runtimes"), [(1, 7), (2, 7), (6, 12)])
+def test_the_legend_fits_and_no_two_runtimes_look_the_same(panels: int, runtimes: int) -> None:
+    """A runtime that could not run in the first network is in the legend, too."""
+    names = [f"onnxruntime-int8-qoperator-{number}" for number in range(runtimes)]
+    rows = []
+    for panel in range(panels):
+        found = [{"runtime": "onnxruntime", "threads": 1, "speedup": None}]
+        for place, name in enumerate(names):
+            runs = panels == 1 or (panel, place) != (0, 2)
+            gain = {"value": 1.0 + place, "low": 0.9 + place, "high": 1.2 + place}
+            found.append({"runtime": name, "threads": 1, "speedup": gain if runs else None})
+        rows += [{"title": f"Network {panel}", "sparsity": sparsity, "results": found} for sparsity in (0.8, 0.95)]
+    page = tables.figure({"rows": rows})
+    page.draw_without_rendering()
+    (legend,) = page.legends
+    assert sorted(text.get_text() for text in legend.get_texts()) == sorted(names)
+    inside, whole = legend.get_window_extent(), page.bbox
+    assert whole.x0 <= inside.x0 < inside.x1 <= whole.x1
+    assert whole.y0 <= inside.y0 < inside.y1 <= whole.y1
+    looks = [
+        {place: (line.get_marker(), line.get_linestyle()) for line in axes.lines for place in [line.get_ydata()[0]]
+         if len(line.get_xdata()) == 2 and line.get_marker() not in ("None", "_")}
+        for axes in page.axes
+    ]  # fmt: skip
+    assert len(set(looks[-1].values())) == runtimes
+    for panel in looks:
+        assert panel.items() <= looks[-1].items()
