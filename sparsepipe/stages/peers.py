@@ -18,11 +18,11 @@ from sparsepipe import data as datasets
 from sparsepipe.artefact import Artefact, digest_file, draft, write_json
 from sparsepipe.benchmark import calls
 from sparsepipe.benchmark.client import WorkerError, WorkerProcess
-from sparsepipe.benchmark.harness import Ask, Contestant, Measurement, Setting
+from sparsepipe.benchmark.harness import ROUNDS, Ask, Contestant, Measurement, Setting
 from sparsepipe.benchmark.peers.environments import NotInstalled, install
 from sparsepipe.benchmark.peers.registry import DEFAULT, Peer, chosen
 from sparsepipe.benchmark.results import rows
-from sparsepipe.errors import ArtefactError
+from sparsepipe.errors import ArtefactError, GraphError
 from sparsepipe.graph.finish import serialise
 from sparsepipe.graph.load import load
 from sparsepipe.graph.resize import resize
@@ -85,6 +85,25 @@ class Network:
         return cls(label, path, model, any(node.domain == DOMAIN for node in held.graph.node))
 
 
+@dataclass(frozen=True)
+class Work:
+    """What all runtimes get of a network at one batch size: files, and the outputs of dense onnxruntime.
+
+    Attributes:
+        source: the dense network with fixed sizes.
+        feeds: a file of one call, which is timed.
+        checks: calls whose outputs are compared.
+        calibration: calls to calibrate int8 with.
+        expected: the outputs for `checks`.
+    """
+
+    source: Path
+    feeds: Path
+    checks: Path
+    calibration: Path
+    expected: Sequence[Sequence[Any]]
+
+
 @dataclass
 class Entry:
     """A network in a runtime; `failure` says why it cannot run."""
@@ -112,7 +131,7 @@ def measure(paths: Sequence[Path], config: Peers) -> dict[str, Any]:
     Raises:
         RecipeError: there is no such peer.
         ArtefactError: a file is missing.
-        GraphError: a file cannot be read or run, or its batch size is fixed at another one.
+        GraphError: a file cannot be read, or none could be measured, as where all batch sizes are fixed at other ones.
         DataError: the dataset cannot be read, or does not fit the network.
     """
     config = bench.with_batch_of_input(config)
@@ -160,8 +179,10 @@ def compare(networks: Sequence[Network], config: Peers, advance: Callable[[int, 
                     {**row, "runtime": entry.runtime, "fidelity": entry.fidelity}
                     for row, entry in zip(found, entries, strict=True)
                 ]
-                verdicts.append(verdict)
+                verdicts += [verdict] if verdict else []
                 runtimes |= {str(one.settings): one.settings for one in measured if one.settings}
+    if not any(row["samples"] for row in results):
+        raise GraphError(f"No file could be measured: {results[0]['note']}.", where=results[0]["file"])
     return {
         "schema_version": SCHEMA_VERSION,
         "baseline": results[0]["file"],
@@ -198,63 +219,90 @@ def _entries(
 ) -> list[Entry]:
     """Everything that takes part at one batch size; the first is dense onnxruntime, the baseline."""
     dense = [network for network in networks if not network.is_sparse] or networks[:1]
-    plain, sparse = [], []
-    for number, network in enumerate(dict.fromkeys(map(id, [*dense, *networks]))):
-        here = next(one for one in networks if id(one) == network)
+    plain: list[Entry] = []
+    others: list[Entry] = []
+    for number, here in enumerate(networks):
+        is_dense = any(here is one for one in dense)
+        taking: dict[str, Peer | None] = {}
+        if is_dense:
+            taking[ONNXRUNTIME] = None
+        if here.is_sparse:
+            taking[SPARSEPIPE] = None
+        if is_dense:
+            taking |= peers
         place = folder / str(number)
         place.mkdir()
-        source = _fixed(here.model, config, batch, place / "dense.onnx")
-        training, testing = _samples(source, here.model, config)
-        feeds, checks = calls.write(place / "feeds.npz", testing[:1]), calls.write(place / "checks.npz", testing)
-        calibration = calls.write(place / "calibration.npz", training)
-        opened = session(source, library=False)
-        expected = [run(opened, one, where=here.label) for one in testing]
-        if any(here is one for one in dense):
-            plain.append(
-                Entry(f"{here.label}, onnxruntime", ONNXRUNTIME, Contestant(source, feeds=feeds), expected, checks)
-            )
-        if here.is_sparse:
-            contestant = Contestant(here.path, feeds=feeds)
-            sparse.append(Entry(f"{here.label}, sparsepipe", SPARSEPIPE, contestant, expected, checks))
-        for name, peer in peers.items() if any(here is one for one in dense) else ():
-            advance(0, f"preparing {name}")
-            entry = Entry(
-                f"{here.label}, {name}", name, Contestant(source, feeds=feeds), expected, checks, int8=peer.int8
-            )
-            own = place / name
-            own.mkdir()
-            try:
-                if name in absent:
-                    raise NotInstalled(absent[name])
-                entry.contestant = _prepare(peer, source, own, calibration if peer.int8 else None, feeds, config)
-            except (NotInstalled, WorkerError) as error:
-                entry.failure = str(error)
-            sparse.append(entry)
-    return [*plain, *sparse]
+        try:
+            work = _work(here, config, batch, place)
+        except GraphError as error:  # as where its batch size is fixed at another one
+            unfit = [
+                Entry(f"{here.label}, {name}", name, Contestant(here.path), (), place, failure=error.what.rstrip("."))
+                for name in taking
+            ]
+            plain, others = plain + unfit[: int(is_dense)], others + unfit[int(is_dense) :]
+            continue
+        for name, peer in taking.items():
+            path = here.path if name == SPARSEPIPE else work.source
+            entry = Entry(f"{here.label}, {name}", name, Contestant(path, feeds=work.feeds), work.expected, work.checks)
+            if peer is not None:
+                advance(0, f"preparing {name}")
+                entry.int8 = peer.int8
+                try:
+                    if name in absent:
+                        raise NotInstalled(absent[name])
+                    entry.contestant = _prepare(peer, name, work, config)
+                except (NotInstalled, WorkerError) as error:
+                    entry.failure = str(error)
+            (plain if name == ONNXRUNTIME else others).append(entry)
+    return [*plain, *others]
 
 
-def _prepare(peer: Peer, source: Path, folder: Path, samples: Path | None, feeds: Path, config: Peers) -> Contestant:
-    """Have a runtime make its own file in a process of its own."""
+def _work(network: Network, config: Peers, batch: int, folder: Path) -> Work:
+    """Write what all runtimes get.
+
+    Raises:
+        GraphError: the network cannot be run so, as where its batch size is fixed at another one.
+        DataError: the dataset cannot be read, or does not fit the network.
+    """
+    source = _fixed(network.model, config, batch, folder / "dense.onnx")
+    training, testing = _samples(source, network.model, config)
     opened = session(source, library=False)
+    return Work(
+        source,
+        calls.write(folder / "feeds.npz", testing[:1]),
+        calls.write(folder / "checks.npz", testing),
+        calls.write(folder / "calibration.npz", training),
+        [run(opened, one, where=network.label) for one in testing],
+    )
+
+
+def _prepare(peer: Peer, name: str, work: Work, config: Peers) -> Contestant:
+    """Have a runtime make its own file in a process of its own."""
+    opened = session(work.source, library=False)
+    folder = work.source.parent / name
+    folder.mkdir()
     with WorkerProcess(peer.command(), peer.variables) as worker:
         answer = worker.ask(
             "prepare",
             config.timeout or PREPARE_SECONDS,
             runtime=peer.runtime,
-            model=str(source),
+            model=str(work.source),
             folder=str(folder),
-            samples=str(samples) if samples else None,
+            samples=str(work.calibration) if peer.int8 else None,
             inputs=[node.name for node in opened.get_inputs()],
             outputs=[node.name for node in opened.get_outputs()],
         )
-    return Contestant(Path(answer["model"]), peer.runtime, peer.command(), peer.variables, feeds)
+    return Contestant(Path(answer["model"]), peer.runtime, peer.command(), peer.variables, work.feeds)
 
 
 def _race(
     entries: Sequence[Entry], setting: Setting, folder: Path, advance: Callable[[int, str], None]
-) -> tuple[list[Measurement], dict[str, Any]]:
-    """Compare, then time, those that can run; a measurement for each entry, and the verdict on the machine."""
+) -> tuple[list[Measurement], dict[str, Any] | None]:
+    """Compare, then time, those that can run; a measurement for each entry, and the verdict on the machine, if any."""
     racing = [entry for entry in entries if entry.failure is None]
+    if not racing:
+        advance(ROUNDS, "")
+        return [Measurement(entry.contestant, failure=entry.failure) for entry in entries], None
 
     def admit(index: int, ask: Ask) -> str | None:
         entry, out = racing[index], folder / f"outputs-{index}.npz"

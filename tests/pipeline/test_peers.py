@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
@@ -19,7 +20,7 @@ from sparsepipe.benchmark.peers.environments import Environment, NotInstalled
 from sparsepipe.benchmark.peers.registry import PEERS, Peer, chosen
 from sparsepipe.cli import report as report_verb
 from sparsepipe.cli.bench import command
-from sparsepipe.errors import ArtefactError, RecipeError
+from sparsepipe.errors import ArtefactError, GraphError, RecipeError
 from sparsepipe.reporting import peers as tables
 from sparsepipe.stages import peers, peers_row, suite
 
@@ -243,3 +244,20 @@ def test_the_legend_fits_and_no_two_runtimes_look_the_same(panels: int, runtimes
     assert len(set(looks[-1].values())) == runtimes
     for panel in looks:
         assert panel.items() <= looks[-1].items()
+
+
+def test_a_batch_size_fixed_at_another_one_is_rows_with_the_reason(model: Path, tmp_path: Path) -> None:
+    held = onnx.load(model)
+    held.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(held, tmp_path / "fixed.onnx")
+    config = peers.Peers(peers=("good",), seconds=0.05, batch=(3, 2))
+    result = peers.measure([tmp_path / "fixed.onnx"], config)
+    for row in result["results"]:
+        assert bool(row["samples"]) == (row["batch"] == 2)
+        assert ("fixed at 2" in (row["note"] or "")) == (row["batch"] == 3)
+    assert [(row["runtime"], row["batch"]) for row in result["results"]] == [
+        ("onnxruntime", 3), ("good", 3), ("onnxruntime", 2), ("good", 2),
+    ]  # fmt: skip
+    assert [verdict["batch"] for verdict in result["verdicts"]] == [2]
+    with pytest.raises(GraphError, match=r"No file could be measured: .*fixed at 2"):
+        peers.measure([tmp_path / "fixed.onnx"], config.model_copy(update={"batch": (3,)}))
