@@ -215,6 +215,9 @@ def _form(
         raise click.UsageError("--input names the batch size, too, as its first number; leave --batch out.")
     if suite and out is not None and out.suffix != ".json":
         raise click.UsageError("With --suite, --out names a file: FILE.json.")
+    for option, owner in (("pattern", "kernels"), ("peers", "peers"), ("install_peers", "peers")):
+        if suite and suite != owner and options[option]:
+            raise click.UsageError(f"--{option.replace('_', '-')} does not belong to --suite {suite}.")
     if suite and options["batch"]:
         raise click.UsageError("--batch does not belong to --suite: its networks have batch sizes of their own.")
     return given[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +36,7 @@ def measure(
     Raises:
         GraphError: the universal file computes something else than the dense one.
     """
+    started = time.monotonic()
     network = networks.NETWORKS[name]
     config = config.model_copy(update={"batch": (network.input_shape[0],)})
     advance(0, f"{name} {sparsity:.4g}: exporting")
@@ -51,6 +53,7 @@ def measure(
         "input": list(network.input_shape),
         "sparsity": sparsity,
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "took_s": time.monotonic() - started,
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "samples": result["samples"],
         "results": result["results"],

@@ -12,12 +12,14 @@ from pydantic import Field
 
 from sparsepipe.artefact import digest_file, read_json, write_json
 from sparsepipe.benchmark import networks
+from sparsepipe.benchmark.harness import EXTENSION, WARMUP_SHARE
 from sparsepipe.benchmark.int8 import METHOD as INT8_METHOD
 from sparsepipe.benchmark.peers.registry import chosen
 from sparsepipe.errors import ArtefactError, RecipeError
 from sparsepipe.graph.prune import block_shape
 from sparsepipe.progress import bar
 from sparsepipe.recipe import Bench, Fraction
+from sparsepipe.reporting import units
 from sparsepipe.runtime.library import library_path
 from sparsepipe.stages import bench, peers_row, suite_row
 from sparsepipe.stages.peers import Peers, tell_licences
@@ -81,6 +83,8 @@ def peers(config: PeersSuite, out: Path | None = None, *, force: bool = False) -
         result["rows"] = _earlier(out, result)
     rows: dict[tuple[str, float], dict[str, Any]] = {(row["network"], row["sparsity"]): row for row in result["rows"]}
     missing = [(name, one) for name in config.networks for one in config.sparsity if (name, one) not in rows]
+    if missing:
+        log.info("%s", _estimate(config, len(missing), result["rows"]))
     steps = bench.rounds(config.model_copy(update={"batch": (1,)}))
     with bar("Suite", steps * len(missing)) as running:
         for name in dict.fromkeys(name for name, _ in missing):
@@ -94,6 +98,19 @@ def peers(config: PeersSuite, out: Path | None = None, *, force: bool = False) -
                 if out is not None:
                     write_json(out, result)
     return result
+
+
+def _estimate(config: PeersSuite, rows: int, earlier: Sequence[Mapping[str, Any]]) -> str:
+    """How long the suite `peers` will take, in a sentence or two: from its settings, and from rows that are there."""
+    runtimes = len(chosen(config.peers)) + 2
+    turns = (runtimes + 1) * len(config.threads) * config.seconds * rows  # dense onnxruntime runs twice
+    least, most = turns * (1 + WARMUP_SHARE), turns * (EXTENSION + WARMUP_SHARE)
+    text = (
+        f"{units.plural(rows, 'row')} in {runtimes} runtimes: {units.duration(least)} to {units.duration(most)} of "
+        "calls; exporting, converting and calibrating come on top."
+    )
+    taken = [row["took_s"] for row in earlier if "took_s" in row]
+    return f"{text} Rows that are there took {units.duration(sum(taken) / len(taken))} on average." if taken else text
 
 
 def kernels(config: Kernels, out: Path | None = None, *, force: bool = False) -> dict[str, Any]:

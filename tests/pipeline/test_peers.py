@@ -261,3 +261,33 @@ def test_a_batch_size_fixed_at_another_one_is_rows_with_the_reason(model: Path, 
     assert [verdict["batch"] for verdict in result["verdicts"]] == [2]
     with pytest.raises(GraphError, match=r"No file could be measured: .*fixed at 2"):
         peers.measure([tmp_path / "fixed.onnx"], config.model_copy(update={"batch": (3,)}))
+
+
+def test_the_suite_says_how_long_it_takes_and_leaves_out_the_peers_that_are_not_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def measured(name: str, model: Any, sparsity: float, config: suite.PeersSuite, *_: Any) -> dict[str, Any]:
+        asked.append(config.peers)
+        return made_up(name, model, sparsity) | {"took_s": 90.0}
+
+    monkeypatch.setattr(peers_row, "measure", measured)
+    monkeypatch.setattr(networks, "build", lambda name, seed: None)
+    call = ["--suite", "peers", "--network", "mlp", "--peers", "mnn,openvino", "--seconds", "2"]
+    call += ["--threads", "1,2", "--out", str(tmp_path / "peers.json")]
+    with caplog.at_level("INFO", "sparsepipe"):
+        done = CliRunner().invoke(command, [*call, "--sparsity", "0.9,0.95"])
+    assert done.exit_code == 0, done.output
+    assert asked == [("mnn", "openvino")] * 2
+    # Two rows, two thread counts, dense onnxruntime twice and three others: 20 times 2 s, or three times as long, and
+    # a tenth of 2 s each to warm up.
+    assert "2 rows in 4 runtimes: 44.0\u202fs to 2\u202fmin 04\u202fs of calls" in done.output
+    with caplog.at_level("INFO", "sparsepipe"):
+        done = CliRunner().invoke(command, [*call, "--sparsity", "0.9,0.95,0.98"])
+    assert "1 row in 4 runtimes" in done.output
+    assert "took 90.0\u202fs on average" in done.output
+    for suite_name, option in (("kernels", "--peers"), ("peers", "--pattern")):
+        refused = CliRunner().invoke(command, ["--suite", suite_name, option, "mnn"])
+        assert refused.exit_code == 2
+        assert f"{option} does not belong to --suite {suite_name}" in refused.output
