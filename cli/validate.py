@@ -33,6 +33,12 @@ SHOWN_LAYERS = 3
     help="int8 files: largest allowed root mean square error, as a share of the output's range. Default: 0.1.",
 )  # fmt: skip
 @click.option("--samples", type=int, default=64, show_default=True, help="Number of random inputs, without a dataset.")
+@click.option("--attack", type=click.Choice(["pgd"]), help="Measure the accuracy on inputs changed by this, too.")
+@click.option(
+    "--epsilon", type=float,
+    help="--attack: largest change of a value before normalisation; pixels are in [0, 1]. Default: 8/255.",
+)  # fmt: skip
+@click.option("--steps", type=int, help="--attack: gradient steps. Default: 20.")
 @common.input_option
 @common.model_option
 @common.overrides_option
@@ -46,6 +52,9 @@ def command(
     max_drop: float | None,
     max_error: float | None,
     samples: int,
+    attack: str | None,
+    epsilon: float | None,
+    steps: int | None,
     input_: dict[str, tuple[int, ...]],
     trusted_model: str | None,
     overrides: tuple[str, ...],
@@ -59,6 +68,7 @@ def command(
     \b
     sparsepipe validate runs/quickstart/export/model.portable.onnx --against runs/quickstart
     sparsepipe validate pruned.onnx --against original.onnx
+    sparsepipe validate model.universal.onnx --against runs/quickstart --attack pgd --epsilon 0.1
     """
     from sparsepipe import recipe
     from sparsepipe.stages import validate
@@ -70,7 +80,11 @@ def command(
         "int8_max_error": max_error,
     }
     tolerances = common.section(against, "validate", overrides, flags)
-    table = {**tolerances.model_dump(), "samples": samples, "input": input_}
+    given = {key: value for key, value in (("epsilon", epsilon), ("steps", steps)) if value is not None}
+    if given and attack is None:
+        raise click.UsageError(f"--{next(iter(given))} belongs to --attack pgd.")
+    attacked = None if attack is None else {"name": attack, **given}
+    table = {**tolerances.model_dump(), "samples": samples, "input": input_, "attack": attacked}
     config = recipe.check(validate.ValidateConfig, table, where="validate")
     results = [
         validate.compare(path, against, dataset(data), config=config, trusted_model=trusted_model) for path in onnx
@@ -117,10 +131,29 @@ def _show(results: list[dict[str, Any]]) -> None:
                 for row in quantised
             ],
         )  # fmt: skip
+    attacks = [result["attack"] for result in results if "attack" in result]
+    if attacks:
+        _show_attacks(attacks)
     notes = [result["note"] for result in results]
+    notes += [attack["note"] for attack in attacks]
     notes += [row["note"] and f"{row['file']}: {row['note']}" for row in rows]
     for note in dict.fromkeys(note for note in notes if note):
         click.echo(note)
+
+
+def _show_attacks(attacks: list[dict[str, Any]]) -> None:
+    network = attacks[0]["network"]
+    rows = [["PyTorch", "white-box", network]]
+    rows += [[file["file"], "transferred", file["accuracy"]] for attack in attacks for file in attack["files"]]
+    first = attacks[0]
+    common.print_table(
+        [f"under {first['name']}, epsilon {first['epsilon']:.4g}, {first['steps']} steps", "attack", "samples",
+         "accuracy", "95% interval"],
+        [
+            [name, kind, found["samples"], f"{found['value']:.2%}", f"{found['low']:.2%}–{found['high']:.2%}"]
+            for name, kind, found in rows
+        ],
+    )  # fmt: skip
 
 
 def _outcome(row: dict[str, Any]) -> list[Any]:

@@ -1,11 +1,27 @@
-"""Attacks on the network of a stage: in what space, and what accuracy is left."""
+"""Attacks on the network of a stage: in what space they search, and what accuracy is left."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from sparsepipe.sparsity.attacks import InputSpace
+import numpy as np
+import torch
+
+from sparsepipe.benchmark.statistics import wilson
+from sparsepipe.progress import track
+from sparsepipe.runtime.inputs import rename
+from sparsepipe.runtime.network import OnnxNetwork
+from sparsepipe.runtime.samples import Samples
+from sparsepipe.sparsity.attacks import InputSpace, pgd
 from sparsepipe.spec import Preprocessing
+from sparsepipe.stages.reference import Network, TorchNetwork
+
+if TYPE_CHECKING:
+    from sparsepipe.stages.validate import Attack
+
+NOTE = "The attack was made on the PyTorch network, with its gradients; the files got the same inputs (transferred)."
 
 
 def input_space(preprocessing: Preprocessing, input_shape: Sequence[int]) -> InputSpace:
@@ -13,3 +29,61 @@ def input_space(preprocessing: Preprocessing, input_shape: Sequence[int]) -> Inp
     if len(input_shape) == 3:
         return InputSpace(preprocessing.mean, preprocessing.std, 0.0, 1.0)
     return InputSpace(preprocessing.mean, preprocessing.std)
+
+
+def robustness(
+    attack: Attack,
+    network: TorchNetwork,
+    files: Sequence[OnnxNetwork],
+    samples: Samples,
+    preprocessing: Preprocessing,
+    seed: int,
+) -> dict[str, Any]:
+    """Accuracy on inputs that PGD made against `network`, of the network (white-box) and of files (transferred).
+
+    Args:
+        attack: radius and steps.
+        network: whose gradients are followed.
+        files: that get the same inputs.
+        samples: with labels; all are attacked.
+        preprocessing: of these samples.
+        seed: of the random starts.
+
+    Raises:
+        ModelError: the network fails.
+    """
+    networks: list[Network] = [network, *files]
+    correct, total = [0] * len(networks), 0
+    step_size = attack.step_size or 2.5 * attack.epsilon / attack.steps
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        for batch in track(samples, "Attacking", len(samples)):
+            ((name, values),) = batch.inputs.items()
+            assert batch.labels is not None
+            labels = np.pad(batch.labels, (0, len(values) - batch.count), mode="edge")
+            found = pgd(
+                network.module,
+                torch.from_numpy(np.ascontiguousarray(values)),
+                torch.from_numpy(labels.astype(np.int64)),
+                epsilon=attack.epsilon,
+                step_size=step_size,
+                steps=attack.steps,
+                space=input_space(preprocessing, values.shape[1:]),
+            )
+            attacked = {name: found.numpy()}
+            for index, each in enumerate(networks):
+                logits = batch.outputs(each.run(rename(attacked, samples.inputs, each.inputs)))[0]
+                correct[index] += int((logits.argmax(1) == batch.labels).sum())
+            total += batch.count
+    accuracies = [{**asdict(wilson(each, total)), "correct": each, "samples": total} for each in correct]
+    return {
+        "name": attack.name,
+        "epsilon": attack.epsilon,
+        "steps": attack.steps,
+        "step_size": step_size,
+        "network": accuracies[0],
+        "files": [
+            {"file": file.name, "accuracy": accuracy} for file, accuracy in zip(files, accuracies[1:], strict=True)
+        ],
+        "note": NOTE,
+    }

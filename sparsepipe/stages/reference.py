@@ -70,7 +70,7 @@ class TorchNetwork:
     name = "PyTorch"
 
     def __init__(self, module: torch.nn.Module, input_shape: Sequence[int]) -> None:
-        self._module = module.eval()
+        self.module = module.eval()
         self.inputs = [Input("input", "float", (None, *input_shape))]
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
@@ -84,7 +84,7 @@ class TorchNetwork:
         (values,) = inputs.values()
         try:
             with torch.inference_mode():
-                output = self._module(torch.from_numpy(np.ascontiguousarray(values)))
+                output = self.module(torch.from_numpy(np.ascontiguousarray(values)))
         except (RuntimeError, ValueError, TypeError) as error:
             raise ModelError(f"The network fails on inputs {list(values.shape)}: {one_line(error)}") from error
         return [value.numpy() for value in (output if isinstance(output, (tuple, list)) else [output])]
@@ -109,7 +109,7 @@ class TorchNetwork:
         paths = {name.partition("@")[0] for name in names}
         hooks = [
             module.register_forward_hook(lambda _module, _inputs, output, path=path: keep(path, output))
-            for path, module in self._module.named_modules()
+            for path, module in self.module.named_modules()
             if path in paths
         ]
         try:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
@@ -18,19 +18,20 @@ from sparsepipe.data.registry import SOURCES
 from sparsepipe.errors import ArtefactError, DataError, GraphError, RecipeError, SparsepipeError
 from sparsepipe.progress import track
 from sparsepipe.quantization.noise import is_quantised
-from sparsepipe.recipe import Choice, NamedChoice, Recipe, Shapes, Validation, check
+from sparsepipe.recipe import Choice, NamedChoice, Recipe, Section, Shapes, Validation, check
 from sparsepipe.runtime import library_path
 from sparsepipe.runtime.compare import Divergence, Tally, finite, first_divergence, has_classes
 from sparsepipe.runtime.inputs import Input, aligned, merge, rename, sized
 from sparsepipe.runtime.network import OnnxNetwork
 from sparsepipe.runtime.samples import Batch, Samples, labelled_samples, random_samples
-from sparsepipe.spec import CALIBRATION_KEY, ModelSpec
+from sparsepipe.spec import CALIBRATION_KEY, ModelSpec, Preprocessing
 from sparsepipe.stages import int8_verdict
 from sparsepipe.stages.reference import (
     DENSE_TARGET,
     NETWORK_STAGES,
     Network,
     Reference,
+    TorchNetwork,
     from_artefact,
     from_path,
     spec_of,
@@ -40,6 +41,17 @@ LIBRARY_TARGET = "universal"
 RESULT_FILE = "validation.json"
 SOURCES_AT_HAND = SOURCES.keys() - {"hf"}
 """Kinds of datasets that a file may name: they run no code of others and download nothing."""
+
+
+class Attack(Section):
+    """Projected gradient descent on the inputs, within a ball (l-infinity)."""
+
+    name: Literal["pgd"] = "pgd"
+    epsilon: Annotated[float, Field(gt=0)] = 8 / 255
+    """Radius, in units of the values before normalisation: pixels are in [0, 1]."""
+    steps: PositiveInt = 20
+    step_size: Annotated[float, Field(gt=0)] | None = None
+    """None is 2.5 * epsilon / steps."""
 
 
 class ValidateConfig(Validation):
@@ -53,6 +65,8 @@ class ValidateConfig(Validation):
     """Number of random inputs."""
     input: Shapes = Field(default_factory=dict)
     """Where the files leave sizes open."""
+    attack: Attack | None = None
+    """Measure the accuracy under it, too."""
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> ValidateConfig:
@@ -141,6 +155,8 @@ class _Material:
     data: str | None
     classes: int | None
     note: str | None
+    preprocessing: Preprocessing | None = None
+    """Of a dataset's samples."""
 
 
 @dataclass
@@ -177,7 +193,9 @@ def _validate(candidates: Sequence[OnnxNetwork], reference: Reference, config: V
         for trial in trials:
             trial.add(batch, expected, samples)
     rows = [_row(trial, network, samples.inputs, config) for trial in trials]
+    attacked = {} if config.attack is None else {"attack": _attacked(config, network, candidates, material)}
     return {
+        **attacked,
         "passed": all(row["passed"] for row in rows),
         "candidates": rows,
         "reference": network.name,
@@ -185,6 +203,30 @@ def _validate(candidates: Sequence[OnnxNetwork], reference: Reference, config: V
         "samples": samples.count,
         "note": "; ".join(note for note in (reference.note, material.note) if note) or None,
     }
+
+
+def _attacked(
+    config: ValidateConfig, network: Network, candidates: Sequence[OnnxNetwork], material: _Material
+) -> dict[str, Any]:
+    """Accuracy under an attack.
+
+    Raises:
+        ArtefactError: there is no PyTorch network to attack.
+        DataError: no labels are known.
+    """
+    if not isinstance(network, TorchNetwork):
+        raise ArtefactError(
+            "An attack follows the gradients of the PyTorch network, which an ONNX file has not.",
+            where=network.name,
+            advice=f"Give the run folder or a folder of {' or '.join(NETWORK_STAGES)} by --against, with torch "
+            "installed.",
+        )
+    if material.preprocessing is None:
+        raise DataError("An attack needs samples with labels.", where="--attack", advice="Name a dataset by --data.")
+    from sparsepipe.stages import attack  # it needs torch
+
+    assert config.attack is not None
+    return attack.robustness(config.attack, network, candidates, material.samples, material.preprocessing, config.seed)
 
 
 def _ways_to_run(path: Path) -> list[OnnxNetwork]:
@@ -248,7 +290,7 @@ def _test_split(choice: Choice, taken: Sequence[Input], spec: ModelSpec | None, 
         return datasets.prepare(dataset.test.load(indices), preprocessing)
 
     samples = labelled_samples(entry, dataset.test.labels, config.batch_size, load)
-    return _Material(samples, choice.name, len(dataset.classes), "; ".join(notes) or None)
+    return _Material(samples, choice.name, len(dataset.classes), "; ".join(notes) or None, preprocessing)
 
 
 def input_for(dataset: Dataset, taken: Sequence[Input], where: str) -> Input:
