@@ -49,6 +49,9 @@ def command(recipe: Path, out: Path | None, force: bool, overrides: tuple[str, .
     else:
         headers, rows = summary.rows(result)
         common.print_table(headers, rows, title=f"{loaded.name}: {folder}")
+        headers, lines = summary.files(result)
+        if lines:
+            common.print_table(headers, [[str(cell) for cell in line] for line in lines])
         for note in result["notes"]:
             click.echo(f"Note: {note}")
         click.echo(f"Report: {report}")

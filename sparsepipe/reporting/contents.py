@@ -138,10 +138,12 @@ class Converted(Record):
 class ExportedFile(Record):
     name: str
     bytes: Count = None
+    target: str | None = None
+    precision: str | None = None
 
 
 class Exported(Record):
-    """`files` is keyed by target."""
+    """`files` is keyed by target, with `.int8` behind it for an int8 file beside one in fp32."""
 
     files: dict[str, ExportedFile] = {}
     sparsity: Number = None
@@ -155,8 +157,16 @@ class Divergence(Record):
     max_relative: Number = None
 
 
+class NoisyLayer(Record):
+    layer: str
+    sqnr_db: Number = None
+
+
 class Candidate(Record):
-    """One file compared with its reference; `agreement` is the share of samples with the same top class."""
+    """One file compared with its reference; `agreement` is the share of samples with the same top class.
+
+    Of int8 files, `rms_of_range` is the error in units of the output's range, `drop_points` the accuracy that is lost.
+    """
 
     file: str
     reference: str | None = None
@@ -168,6 +178,10 @@ class Candidate(Record):
     accuracy: Accuracy | None = None
     reference_accuracy: Accuracy | None = None
     first_divergence: Divergence | None = None
+    precision: str | None = None
+    rms_of_range: Number = None
+    drop_points: Estimate | None = None
+    noisiest_layers: list[NoisyLayer] = []
     note: str | None = None
 
 
@@ -183,11 +197,13 @@ class Timing(Record):
 
     file: str
     target: str | None = None
+    precision: str | None = None
     threads: int | None = None
     batch: int | None = None
     samples: Count = None
     latency_ms: dict[str, Estimate | None] = {}
     speedup: Estimate | None = None
+    speedup_over_int8: Estimate | None = None
     cpu_ms: Number = None
     load_ms: Number = None
     first_call_ms: Number = None

@@ -168,8 +168,11 @@ def _dot(timing: Timing, bench: Benchmark) -> plots.Dot | None:
     if median is None:
         return None
     is_dense = bench.is_baseline(timing) or timing.target == "dense"
+    name = timing.target or timing.file
+    if timing.target and timing.precision not in (None, "fp32"):
+        name = f"{timing.target} {timing.precision}"
     return plots.Dot(
-        label=f"{timing.target or timing.file}, {units.plural(timing.threads or 1, 'thread')}",
+        label=f"{name}, {units.plural(timing.threads or 1, 'thread')}",
         role="dense" if is_dense else "sparse",
         p50=median,
         tail=timing.percentile("p99"),

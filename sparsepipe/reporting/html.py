@@ -36,6 +36,7 @@ def render(contents: Contents, *, title: str, recipe: str, commands: list[str]) 
         "subject": views.subject(contents),
         "summary": headline,
         "rows": summary.headline(headline),
+        "files": summary.files(headline),
         "chain": views.chain(contents),
         "recipe": recipe,
         "commands": commands,

@@ -14,6 +14,7 @@ from sparsepipe.artefact import Artefact
 from sparsepipe.reporting import units
 from sparsepipe.reporting.contents import Accuracy, Benchmark, Contents, Estimate, Exported, Timing, Training, read
 
+INT8 = "int8"
 DEPLOYED_TARGETS = ("universal", "portable")
 """Targets in the order in which a file of theirs is called "the sparse file"."""
 
@@ -50,7 +51,9 @@ def summarise(artefacts: Mapping[str, Artefact]) -> dict[str, Any]:
         `sparsity`, `nnz`, `weights`; `accuracy` {dense, sparse, exported_dense, exported_sparse: {value, low, high,
         correct, samples}, difference}; `files` {dense, sparse: {name, bytes}, ratio}; `latency` {threads, batch,
         dense, sparse: {p50, p90, p99}, in milliseconds, self_difference (a fraction)}; `speedup` {value, low, high};
-        `valid` (bool); `noisy` (bool); `notes` (sentences that a reader of the figures must know).
+        `exports` (a list, empty where no file is in int8: file, target, precision, accuracy, drop_points, bytes,
+        latency, the p50, speedup, speedup_over_int8); `valid` (bool); `noisy` (bool); `notes` (sentences that a reader
+        of the figures must know).
 
     Raises:
         ArtefactError: a metric has the wrong type.
@@ -80,6 +83,7 @@ def summarise_contents(contents: Contents) -> dict[str, Any]:
         "files": {**files, "ratio": _ratio(files["dense"], files["sparse"])},
         "latency": _latency(dense_timing, sparse_timing),
         "speedup": _dump(sparse_timing.speedup) if sparse_timing else None,
+        "exports": _exports(contents),
         "valid": contents.validate.passed if contents.validate else None,
         "noisy": any(result.noisy for result in contents.bench.results) if contents.bench else None,
     }
@@ -90,6 +94,26 @@ def rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The headline table of `summarise` as text: headers, and a line for each quantity that is known."""
     lines = [[row.quantity, str(row.dense), str(row.sparse), str(row.change), row.note] for row in headline(summary)]
     return ["", "dense", "sparse", "change", "measured on"], lines
+
+
+def files(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]:
+    """The files side by side where some are in int8: headers, and a line for each; none where all are in fp32."""
+    headers = ["file", "precision", "test accuracy", "points lost", "size", "latency, median", "speed-up"]
+    exports = summary["exports"]
+    over_int8 = any(row["speedup_over_int8"] for row in exports)
+    lines = [
+        [
+            Cell(row["file"]),
+            Cell(row["precision"] or units.MISSING),
+            _accuracy(row["accuracy"]),
+            _lost(row["drop_points"]),
+            Cell(units.size(row["bytes"])),
+            _milliseconds(_estimate(row["latency"])),
+            *(_ratio_cell(row[key]) for key in ("speedup", "speedup_over_int8")[: 2 if over_int8 else 1]),
+        ]
+        for row in exports
+    ]
+    return [*headers, *(["over dense int8"] if over_int8 else [])], lines
 
 
 def headline(summary: Mapping[str, Any]) -> list[Row]:
@@ -146,11 +170,43 @@ def _file_names(contents: Contents) -> tuple[str | None, str | None]:
 
 def _timings(bench: Benchmark | None, dense: str | None, sparse: str | None) -> tuple[Timing | None, Timing | None]:
     """Both files at the first setting that was measured."""
-    if bench is None or not bench.results:
-        return None, None
-    setting = bench.results[0].setting
-    measured = {base_name(result.file): result for result in reversed(bench.results) if result.setting == setting}
+    measured = _first_setting(bench)
     return measured.get(dense or ""), measured.get(sparse or "")
+
+
+def _first_setting(bench: Benchmark | None) -> dict[str, Timing]:
+    """Files by name at the first setting that was measured."""
+    if bench is None or not bench.results:
+        return {}
+    setting = bench.results[0].setting
+    return {base_name(result.file): result for result in reversed(bench.results) if result.setting == setting}
+
+
+def _exports(contents: Contents) -> list[dict[str, Any]]:
+    exported = contents.export.files if contents.export else {}
+    if all(file.precision != INT8 for file in exported.values()):
+        return []
+    measured = _first_setting(contents.bench)
+    candidates = contents.validate.candidates if contents.validate else []
+    compared = {base_name(candidate.file): candidate for candidate in reversed(candidates)}
+    found = []
+    for file in exported.values():
+        name = base_name(file.name)
+        timing, candidate = measured.get(name), compared.get(name)
+        found.append(
+            {
+                "file": name,
+                "target": file.target,
+                "precision": file.precision,
+                "accuracy": _exported_accuracy(contents, name),
+                "drop_points": _dump(candidate.drop_points) if candidate else None,
+                "bytes": file.bytes,
+                "latency": _dump(timing.percentile("p50")) if timing else None,
+                "speedup": _dump(timing.speedup) if timing else None,
+                "speedup_over_int8": _dump(timing.speedup_over_int8) if timing else None,
+            }
+        )
+    return found
 
 
 def _first(contents: Contents, key: str) -> Any:
@@ -265,6 +321,19 @@ def _latency_rows(latency: Mapping[str, Any] | None, speedup: Estimate | None) -
 
 def _speedup(estimate: Estimate) -> Cell:
     return Cell(f"speed-up {units.ratio(estimate.value)}", units.ratio_interval(estimate))
+
+
+def _ratio_cell(value: Mapping[str, Any] | None) -> Cell:
+    estimate = _estimate(value)
+    return Cell(units.ratio(estimate.value), units.ratio_interval(estimate)) if estimate else Cell()
+
+
+def _lost(value: Mapping[str, Any] | None) -> Cell:
+    estimate = _estimate(value)
+    if estimate is None:
+        return Cell()
+    known = estimate.low is not None and estimate.high is not None
+    return Cell(f"{estimate.value:.2f}", f"{estimate.low:.2f} to {estimate.high:.2f}" if known else "")
 
 
 def _smaller(factor: float | None) -> str:

@@ -174,6 +174,10 @@ def validation(contents: Contents) -> dict[str, Any] | None:
         "note": contents.validate.note,
         "max_relative": _number(config.get("max_relative")),
         "min_agreement": _number(config.get("min_agreement")),
+        "fp32": any(candidate.precision != "int8" for candidate in contents.validate.candidates),
+        "int8": any(candidate.precision == "int8" for candidate in contents.validate.candidates),
+        "int8_max_drop": _number(config.get("int8_max_drop")),
+        "int8_max_error": _number(config.get("int8_max_error")),
     }
 
 
@@ -186,6 +190,7 @@ def speed(contents: Contents) -> dict[str, Any] | None:
         "baseline": bench.baseline,
         "results": bench.results,
         "is_baseline": bench.is_baseline,
+        "over_int8": any(timing.speedup_over_int8 for timing in bench.results),
         "figures": [*figures.latencies(bench)],
         "notes": [(timing, timing.note) for timing in bench.results if timing.note],
         "noisy": sum(bool(timing.noisy) for timing in bench.results),

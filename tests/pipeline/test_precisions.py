@@ -13,14 +13,15 @@ import pytest
 for package in ("torch", "onnxscript", "sklearn", "lightning_fabric", "jinja2", "matplotlib"):
     pytest.importorskip(package)
 
-from int8_digits import exit_code, main_ok  # noqa: E402
+from int8_digits import exit_code, main_ok, outputs  # noqa: E402
 
 from sparsepipe import recipe  # noqa: E402
 from sparsepipe.artefact import Artefact  # noqa: E402
 from sparsepipe.errors import ArtefactError, RecipeError  # noqa: E402
 from sparsepipe.quantization.noise import is_quantised  # noqa: E402
+from sparsepipe.reporting import summary  # noqa: E402
 from sparsepipe.runtime import library_path  # noqa: E402
-from sparsepipe.stages import reference  # noqa: E402
+from sparsepipe.stages import bench_report, reference  # noqa: E402
 
 RECIPE = """
 name = "tiny"
@@ -127,6 +128,57 @@ def test_all_files_are_timed_in_the_same_turns(both: Path) -> None:
     assert len(rounds) == 1
     over = {row["file"]: row["speedup_over_int8"]["value"] for row in found["results"]}
     assert over["model.dense.int8.onnx"] == 1
+
+
+def test_the_summary_has_a_row_for_each_file(both: Path, prepared: tuple[Any, Any]) -> None:
+    images, labels = prepared
+    stages = ("train", "export", "validate", "bench")
+    found = summary.summarise({stage: Artefact.read(both / stage) for stage in stages})
+    timed = {row["file"]: row for row in Artefact.read(both / "bench").metrics["results"]}
+    assert [(row["file"], row["precision"]) for row in found["exports"]] == [*BOTH.values()]
+    for row in found["exports"]:
+        path = both / "export" / row["file"]
+        assert row["bytes"] == path.stat().st_size
+        right = outputs(path, images, library=True).argmax(1) == labels
+        # One sample may be a tie in bytes, which a batch of another size breaks otherwise.
+        assert row["accuracy"]["value"] == pytest.approx(right.mean(), abs=1.5 / len(labels))
+        assert row["latency"]["value"] == timed[row["file"]]["latency_ms"]["p50"]["value"]
+        assert (row["drop_points"] is not None) == (row["precision"] == "int8")
+    headers, lines = summary.files(found)
+    assert headers[-1] == "over dense int8"
+    assert all(len(line) == len(headers) for line in lines)
+    # The table of dense against sparse stays that of fp32.
+    assert found["files"]["sparse"]["name"] == "model.universal.onnx"
+
+
+def test_a_run_in_fp32_has_no_such_table() -> None:
+    assert summary.files(summary.summarise({}))[1] == []
+
+
+def test_the_report_tells_the_files_apart(both: Path) -> None:
+    page = (both / "report" / "report.html").read_text()
+    assert "The files by precision" in page
+    assert "over dense int8" in page
+    for label in ("dense, 1 thread", "universal, 1 thread", "dense int8, 1 thread", "universal int8, 1 thread"):
+        assert f"{label}: " in page, "in the text of the figure"
+    assert "points lost" in page
+    assert "Allowed for int8 files: a loss of 20 points" in page
+
+
+def test_the_page_of_benchmarks_has_the_dense_int8_file_as_a_row(both: Path, tmp_path: Path) -> None:
+    data = bench_report.write([both], tmp_path / "page.html")
+    kinds = {row["label"]: row["kind"] for row in data["rows"]}
+    assert kinds == {
+        "model.dense.onnx": "dense",
+        "model.portable.onnx": "sparse",
+        "model.universal.onnx": "sparse",
+        "model.dense.int8.onnx": "int8",
+        "model.universal.int8.onnx": "sparse",
+    }
+    assert all(row["accuracy"] and row["file_bytes"] and row["latency_ms"] for row in data["rows"])
+    text = (tmp_path / "page.md").read_text()
+    assert "| model.dense.int8.onnx |" in text
+    assert "| model.universal.int8.onnx |" in text
 
 
 def test_a_glob_of_the_files_has_the_same_baseline(both: Path, capsys: pytest.CaptureFixture[str]) -> None:
