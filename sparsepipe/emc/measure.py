@@ -23,8 +23,10 @@ from sparsepipe.errors import ArtefactError, RecipeError
 from sparsepipe.models import registry as models
 from sparsepipe.progress import bar
 from sparsepipe.sparsity import registry as methods
+from sparsepipe.sparsity.modifiers import registry as modifiers
 from sparsepipe.sparsity.sparsifier import Sparsifier
 from sparsepipe.stages.assembly import EVALUATION_BATCH, check_fit
+from sparsepipe.stages.attack import input_space
 from sparsepipe.stages.train import TrainConfig, network_source
 from sparsepipe.training import device, optimizers, rates
 from sparsepipe.training.augment import Augmentation
@@ -124,6 +126,8 @@ def _plan(recipe: Path, grid: Grid, task: Task, overrides: Sequence[str]) -> lis
         key = recipes.digest(config.data)
         dataset = datasets.setdefault(key, datasets.get(key) or data.load(config.data.name, config.data.options))
         methods.create(config.method.name, config.method.options)
+        for modifier in config.modifiers:
+            modifiers.create(modifier.name, modifier.options)
         taken = methods.options_of(config.method.name)
         options = {key: value for key, value in config.method.options.items() if key in taken}
         chosen = recipes.Choice(**{**options, "name": config.method.name})
@@ -190,7 +194,16 @@ def train(config: TrainConfig, samples: NestedSamples, count: int, steps: int) -
             gamma=schedule.gamma,
         )
         scored = list(itertools.islice(training.epoch(0), method.samples_needed))
-        sparsifier = Sparsifier(model, optimizer, method, total_steps=total, seed=config.seed, samples=scored)
+        space = input_space(samples.preprocessing, samples.dataset.input_shape)
+        sparsifier = Sparsifier(
+            model,
+            optimizer,
+            method,
+            total_steps=total,
+            seed=config.seed,
+            samples=scored,
+            modifiers=[modifiers.create(each.name, each.options, inputs=space) for each in config.modifiers],
+        )
         ended = fit(
             model,
             optimizer,
@@ -218,7 +231,7 @@ def _network(config: TrainConfig, dataset: Dataset) -> torch.nn.Module:
 def _identity(cell: Cell, task: Task) -> dict[str, Any]:
     """All that decides how a trial with so many samples and steps ends."""
     config = cell.config
-    settings = config.model_dump(mode="json", include={"seed", "model", "method", "optimizer", "schedule"})
+    settings = config.model_dump(mode="json", include={"seed", "model", "method", "modifiers", "optimizer", "schedule"})
     return {
         **settings,
         "batch_size": config.train.batch_size,
