@@ -21,6 +21,7 @@ from sparsepipe.sparsity.methods.magnitude_oneshot import MagnitudeOneShot
 from sparsepipe.sparsity.modifiers import registry
 from sparsepipe.sparsity.modifiers.adversarial import Adversarial
 from sparsepipe.sparsity.modifiers.combined import Modifier
+from sparsepipe.sparsity.modifiers.extrapolation import Extrapolation
 from sparsepipe.sparsity.sparsifier import Sparsifier
 from sparsepipe.training import checkpoint
 
@@ -119,6 +120,9 @@ def steps_of(model: nn.Module, optimizer: Any, sparsifier: Sparsifier, steps: It
 
 MODIFIERS: dict[str, Any] = {
     "adversarial": lambda: [Adversarial(epsilon=0.1, begin=0.25, steps=2)],
+    "past": lambda: [Extrapolation()],
+    "current": lambda: [Extrapolation(gradient="current")],
+    "both": lambda: [Adversarial(epsilon=0.1, begin=0.25, steps=2), Extrapolation(gradient="current")],
 }
 
 
@@ -152,6 +156,62 @@ def test_a_resumed_training_equals_an_uninterrupted_one_and_masks_hold(name: str
     other = network()
     with pytest.raises(ArtefactError, match="modifiers"):
         Sparsifier(other, sgd(other.parameters()), dst_ee(), total_steps=TOTAL).load_state_dict(loaded["s"])
+
+
+@pytest.mark.parametrize("h", [0.5, 2.0])
+def test_past_extrapolation_follows_the_recursion_of_a_quadratic(h: float) -> None:
+    model, lr, rate = nn.Linear(1, 1, bias=False).double(), 0.1, 0.5
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    Sparsifier(model, optimizer, Dense(), total_steps=30, modifiers=[Extrapolation(rate=rate)])
+    w, zeta = 1.0, 0.0
+    for _ in range(30):
+        optimizer.zero_grad()
+        (h / 2 * model(torch.ones(1, 1, dtype=torch.float64)) ** 2).sum().backward()
+        optimizer.step()
+        zeta = h * (w - rate * lr * zeta)
+        w -= lr * zeta
+        assert model.weight.item() == pytest.approx(w, rel=1e-12)
+
+
+@pytest.mark.parametrize("gradient", ["past", "current"])
+def test_extrapolation_of_rate_zero_is_the_optimizer_bit_for_bit(gradient: str) -> None:
+    results = []
+    for modifiers in ([], [Extrapolation(rate=0.0, gradient=gradient)]):
+        model = network()
+        optimizer = sgd(model.parameters())
+        steps_of(model, optimizer, Sparsifier(model, optimizer, dst_ee(), total_steps=8, modifiers=modifiers), range(8))
+        results.append(model.state_dict())
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*map(dict.values, results), strict=True))
+
+
+def test_current_extrapolation_steps_with_the_gradient_of_the_batch_at_the_shifted_point() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4, bias=False).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    modifiers = [Extrapolation(rate=0.5, gradient="current")]
+    sparsifier = Sparsifier(model, optimizer, Dense(), total_steps=5, modifiers=modifiers)
+    w = model.weight.detach().numpy().copy()
+    for step in range(5):
+        generator = np.random.default_rng(step)
+        x, y = generator.standard_normal((7, 6)), generator.integers(0, 4, 7)
+
+        def slope(at: Any, x: Any = x, y: Any = y) -> Any:  # softmax regression: (p - onehot)^T x / n
+            scores = np.exp(x @ at.T)
+            return (scores / scores.sum(1, keepdims=True) - np.eye(4)[y]).T @ x / len(x)
+
+        optimizer.zero_grad()
+        inputs, labels = sparsifier.transform_batch(torch.tensor(x), torch.tensor(y))
+        cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+        w = w - 0.3 * slope(w - 0.5 * 0.3 * slope(w))
+        np.testing.assert_allclose(model.weight.detach().numpy(), w, atol=1e-12)
+        assert torch.equal(model(torch.tensor(x)), torch.tensor(x) @ model.weight.T)  # nothing is left shifted
+
+
+def test_past_extrapolation_on_digits_is_stable_at_the_rate_of_the_optimizer() -> None:
+    model, _ = fit(Dense(), epochs=20, batch=256, modifiers=[Extrapolation(rate=1.0)])
+    assert accuracy(model) >= 95
 
 
 def test_recipes_name_modifiers_in_three_forms_and_keep_their_options() -> None:

@@ -35,6 +35,12 @@ MODIFIERS: dict[str, ModifierInfo] = {
             "the end of the training on PGD inputs, with a slow start and a fast decay of the learning rate",
             "arXiv 2012.13628",
         ),
+        ModifierInfo(
+            "extrapolation",
+            "sparsepipe.sparsity.modifiers.extrapolation:Extrapolation",
+            "gradients at a point ahead of the weights, by the last gradient (past) or the present one (current)",
+            "arXiv 2006.05720",
+        ),
     )
 }
 

@@ -1,0 +1,97 @@
+"""Extrapolation: gradients at a point a little ahead of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sparsepipe.sparsity import options
+from sparsepipe.sparsity.modifiers.combined import Modifier
+from sparsepipe.sparsity.network import Network
+
+KIND = "extrapolation"
+
+
+class Extrapolation(Modifier):
+    """Extrapolated SGD ("EXTRAP-SGD", arXiv 2006.05720).
+
+        w' = w - rate * zeta        g = gradient at w'        w <- optimizer(w, g)
+
+    zeta is the gradient of the step before (`past`, no further pass), or that of the same batch at w (`current`, the
+    extragradient method, one more forward and backward pass). rate = 0 is the optimizer alone, bit for bit. Forward
+    passes in evaluation mode compute with w. Inactive weights are not shifted, as their zeta is zero.
+
+    Only the weights that methods can mask are shifted: biases and normalisation parameters stay. Several processes have
+    one past gradient, the averaged one; current gradients are those of each process's own batch.
+
+    Args:
+        rate: the inner learning rate, relative to the optimizer's first one. `current` with momentum diverges for
+            rates near 1.
+        gradient: `past` or `current`; `current` needs a loop that asks `Sparsifier.transform_batch`, and the
+            cross-entropy.
+
+    Raises:
+        RecipeError: an option is out of range.
+    """
+
+    name: ClassVar[str] = "extrapolation"
+
+    def __init__(self, *, rate: float = 0.1, gradient: str = "past") -> None:
+        self.rate = options.number("rate", rate)
+        self.gradient = options.choice("gradient", gradient, ("past", "current"))
+
+    def transforms(self, network: Network) -> Collection[str]:
+        return network.weights.keys()
+
+    def transform_weight(self, network: Network, name: str, weight: Tensor, step: int, training: bool) -> Tensor:
+        zeta = network.memory.get(KIND, {}).get(name)
+        if zeta is None or not training:
+            return weight
+        return weight - self.rate * network.base_lrs[0] * zeta
+
+    def transform_batch(
+        self, network: Network, model: nn.Module, inputs: Tensor, labels: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        if self.gradient == "current":
+            network.memory.pop(KIND, None)
+            buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+            own = {name: each for name, each in network.tensors.items() if each.requires_grad}
+            with torch.enable_grad():
+                loss = cross_entropy(model(inputs), labels)
+                found = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
+            with torch.no_grad():
+                for buffer, before in buffers:  # batch statistics count a batch once
+                    buffer.copy_(before)
+            self._remember(network, dict(zip(own, found, strict=True)))
+        return inputs, labels
+
+    def after_step(self, network: Network, step: int) -> None:
+        if self.gradient == "current":
+            network.memory.pop(KIND, None)
+            return
+        scale = getattr(network.optimizer, "grad_scale", None)  # fused optimizers unscale in the step itself
+        found = {
+            name: network.gradients.get(name)
+            if each.grad is None
+            else each.grad
+            if scale is None
+            else each.grad / scale
+            for name, each in network.tensors.items()
+        }
+        self._remember(network, found)
+
+    @staticmethod
+    def _remember(network: Network, gradients: dict[str, Tensor | None]) -> None:
+        masks = network.masks
+        network.memory[KIND] = {
+            name: (gradient * masks[name] if name in masks.counters else gradient.clone()).detach()
+            for name, gradient in gradients.items()
+            if gradient is not None
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return {"rate": self.rate, "gradient": self.gradient}
