@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import distributed, nn
+from torch.nn.parameter import is_lazy
 
 from sparsepipe.errors import ModelError
 from sparsepipe.sparsity.masks import pack_mask
@@ -28,14 +29,19 @@ class Replicas:
         self.count = distributed.get_world_size(group) if running else 1
         """Number of processes; -1 in a process that is outside the group."""
 
-    def share(self, tensors: dict[str, torch.Tensor], seed: int) -> int:
-        """Give every process the weights of the first, as DDP does when it wraps a model, and return its seed."""
+    def share(self, model: nn.Module, seed: int) -> int:
+        """Give every process the model of the first, as DDP does when it wraps a model, and return its seed.
+
+        Also what is never masked: methods may keep the first state of the whole model, and go back to it.
+        """
         if self.count <= 1:
             return seed
         first = 0 if self._group is None else distributed.get_global_rank(self._group, 0)
         seeds = [seed]
         distributed.broadcast_object_list(seeds, src=first, group=self._group)
-        for tensor in tensors.values():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if is_lazy(tensor) or not tensor.is_floating_point():
+                continue
             # A copy, because the backends take dense memory in C order only.
             values = tensor.detach().contiguous()
             distributed.broadcast(values, src=first, group=self._group)

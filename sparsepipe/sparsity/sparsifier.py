@@ -48,7 +48,7 @@ class Sparsifier:
         total_steps: optimizer steps of the whole training; the schedules span them.
         seed: of everything random in the masks.
         process_group: the processes of `torch.distributed` that train this network together; all, if it is None. They
-            get the weights and the seed of the first of them, and from then on choose the same masks.
+            get the model and the seed of the first of them, and from then on choose the same masks.
         check_every: mask updates between two comparisons of the masks over the processes; the first update is always
             compared. Single processes compare nothing.
         samples: training batches for methods that score weights before training (snip, grasp, synflow); all are used.
@@ -101,7 +101,7 @@ class Sparsifier:
         self._replicas = Replicas(process_group)
         self._check_every = options.count("check_every", check_every)
         with torch.no_grad():
-            seed = self._replicas.share({name: weight.parameter for name, weight in weights.items()}, seed)
+            seed = self._replicas.share(self._model, seed)
         steps = options.count("total_steps", total_steps)
         self._network = Network(self._model, weights, optimizer, steps, seed)
         if batches := list(samples):

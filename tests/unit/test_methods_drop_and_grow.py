@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from sparse_bench import Bench, randn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from sparsepipe.errors import RecipeError
 from sparsepipe.sparsity.methods.deepr import DeepR
@@ -19,6 +20,7 @@ from sparsepipe.sparsity.methods.rigl_itop import RigLITOP
 from sparsepipe.sparsity.methods.set_itop import SETITOP
 from sparsepipe.sparsity.methods.srigl import SRigL
 from sparsepipe.sparsity.scores import acquisition
+from sparsepipe.sparsity.sparsifier import Sparsifier
 
 
 def test_the_signed_bonus_cancels_negative_gradients_and_the_paper_s_does_not() -> None:
@@ -199,3 +201,26 @@ def test_srigl_without_ablation_keeps_the_constant_fan_in_of_all() -> None:
         bench.step(randn(6, 16, seed=t))
         assert bench.mask.sum(dim=1).tolist() == [4] * 6
     assert not torch.equal(first, bench.mask)
+
+
+@pytest.mark.parametrize("ablation", [True, False])
+def test_srigl_keeps_the_share_of_each_layer_whatever_its_weights_become(ablation: bool) -> None:
+    """Under `global` the first weights decide the shares, and what ablation frees in one layer goes to no other."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+    with torch.no_grad():
+        model.get_parameter("2.weight").mul_(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    method = SRigL(sparsity=0.8, distribution="global", update_every=2, stop_at=1.0, ablation=ablation)
+    sparsifier = Sparsifier(model, optimizer, method, total_steps=40)
+    first = {name: int(mask.sum()) for name, mask in sparsifier.masks.items()}
+    for step in range(40):
+        inputs = randn(32, 32, seed=step)
+        optimizer.zero_grad()
+        cross_entropy(model(inputs), inputs[:, :10].argmax(dim=1)).backward()
+        optimizer.step()
+        for name, mask in sparsifier.masks.items():
+            fans = mask.sum(dim=1)
+            live = fans[fans > 0]
+            assert len(set(live.tolist())) == 1, name
+            assert first[name] - len(live) < int(mask.sum()) <= first[name], name

@@ -71,6 +71,25 @@ def test_many_processes_train_what_one_process_trains_on_the_whole_batch(
     assert (found["grown"] > 100) == (method != "gmp")
 
 
+@pytest.mark.parametrize(
+    ("method", "sparsity"),
+    [
+        *((name, 0.7) for name in ("snip", "grasp", "synflow", "lottery", "gap", "top-kast")),
+        *((name, None) for name in ("autosparse", "l0-constrained", "xrda")),
+    ],
+)
+def test_scores_rewinding_transforms_and_own_steps_are_those_of_one_process_on_the_whole_batch(
+    results: Results, method: str, sparsity: float | None
+) -> None:
+    found = results[2]["frozen"][method]
+    assert found["identical"] is True
+    assert found["differing_masks"] == 0
+    assert found["largest_difference"] < 1e-5, "only the order of sums may differ"
+    assert found["sparsity"] > 0
+    if sparsity is not None:
+        assert found["sparsity"] == pytest.approx(sparsity, abs=1e-4)
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_whose_gradients_are_not_averaged_are_told_at_the_first_update(
     results: Results, processes: int

@@ -67,6 +67,20 @@ def gmp() -> sparsepipe.GMP:
     return sparsepipe.GMP(sparsity=0.7, update_every=4)
 
 
+METHODS_OF_THEIR_OWN: dict[str, Callable[[], Any]] = {
+    "snip": lambda: sparsepipe.SNIP(sparsity=0.7),
+    "grasp": lambda: sparsepipe.GraSP(sparsity=0.7),
+    "synflow": lambda: sparsepipe.SynFlow(sparsity=0.7),
+    "lottery": lambda: sparsepipe.Lottery(sparsity=0.7, rounds=2, rewind_to=0.0),
+    "gap": lambda: sparsepipe.GaP(sparsity=0.7, partitions=2, rounds=2, parallel=True),
+    "top-kast": lambda: sparsepipe.TopKAST(sparsity=0.7, update_every=4),
+    "autosparse": lambda: sparsepipe.AutoSparse(threshold_init=-3.0),
+    "l0-constrained": lambda: sparsepipe.L0Constrained(sparsity=0.5),
+    "xrda": lambda: sparsepipe.XRDA(lam=1e-3),
+}
+"""Methods that score batches, go back in time, change forward passes, add losses or take the step themselves."""
+
+
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Callable[[int], tuple[Tensor, Tensor]], steps: int
 ) -> None:
@@ -90,7 +104,9 @@ def together(make_method: Callable[[], Any], make: Make, *, wrap_first: bool = F
     model = network(100 + rank)
     trained = DistributedDataParallel(model) if wrap_first else model
     optimizer = make(model)
-    sparsifier = Sparsifier(model, optimizer, make_method(), total_steps=STEPS, seed=7 + rank, check_every=1)
+    sparsifier = Sparsifier(
+        model, optimizer, make_method(), total_steps=STEPS, seed=7 + rank, check_every=1, samples=[mine(99)]
+    )
     train(trained if wrap_first else DistributedDataParallel(model), optimizer, mine, STEPS)
     return model, sparsifier
 
@@ -99,7 +115,9 @@ def alone(make_method: Callable[[], Any], make: Make) -> tuple[nn.Module, Sparsi
     """The same training in one process, with the global batch."""
     model = network(100)
     optimizer = make(model)
-    sparsifier = Sparsifier(model, optimizer, make_method(), total_steps=STEPS, seed=7, process_group=ALONE[rank])
+    sparsifier = Sparsifier(
+        model, optimizer, make_method(), total_steps=STEPS, seed=7, process_group=ALONE[rank], samples=[samples(99)]
+    )
     train(model, optimizer, samples, STEPS)
     return model, sparsifier
 
@@ -139,6 +157,22 @@ def compare(make_method: Callable[[], Any], make: Make, **how: Any) -> dict[str,
             int((ours["masks"][name] & (counter < int(counter.max()))).sum())
             for name, counter in ours["counters"].items()
         ),
+    }
+
+
+def frozen(make_method: Callable[[], Any]) -> dict[str, Any]:
+    """What training leaves, over all processes and in one."""
+    (model, sparsifier), (other, whole) = together(make_method, sgd), alone(make_method, sgd)
+    sparsifier.freeze()
+    whole.freeze()
+    ours, expected = snapshot(model, sparsifier), snapshot(other, whole)
+    return {
+        "identical": identical(ours),
+        "differing_masks": sum(int((m != ours["masks"][n]).sum()) for n, m in expected["masks"].items()),
+        "largest_difference": max(
+            float((value - ours["weights"][name]).abs().max()) for name, value in expected["weights"].items()
+        ),
+        "sparsity": sparsifier.mask_set.sparsity,
     }
 
 
@@ -255,6 +289,7 @@ if __name__ == "__main__":
         results["accumulated"] = accumulated()
         results["fabric"] = fabric()
         results["resumed"] = resumed()
+        results["frozen"] = {name: frozen(make) for name, make in METHODS_OF_THEIR_OWN.items()}
     results["errors"] = {
         "without_averaging": message(without_averaging),
         "one_differing_bit": message(one_differing_bit),

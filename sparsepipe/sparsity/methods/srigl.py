@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsepipe.sparsity import options
@@ -52,6 +53,11 @@ class SRigL(RigL):
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "min_salient": self.min_salient, "ablation": self.ablation}
 
+    def attach(self, network: Network) -> None:
+        super().attach(network)
+        # Ablation lowers the count, and `global` would spread it anew by the weights of each moment.
+        network.memory["budget"] = {name: torch.tensor(network.masks.nnz_of(name)) for name in network.masks.counters}
+
     def _update(
         self, network: Network, layers: Sequence[Layer], fraction: float, step: int, limits: Mapping[str, int]
     ) -> None:
@@ -62,12 +68,9 @@ class SRigL(RigL):
             magnitude = layer.pattern.scores(self.drop_score(network, layer.name))
             gradient = layer.pattern.scores(self.grow_score(network, layer.name, step))
             active = layer.pattern.rows(network.masks[layer.name])
-            budget = self._budgets(network)[layer.name]
+            budget = int(network.memory["budget"][layer.name])
             rows = self._rewired(magnitude, gradient, active, fraction, budget)
             network.change(layer.name, layer.pattern.unfold(rows, layer.shape))
-
-    def _budgets(self, network: Network) -> dict[str, int]:
-        return {name: kept * network.layers[name].rows for name, kept in self.kept(network).items()}
 
     def _rewired(self, magnitude: Tensor, gradient: Tensor, active: Tensor, fraction: float, budget: int) -> Tensor:
         """The groups [neurons, inputs] that are active after the update."""
