@@ -125,8 +125,11 @@ class Schedule(Section):
 class Training(Section):
     epochs: PositiveInt = 20
     batch_size: PositiveInt = 128
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the passes through the network; weights and optimizer are in fp32. fp16 scales the loss."""
+    precision: Literal["fp32", "bf16", "fp16", "int8-qat"] = "fp32"
+    """Of the passes through the network; weights and optimizer are in fp32. fp16 scales the loss. int8-qat rounds
+    weights and activations in the last passes as the int8 export will."""
+    qat_start: Fraction = 0.8
+    """int8-qat: the fraction of training after which passes round; masks must be final by then."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads; 0 takes all."""

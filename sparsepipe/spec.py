@@ -50,6 +50,8 @@ class ModelSpec(BaseModel):
     data: Choice | None = None
     """The dataset that it was trained on; None where that is not known."""
     recipe_digest: str | None = None
+    activation_ranges: dict[str, tuple[float, float]] | None = None
+    """Of a network that was trained by int8-qat: tensor of its ONNX form -> the range that its int8 form gets."""
 
     def write(self, folder: Path) -> None:
         write_text(folder / SPEC_FILE, self.model_dump_json(indent=2) + "\n")

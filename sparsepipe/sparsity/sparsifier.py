@@ -145,6 +145,10 @@ class Sparsifier:
         ended = self._frozen and self.step >= self._network.total_steps
         return ended or self._method.masks_final(self._network, self.step)
 
+    def masks_final_after(self, step: int) -> bool:
+        """Whether the masks will be final once `step` steps are taken; False where the method cannot tell."""
+        return self.method.masks_final(self._network, step)
+
     @property
     def history(self) -> MaskHistory | None:
         """What happened to the masks since `watch`."""

@@ -21,6 +21,7 @@ from sparsepipe.sparsity import registry as methods
 from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.modifiers import registry as modifiers
 from sparsepipe.sparsity.sparsifier import Sparsifier
+from sparsepipe.stages import qat
 from sparsepipe.stages.attack import input_space
 from sparsepipe.training import optimizers, rates
 from sparsepipe.training.augment import Augmentation
@@ -136,6 +137,7 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
         epochs=epochs,
         label_smoothing=settings.label_smoothing,
         ema=settings.ema,
+        quantisation=qat.prepare(model, dataset.input_shape, sparsifier, settings, total),
     )
     sizes = {"train": len(rest), "validation": len(held_out), "test": len(dataset.test)}
     sparsifier.watch()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from sparsepipe.graph.choice import Choice
 from sparsepipe.graph.finish import serialise
 from sparsepipe.quantization.calibrate import calibration_rows, ranges
 from sparsepipe.quantization.noise import is_quantised
+from sparsepipe.quantization.points import completed
 from sparsepipe.quantization.rewrite import rewrite
 from sparsepipe.quantization.sensitivity import mixed
 from sparsepipe.recipe import Export, check
@@ -57,14 +58,8 @@ def check_settings(config: Export) -> None:
     """Refuse what has no meaning for int8.
 
     Raises:
-        RecipeError: nothing to calibrate with, or a target without an int8 form.
+        RecipeError: a target without an int8 form.
     """
-    if config.calibrate is None:
-        raise RecipeError(
-            "int8 needs samples, on which the ranges of activations are found.",
-            where="export.calibrate",
-            advice="Add --calibrate DATA, a dataset as `sparsepipe validate` takes it: npz:FILE, for example.",
-        )
     chosen = set(config.targets) != set(Export.model_fields["targets"].default)  # a run's recipe names the default, too
     portable_alone = FP32 not in config.precision and "portable" in config.targets
     if (chosen and portable_alone) or not set(config.targets) & set(INT8_TARGETS):
@@ -79,9 +74,11 @@ def prepare(folded: ModelProto, properties: Mapping[str, str], config: Export) -
     Args:
         folded: the network in fp32, without batch normalisations.
         properties: metadata that the files will have beside those of `folded`.
-        config: with a dataset in `calibrate`.
+        config: with a dataset in `calibrate`; a network that was trained by int8-qat brings ranges of its own, which
+            come first, and may need none.
 
     Raises:
+        RecipeError: there is nothing to calibrate with.
         DataError: the dataset cannot be read, or does not fit the network.
         GraphError: the network is quantised already, or onnxruntime cannot quantise it.
     """
@@ -92,9 +89,16 @@ def prepare(folded: ModelProto, properties: Mapping[str, str], config: Export) -
             advice="Export the fp32 network that it was made from with --precision int8, or leave that out here.",
         )
     stored = {entry.key: entry.value for entry in folded.metadata_props} | dict(properties)
-    calibration, held_out = _samples(folded, stored.get(SPEC_KEY), config)
-    feeds = [batch.inputs for batch in calibration]
-    found = ranges(folded, feeds, method=config.calibration)
+    spec = stored.get(SPEC_KEY)
+    observed = (check(ModelSpec, json.loads(spec), where=SPEC_KEY).activation_ranges if spec else None) or {}
+    found, missing = completed(folded, observed) if observed else ({}, set())
+    if config.calibrate is None:
+        _refuse_without_samples(bool(observed), missing, config)
+        calibration, held_out, feeds = [], [], []
+    else:
+        calibration, held_out = _samples(folded, spec, config)
+        feeds = [batch.inputs for batch in calibration]
+        found = {**ranges(folded, feeds, method=config.calibration), **found}
     selection = None
     if config.max_drop is not None:
         selection = select(folded, found, feeds, held_out, config.max_drop)
@@ -104,6 +108,23 @@ def prepare(folded: ModelProto, properties: Mapping[str, str], config: Export) -
         kernels = [replace(row, reason=selection.kept.get(row.output, row.reason)) for row in kernels]
     count = sum(batch.count for batch in calibration)
     return Int8({"dense": dense, "universal": sparse}, kernels, count, selection)
+
+
+def _refuse_without_samples(trained: bool, missing: Collection[str], config: Export) -> None:
+    """Raise where there are no samples to calibrate on, but something has to be found on them."""
+    if not trained:
+        what = "int8 needs samples, on which the ranges of activations are found."
+    elif missing:
+        what = f"Its training by int8-qat found no ranges of {', '.join(sorted(missing))}, so samples are needed."
+    elif config.max_drop is not None:
+        what = "--max-drop measures the accuracy on samples, and none are named."
+    else:
+        return
+    raise RecipeError(
+        what,
+        where="export.calibrate",
+        advice="Add --calibrate DATA, a dataset as `sparsepipe validate` takes it: npz:FILE, for example.",
+    )
 
 
 def _samples(model: ModelProto, spec: str | None, config: Export) -> tuple[list[Batch], list[Batch]]:

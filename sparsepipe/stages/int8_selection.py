@@ -92,8 +92,8 @@ def select(
             f"No int8 file is within {max_drop:g} points of fp32: the best loses {least:.2f} on "
             f"{next(iter(tried.values()))['samples']} samples, with all layers but one in fp32.",
             where=model.graph.name or "model",
-            advice="Allow more with --max-drop, calibrate on more samples or by another --calibration, or train with "
-            "precision int8-qat.",
+            advice="Allow more with --max-drop, calibrate on more samples or by another --calibration, or train it "
+            "with train.precision = 'int8-qat'.",
         )
     kept = {name: _reason(ends.get(name) or noise[name]) for name in order if name in chosen}
     return Selection(kept, {"max_drop": max_drop, **tried[chosen]})

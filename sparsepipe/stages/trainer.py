@@ -67,11 +67,17 @@ def train(
         multiples = _run(training, building, identity)
         masks = training.sparsifier.freeze()
         selected = _select(training, masks)
+        if training.loop.quantisation is not None:  # scores are those of the network that is written, in fp32
+            training.loop.quantisation.active = False
         # The one place where test samples are looked at; every process has a share of them.
         scores = {
             "validation": training.loop.evaluate(training.validation),
             "test": training.loop.evaluate(training.evaluation(dataset.test)),
         }
+        if (quantisation := training.loop.quantisation) is not None:
+            quantisation.active = True
+            scores["int8_test"] = training.loop.evaluate(training.evaluation(dataset.test))
+            quantisation.active = False
         snapshots = {kind: _snapshot(training, state) for kind, state in training.sparsifier.snapshots.items()}
         if building is not None:
             _write(training, building, masks, selected, multiples, scores)
@@ -213,6 +219,8 @@ def _select(training: Assembly, masks: MaskSet) -> int:
     epoch, weights = loop.epochs, loop.candidate.state_dict()
     if settings.select == "best" and loop.best is not None:
         epoch, weights = loop.best["epoch"], loop.best["weights"]
+        if loop.quantisation is not None:
+            loop.quantisation.observed = loop.best["ranges"]
     elif settings.select == "best":
         log.warning("The masks became final only after the last epoch, so its weights are selected.")
     loop.model.load_state_dict(weights)
@@ -259,6 +267,7 @@ def _write(
         pattern=str(training.sparsifier.method.describe().get("pattern", "unstructured")),
         data=config.data,
         recipe_digest=digest(config),
+        activation_ranges=loop.quantisation.ranges() if loop.quantisation is not None else None,
     ).write(building.folder)
     weights = loop.model.state_dict()
     write_tensors(building.folder / WEIGHTS_FILE, {name: value.cpu().numpy() for name, value in weights.items()})
@@ -294,6 +303,9 @@ def _write(
         "processes": training.fabric.world_size,
         "data": {"name": dataset.name, **training.samples},
     }
+    if (rounded := scores.get("int8_test")) is not None:
+        building.metrics["int8_test_accuracy"] = rounded.accuracy
+        log.info("With weights and activations rounded to int8: test %.2f%%.", 100 * rounded.accuracy)
     log.info(
         "Selected epoch %d: validation %.2f%%, test %.2f%%, sparsity %.2f%%.",
         epoch,

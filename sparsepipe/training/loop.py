@@ -18,6 +18,7 @@ from sparsepipe.errors import SparsepipeError
 from sparsepipe.sparsity.sparsifier import Sparsifier
 from sparsepipe.training.average import Average
 from sparsepipe.training.batches import Batch, TrainingBatches
+from sparsepipe.training.fake_quantisation import FakeQuantisation
 from sparsepipe.training.rates import Rate
 
 FINITE_CHECK_EVERY = 20
@@ -97,6 +98,7 @@ class Loop:
         epochs: passes over the training samples.
         label_smoothing: share of the target that is spread over all classes.
         ema: decay of a moving average of the network, which is then what is validated and kept; 0 for none.
+        quantisation: rounds in the last passes; only epochs that end with it are kept. Not together with `ema`.
 
     Raises:
         ModelError: there is to be an average, but the network cannot be copied.
@@ -116,6 +118,7 @@ class Loop:
         epochs: int,
         label_smoothing: float = 0.0,
         ema: float = 0.0,
+        quantisation: FakeQuantisation | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -125,8 +128,10 @@ class Loop:
         self.seconds = 0.0
         """Spent on training so far, interrupted runs included."""
         self.best: dict[str, Any] | None = None
-        """The epoch of highest validation accuracy among those with final masks: number, accuracy, loss, weights."""
+        """The epoch of highest validation accuracy among those with final masks: number, accuracy, loss, weights, and
+        the ranges of activations where passes round."""
         self.average = Average(model, sparsifier, ema) if ema else None
+        self.quantisation = quantisation
         self._fabric = fabric
         self._training = training
         self._validation = validation
@@ -222,6 +227,7 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "sparsifier": self.sparsifier.state_dict(),
             "average": self.average and self.average.state_dict(),
+            "ranges": self.quantisation and self.quantisation.observed.clone(),
             "precision": self._fabric.strategy.precision.state_dict(),
             "processes": self._gathered(own),
         }
@@ -240,6 +246,8 @@ class Loop:
         self.sparsifier.load_state_dict(state["sparsifier"])
         if self.average:
             self.average.load_state_dict(state["average"])
+        if self.quantisation:
+            self.quantisation.observed = state["ranges"]
         self._fabric.strategy.precision.load_state_dict(state["precision"])
         torch.set_rng_state(own["random"])
         if self._on_cuda and own["random_cuda"] is not None:
@@ -275,6 +283,8 @@ class Loop:
     def _train(self, inputs: Tensor, labels: Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr * self._rate(self.step)
+        if self.quantisation:
+            self.quantisation.active = self.step >= self.quantisation.start
         self._optimizer.zero_grad()
         inputs, labels = self.sparsifier.transform_batch(inputs, labels)
         logits = self._network(inputs)
@@ -310,7 +320,7 @@ class Loop:
                 where=f"epoch {epoch + 1}",
                 advice=DIVERGED_ADVICE,
             )
-        if self.sparsifier.masks_final:
+        if self.sparsifier.masks_final and (self.quantisation is None or self.quantisation.active):
             self._keep_if_best(epoch + 1, validation)
         self._losses.zero_()
         self._correct.zero_()
@@ -324,6 +334,8 @@ class Loop:
         if self.best is None or (score.accuracy, -score.loss) > (self.best["accuracy"], -self.best["loss"]):
             weights = {name: value.detach().clone() for name, value in self.candidate.state_dict().items()}
             self.best = {"epoch": number, "accuracy": score.accuracy, "loss": score.loss, "weights": weights}
+            if self.quantisation:
+                self.best["ranges"] = self.quantisation.observed.clone()
 
     def _check_finite(self, epoch: int) -> None:
         finite = self._losses.isfinite()
