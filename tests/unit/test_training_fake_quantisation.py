@@ -116,6 +116,7 @@ def test_observed_ranges_are_those_of_onnxruntime() -> None:
     samples = torch.randn(32, *SHAPE)
     rounding.active = True
     network.train()(samples)
+    rounding.active = False
     folded, _ = fold(build(network.eval(), SHAPE))
     expected = ranges(folded, [{"input": samples.numpy()}])
     found, missing = completed(folded, rounding.ranges())
