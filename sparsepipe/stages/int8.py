@@ -15,7 +15,7 @@ from sparsepipe import data as datasets
 from sparsepipe.errors import GraphError, RecipeError
 from sparsepipe.graph.choice import Choice
 from sparsepipe.graph.finish import serialise
-from sparsepipe.quantization.calibrate import calibration_rows, ranges
+from sparsepipe.quantization.calibrate import Ranges, calibration_rows, ranges
 from sparsepipe.quantization.noise import is_quantised
 from sparsepipe.quantization.points import completed
 from sparsepipe.quantization.rewrite import rewrite
@@ -91,13 +91,18 @@ def prepare(folded: ModelProto, properties: Mapping[str, str], config: Export) -
     stored = {entry.key: entry.value for entry in folded.metadata_props} | dict(properties)
     spec = stored.get(SPEC_KEY)
     observed = (check(ModelSpec, json.loads(spec), where=SPEC_KEY).activation_ranges if spec else None) or {}
-    found, missing = completed(folded, observed) if observed else ({}, set())
+    found: Ranges = {}
+    missing: Collection[str] = ()
+    if observed:
+        found, missing = completed(folded, observed)
+    calibration: list[Batch] = []
+    held_out: list[Batch] = []
     if config.calibrate is None:
         _refuse_without_samples(bool(observed), missing, config)
-        calibration, held_out, feeds = [], [], []
     else:
         calibration, held_out = _samples(folded, spec, config)
-        feeds = [batch.inputs for batch in calibration]
+    feeds = [batch.inputs for batch in calibration]
+    if feeds:
         found = {**ranges(folded, feeds, method=config.calibration), **found}
     selection = None
     if config.max_drop is not None:
