@@ -226,9 +226,10 @@ def _write(
     files: dict[Form, bytes] = {}
     for form in forms(config):
         own = {**common, "sparsepipe.target": form.target, PRECISION_KEY: form.precision}
-        if form.precision == INT8 and plan.int8 is not None and config.calibrate is not None:
+        if form.precision == INT8 and plan.int8 is not None:
             rewritten = index.copy(plan.int8.files[form.target])
-            own[CALIBRATION_KEY] = config.calibrate.model_dump_json()
+            if config.calibrate is not None:
+                own[CALIBRATION_KEY] = config.calibrate.model_dump_json()
         else:
             rewritten = TARGETS[form.target](plan)
         stamp(rewritten, own)
