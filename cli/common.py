@@ -279,3 +279,24 @@ def load_recipe(path: Path, overrides: Sequence[str], out: Path | None) -> tuple
 
     loaded = recipe.load(path, overrides)
     return loaded, out if out is not None else Path("runs") / loaded.name
+
+
+def write_up(folder: Path, name: str, text: str, draw: Callable[[], str | None]) -> None:
+    """Write a table as `<name>.md` and, where matplotlib is installed and there is enough to draw, `<name>.svg`.
+
+    Args:
+        folder: where to write.
+        name: of both files.
+        text: the table in Markdown.
+        draw: makes the figure; None before it has enough points.
+    """
+    from sparsepipe.artefact import write_text
+
+    write_text(folder / f"{name}.md", text + "\n")
+    try:
+        drawn = draw()
+    except ModuleNotFoundError as error:
+        logging.getLogger("sparsepipe").debug("There is no figure without %s.", error.name)
+        return
+    if drawn is not None:
+        write_text(folder / f"{name}.svg", drawn)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import click
 
 from sparsepipe.cli import common
-
-log = logging.getLogger("sparsepipe")
 
 
 @click.command("emc")
@@ -84,14 +81,6 @@ def command(
 
 
 def _write_up(result: Mapping[str, Any], folder: Path) -> None:
-    from sparsepipe.artefact import write_text
     from sparsepipe.reporting import emc
 
-    write_text(folder / "emc.md", emc.table(result).markdown() + "\n")
-    try:
-        drawn = emc.figure(result)
-    except ModuleNotFoundError as error:
-        log.debug("There is no figure without %s.", error.name)
-        return
-    if drawn is not None:
-        write_text(folder / "emc.svg", drawn)
+    common.write_up(folder, "emc", emc.table(result).markdown(), lambda: emc.figure(result))

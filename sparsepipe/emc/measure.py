@@ -24,11 +24,10 @@ from sparsepipe.models import registry as models
 from sparsepipe.progress import bar
 from sparsepipe.sparsity import registry as methods
 from sparsepipe.sparsity.modifiers import registry as modifiers
-from sparsepipe.sparsity.sparsifier import Sparsifier
-from sparsepipe.stages.assembly import EVALUATION_BATCH, check_fit
+from sparsepipe.stages.assembly import EVALUATION_BATCH, check_fit, rate_of, sparsifier_of
 from sparsepipe.stages.attack import input_space
 from sparsepipe.stages.train import TrainConfig, network_source
-from sparsepipe.training import device, optimizers, rates
+from sparsepipe.training import device, optimizers
 from sparsepipe.training.augment import Augmentation
 from sparsepipe.training.batches import EvaluationBatches, InMemory, Normalise, TrainingBatches
 from sparsepipe.training.fitting import fit
@@ -185,34 +184,18 @@ def train(config: TrainConfig, samples: NestedSamples, count: int, steps: int) -
         )
         method = methods.create(config.method.name, config.method.options)
         total = max(1, round(steps * method.epochs_multiplier))
-        schedule = config.schedule
-        rate = rates.create(
-            schedule.name,
-            total=total,
-            warmup=min(total - 1, round(schedule.warmup / config.train.epochs * total)),
-            milestones=schedule.milestones,
-            gamma=schedule.gamma,
-        )
+        warmup = min(total - 1, round(config.schedule.warmup / config.train.epochs * total))
         scored = list(itertools.islice(training.epoch(0), method.samples_needed))
         space = input_space(samples.preprocessing, samples.dataset.input_shape)
-        sparsifier = Sparsifier(
-            model,
-            optimizer,
-            method,
-            total_steps=total,
-            seed=config.seed,
-            samples=scored,
-            modifiers=[modifiers.create(each.name, each.options, inputs=space) for each in config.modifiers],
-        )
         ended = fit(
             model,
             optimizer,
-            sparsifier,
+            sparsifier_of(config, model, optimizer, method, total, scored, space),
             training,
             EvaluationBatches(source, normalise, batch_size=EVALUATION_BATCH),
             steps=total,
             lr=config.optimizer.lr,
-            rate=rate,
+            rate=rate_of(config, total, warmup),
             label_smoothing=config.train.label_smoothing,
         )
     return Trial(count, steps, ended.complete, ended.converged, ended.loss, ended.nonzero)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +19,9 @@ from sparsepipe.models import registry as models
 from sparsepipe.plugins import failure
 from sparsepipe.sparsity import flops
 from sparsepipe.sparsity import registry as methods
+from sparsepipe.sparsity.attacks import InputSpace
 from sparsepipe.sparsity.history import MaskHistory
+from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.modifiers import registry as modifiers
 from sparsepipe.sparsity.sparsifier import Sparsifier
 from sparsepipe.stages import qat
@@ -72,6 +75,43 @@ def evaluation(split: Split, normalise: Normalise, fabric: Fabric) -> Evaluation
     )
 
 
+def rate_of(config: TrainConfig, total: int, warmup: int) -> rates.Rate:
+    """The learning rate of each of `total` steps, as a multiple of the optimizer's; `warmup` steps come first."""
+    schedule = config.schedule
+    return rates.create(schedule.name, total=total, warmup=warmup, milestones=schedule.milestones, gamma=schedule.gamma)
+
+
+def sparsifier_of(
+    config: TrainConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    method: Method,
+    total: int,
+    scored: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    space: InputSpace,
+) -> Sparsifier:
+    """The method and modifiers of a recipe at work on a network.
+
+    Args:
+        config: the parts of the recipe.
+        model: the network.
+        optimizer: of its parameters.
+        method: as the recipe names it.
+        total: optimizer steps.
+        scored: the training batches that the method chooses masks by before training.
+        space: of the inputs that modifiers change.
+    """
+    return Sparsifier(
+        model,
+        optimizer,
+        method,
+        total_steps=total,
+        seed=config.seed,
+        samples=scored,
+        modifiers=[modifiers.create(each.name, each.options, inputs=space) for each in config.modifiers],
+    )
+
+
 def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     """Build the network, the batches and the loop.
 
@@ -104,27 +144,12 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     method = methods.create(config.method.name, config.method.options)
     epochs = max(1, round(settings.epochs * method.epochs_multiplier))
     total = batches.steps * epochs
-    schedule = config.schedule
-    rate = rates.create(
-        schedule.name,
-        total=total,
-        warmup=round(schedule.warmup * batches.steps),
-        milestones=schedule.milestones,
-        gamma=schedule.gamma,
-    )
+    rate = rate_of(config, total, round(config.schedule.warmup * batches.steps))
     macs = flops.count_macs(model, dataset.input_shape)
     validation = evaluation(held_out, normalise, fabric)
     scored = list(islice(batches.epoch(0, 0), method.samples_needed)) if method.samples_needed else []
     space = input_space(dataset.preprocessing, dataset.input_shape)
-    sparsifier = Sparsifier(
-        model,
-        optimizer,
-        method,
-        total_steps=total,
-        seed=config.seed,
-        samples=scored,
-        modifiers=[modifiers.create(each.name, each.options, inputs=space) for each in config.modifiers],
-    )
+    sparsifier = sparsifier_of(config, model, optimizer, method, total, scored, space)
     loop = Loop(
         fabric,
         model,
