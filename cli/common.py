@@ -60,13 +60,17 @@ def overrides_option(function: F) -> F:
     )(function)  # fmt: skip
 
 
-def recipe_options(function: F) -> F:
-    """Adds what a verb that reads a recipe takes: RECIPE, `--out` and `--set`."""
-    function = overrides_option(function)
-    function = click.option(
-        "--out", type=click.Path(path_type=Path), help="Run folder. Default: runs/<recipe's name>."
-    )(function)
-    return click.argument("recipe", type=click.Path(path_type=Path))(function)
+def recipe_options(suffix: str = "") -> Callable[[F], F]:
+    """Adds what a verb that reads a recipe takes: RECIPE, `--out`, whose default ends with `suffix`, and `--set`."""
+
+    def decorate(function: F) -> F:
+        function = overrides_option(function)
+        function = click.option(
+            "--out", type=click.Path(path_type=Path), help=f"Output folder. Default: runs/<recipe's name>{suffix}."
+        )(function)
+        return click.argument("recipe", type=click.Path(path_type=Path))(function)
+
+    return decorate
 
 
 def list_of(convert: Callable[[str], Any]) -> Callable[..., tuple[Any, ...]]:
@@ -273,12 +277,12 @@ def run_recipe(source: Path) -> Path | None:
     return None
 
 
-def load_recipe(path: Path, overrides: Sequence[str], out: Path | None) -> tuple[Recipe, Path]:
-    """Read a recipe; the output folder is `--out`, or `runs/<name of the recipe>`."""
+def load_recipe(path: Path, overrides: Sequence[str], out: Path | None, suffix: str = "") -> tuple[Recipe, Path]:
+    """Read a recipe; the output folder is `--out`, or `runs/<name of the recipe><suffix>`."""
     from sparsepipe import recipe
 
     loaded = recipe.load(path, overrides)
-    return loaded, out if out is not None else Path("runs") / loaded.name
+    return loaded, out if out is not None else Path("runs") / f"{loaded.name}{suffix}"
 
 
 def write_up(folder: Path, name: str, text: str, draw: Callable[[], str | None]) -> None:

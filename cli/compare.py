@@ -10,6 +10,9 @@ import click
 
 from sparsepipe.cli import common
 
+SUFFIX = "-compared"
+"""Of the default output folder."""
+
 
 def _vary(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     found = {}
@@ -23,7 +26,7 @@ def _vary(context: click.Context, parameter: click.Parameter, texts: tuple[str, 
 
 
 @click.command("compare")
-@common.recipe_options
+@common.recipe_options(SUFFIX)
 @click.option(
     "--methods", callback=common.list_of(str), default="dst-ee,rigl,set,dense", show_default=True, metavar="LIST",
     help="The first is what the others are compared with.",
@@ -71,8 +74,7 @@ def command(
     from sparsepipe.reporting.comparison import table
 
     grid = comparison.Grid(methods, sparsities, seeds, vary)
-    _, folder = common.load_recipe(recipe, overrides, None)
-    folder = out if out is not None else folder.with_name(f"{folder.name}-compared")
+    _, folder = common.load_recipe(recipe, overrides, out, SUFFIX)
     result = comparison.compare(
         recipe, grid, folder, overrides=overrides, workers=jobs, backend=backend, write_up=_write_up
     )

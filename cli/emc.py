@@ -10,9 +10,12 @@ import click
 
 from sparsepipe.cli import common
 
+SUFFIX = "-emc"
+"""Of the default output folder."""
+
 
 @click.command("emc")
-@common.recipe_options
+@common.recipe_options(SUFFIX)
 @click.option(
     "--sparsities", callback=common.list_of(float), metavar="LIST", help="As 0,0.5,0.9. Default: that of the recipe."
 )
@@ -67,8 +70,7 @@ def command(
     from sparsepipe.emc import measure
     from sparsepipe.reporting.emc import table
 
-    _, folder = common.load_recipe(recipe, overrides, None)
-    folder = out if out is not None else folder.with_name(f"{folder.name}-emc")
+    _, folder = common.load_recipe(recipe, overrides, out, SUFFIX)
     task = measure.Task(labels or ("random" if inputs == "random" else "semantic"), inputs, tolerance, max_steps)
     grid = Grid(methods, sparsities, seeds, {})
     result = measure.measure(recipe, grid, task, folder, overrides=overrides, write_up=_write_up)

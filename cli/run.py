@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command("run")
-@common.recipe_options
+@common.recipe_options()
 @click.option("--force", is_flag=True, help="Run every stage from the start, also where nothing has changed.")
 @common.output_options
 def command(recipe: Path, out: Path | None, force: bool, overrides: tuple[str, ...], as_json: bool) -> None:

@@ -11,7 +11,7 @@ from sparsepipe.cli import common
 
 
 @click.command("train")
-@common.recipe_options
+@common.recipe_options()
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted run.")
 @click.option(
     "--modifier", "modifier_names", metavar="NAMES",
