@@ -27,11 +27,14 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _level_of_the_log() -> Iterator[None]:
-    """A command that runs in this process sets it for its options, and for its number among several processes."""
+    """A command that runs in this process sets it for its options, and for its number among several processes.
+
+    Unset before the test, too: fixtures of wider scope, which run commands, come first.
+    """
     logger = logging.getLogger("sparsepipe")
-    level = logger.level
+    logger.setLevel(logging.NOTSET)
     yield
-    logger.setLevel(level)
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from onnx import ModelProto
 from pydantic import PositiveInt
 
-from sparsepipe import data as datasets
 from sparsepipe.artefact import Artefact, digest_file, draft, write_json
 from sparsepipe.benchmark import calls
 from sparsepipe.benchmark.client import WorkerError, WorkerProcess
@@ -23,31 +20,22 @@ from sparsepipe.benchmark.peers.environments import NotInstalled, install
 from sparsepipe.benchmark.peers.registry import DEFAULT, Peer, chosen
 from sparsepipe.benchmark.results import rows
 from sparsepipe.errors import ArtefactError, GraphError
-from sparsepipe.graph.finish import serialise
 from sparsepipe.graph.load import load
-from sparsepipe.graph.resize import resize
 from sparsepipe.native.operators import DOMAIN
 from sparsepipe.progress import bar
-from sparsepipe.quantization.calibrate import calibration_rows
-from sparsepipe.recipe import Bench, NamedChoice, check
+from sparsepipe.recipe import Bench, NamedChoice
 from sparsepipe.runtime.compare import Tally, finite
-from sparsepipe.runtime.inputs import inputs_of, resolve
-from sparsepipe.runtime.samples import labelled_samples, random_samples
-from sparsepipe.runtime.sessions import run, session
-from sparsepipe.spec import ModelSpec
+from sparsepipe.runtime.sessions import session
 from sparsepipe.stages import bench
-from sparsepipe.stages.validate import input_for
+from sparsepipe.stages.peers_work import Work, work_of
 
 log = logging.getLogger("sparsepipe")
 
 SCHEMA_VERSION = 1
-SEED = 0
-SPEC_KEY = "sparsepipe.spec"
 ONNXRUNTIME, SPARSEPIPE = "onnxruntime", "sparsepipe"
 MAX_RELATIVE, MAX_RELATIVE_INT8 = 1e-3, 0.5
 """A runtime whose outputs are further from those of dense onnxruntime computes something else, and is not timed."""
 PREPARE_SECONDS = 600.0
-Calls = list[dict[str, Any]]
 
 
 class Peers(Bench):
@@ -83,25 +71,6 @@ class Network:
         model = load(path)
         held = onnx.load(path, load_external_data=False)
         return cls(label, path, model, any(node.domain == DOMAIN for node in held.graph.node))
-
-
-@dataclass(frozen=True)
-class Work:
-    """What all runtimes get of a network at one batch size: files, and the outputs of dense onnxruntime.
-
-    Attributes:
-        source: the dense network with fixed sizes.
-        feeds: a file of one call, which is timed.
-        checks: calls whose outputs are compared.
-        calibration: calls to calibrate int8 with.
-        expected: the outputs for `checks`.
-    """
-
-    source: Path
-    feeds: Path
-    checks: Path
-    calibration: Path
-    expected: Sequence[Sequence[Any]]
 
 
 @dataclass
@@ -233,7 +202,7 @@ def _entries(
         place = folder / str(number)
         place.mkdir()
         try:
-            work = _work(here, config, batch, place)
+            work = work_of(here.model, here.label, config, batch, place)
         except GraphError as error:  # as where its batch size is fixed at another one
             unfit = [
                 Entry(f"{here.label}, {name}", name, Contestant(here.path), (), place, failure=error.what.rstrip("."))
@@ -255,25 +224,6 @@ def _entries(
                     entry.failure = str(error)
             (plain if name == ONNXRUNTIME else others).append(entry)
     return [*plain, *others]
-
-
-def _work(network: Network, config: Peers, batch: int, folder: Path) -> Work:
-    """Write what all runtimes get.
-
-    Raises:
-        GraphError: the network cannot be run so, as where its batch size is fixed at another one.
-        DataError: the dataset cannot be read, or does not fit the network.
-    """
-    source = _fixed(network.model, config, batch, folder / "dense.onnx")
-    training, testing = _samples(source, network.model, config)
-    opened = session(source, library=False)
-    return Work(
-        source,
-        calls.write(folder / "feeds.npz", testing[:1]),
-        calls.write(folder / "checks.npz", testing),
-        calls.write(folder / "calibration.npz", training),
-        [run(opened, one, where=network.label) for one in testing],
-    )
 
 
 def _prepare(peer: Peer, name: str, work: Work, config: Peers) -> Contestant:
@@ -337,43 +287,3 @@ def _fidelity(
         f"its outputs differ from those of dense onnxruntime by {tally.max_relative:.2g} of the largest one{agreement}"
     )
     return facts, f"not timed: {reason}"
-
-
-def _fixed(model: ModelProto, config: Peers, batch: int, path: Path) -> Path:
-    """Write the model with all sizes of its inputs fixed, as some runtimes need them."""
-    fixed = resize(model, config.input)
-    shapes = resolve(inputs_of(session(serialise(fixed, where=model.graph.name), library=False)), batch)
-    for value in fixed.graph.input:
-        for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
-            dim.dim_value = size
-    del fixed.graph.value_info[:]
-    path.write_bytes(serialise(fixed, where=model.graph.name))
-    return path
-
-
-def _samples(source: Path, model: ModelProto, config: Peers) -> tuple[Calls, Calls]:
-    """Calls to calibrate with and calls to compare on, each with about `config.samples` samples."""
-    taken = inputs_of(session(source, library=False))
-    size = next((entry.batch for entry in taken if entry.batch), 1)
-    if config.calibrate is None:
-        made = [
-            [dict(batch.inputs) for batch in random_samples(taken, config.samples, size, seed, {})]
-            for seed in (SEED, SEED + 10**6)
-        ]
-        return made[0], made[1]
-    name = config.calibrate.name
-    dataset = datasets.load(name, config.calibrate.options)
-    entry = input_for(dataset, taken, where=name)
-    preprocessing = dataset.preprocessing
-    if spec := next((one.value for one in model.metadata_props if one.key == SPEC_KEY), None):
-        preprocessing = check(ModelSpec, json.loads(spec), where=SPEC_KEY).preprocessing
-    found: list[Calls] = []
-    for split in (dataset.train, dataset.test):
-        chosen_rows = calibration_rows(len(split), config.samples, SEED)
-
-        def prepared(indices: Any, split: Any = split, rows: Any = chosen_rows) -> Any:
-            return datasets.prepare(split.load(rows[indices]), preprocessing)
-
-        batches = labelled_samples(entry, np.asarray(split.labels)[chosen_rows], size, prepared)
-        found.append([dict(batch.inputs) for batch in batches])
-    return found[0], found[1]

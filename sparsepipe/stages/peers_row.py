@@ -16,7 +16,8 @@ from sparsepipe.graph.finish import serialise
 from sparsepipe.graph.prune import prune
 from sparsepipe.runtime.inputs import inputs_of, random_inputs
 from sparsepipe.runtime.sessions import session
-from sparsepipe.stages.peers import SEED, Network, Peers, compare
+from sparsepipe.stages.peers import Network, Peers, compare
+from sparsepipe.stages.peers_work import SEED
 from sparsepipe.stages.variants import export_sparse
 
 
