@@ -56,6 +56,15 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def int8_saturates() -> bool:
+    """Whether onnxruntime's int8 operators saturate here: x86 without VNNI adds pairs of products in 16 bits.
+
+    Two products of a uint8 and an int8 fit only if the int8 one has 7 bits; onnxruntime's session option
+    `session.x64quantprecision` takes an exact, slower way.
+    """
+    return platform.machine().lower() in ("x86_64", "amd64") and not _cpu_info()[1] & {"avx512_vnni", "avx_vnni"}
+
+
 def _cpu_info() -> tuple[str, set[str]]:
     model, flags = platform.processor() or platform.machine(), set[str]()
     try:

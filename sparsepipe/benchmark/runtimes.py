@@ -72,6 +72,8 @@ class Runtime(Protocol):
 class OnnxRuntime(Runtime):
     """onnxruntime on the CPU, with the kernel library registered where it was built."""
 
+    exact_int8 = True
+
     def __init__(self) -> None:
         import onnxruntime
 
@@ -87,7 +89,7 @@ class OnnxRuntime(Runtime):
     def load(self, model: str, threads: int) -> None:
         from sparsepipe.runtime import session
 
-        self._session = session(Path(model), threads=threads)
+        self._session = session(Path(model), threads=threads, exact_int8=self.exact_int8)
 
     def feed(self, batch: int, seed: int, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
         from sparsepipe.runtime.inputs import inputs_of, random_inputs, sized
@@ -111,7 +113,14 @@ class OnnxRuntime(Runtime):
         }
 
 
-RUNTIMES: dict[str, Callable[[], Runtime]] = {"onnxruntime": OnnxRuntime}
+class FastInt8(OnnxRuntime):
+    """onnxruntime as it is by default, for dense int8 files whose weights `sparsepipe.benchmark.int8` chose for it."""
+
+    exact_int8 = False
+
+
+FAST_INT8 = "onnxruntime-fast-int8"
+RUNTIMES: dict[str, Callable[[], Runtime]] = {"onnxruntime": OnnxRuntime, FAST_INT8: FastInt8}
 
 
 def find(name: str) -> Runtime:

@@ -43,7 +43,12 @@ OLDEST_OPSET = 13
 
 
 def quantise(
-    model: ModelProto, samples: Sequence[Feeds], *, method: str = "minmax", exclude: Collection[str] = ()
+    model: ModelProto,
+    samples: Sequence[Feeds],
+    *,
+    method: str = "minmax",
+    exclude: Collection[str] = (),
+    reduce_range: bool = False,
 ) -> ModelProto:
     """The int8 form of an fp32 model, with the ranges that its activations have on samples.
 
@@ -52,11 +57,12 @@ def quantise(
         samples: input name -> array of each calibration call.
         method: a key of `METHODS`. All but `minmax` keep every activation of every sample in memory.
         exclude: outputs of the nodes that stay fp32.
+        reduce_range: give weights 7 bits instead of 8.
 
     Raises:
         GraphError: the opset is older than 13, there are no samples, or onnxruntime cannot quantise the model.
     """
-    return with_ranges(model, ranges(model, samples, method=method), exclude=exclude)
+    return with_ranges(model, ranges(model, samples, method=method), exclude=exclude, reduce_range=reduce_range)
 
 
 def ranges(model: ModelProto, samples: Sequence[Feeds], *, method: str = "minmax") -> Ranges:
@@ -84,13 +90,16 @@ def ranges(model: ModelProto, samples: Sequence[Feeds], *, method: str = "minmax
         return {name: (float(np.min(low)), float(np.max(high))) for name, (low, high) in limits.items()}
 
 
-def with_ranges(model: ModelProto, found: Ranges, *, exclude: Collection[str] = ()) -> ModelProto:
+def with_ranges(
+    model: ModelProto, found: Ranges, *, exclude: Collection[str] = (), reduce_range: bool = False
+) -> ModelProto:
     """The int8 form of an fp32 model, with given ranges of its activations.
 
     Args:
         model: as of `quantise`.
         found: tensor -> smallest and largest value.
         exclude: outputs of the nodes that stay fp32.
+        reduce_range: give weights 7 bits instead of 8.
 
     Raises:
         GraphError: the opset is older than 13, a range is missing, or onnxruntime cannot quantise the model.
@@ -101,7 +110,7 @@ def with_ranges(model: ModelProto, found: Ranges, *, exclude: Collection[str] = 
     limits = {name: (np.float32(low), np.float32(high)) for name, (low, high) in found.items()}
     settings: dict[str, Any] = {
         "per_channel": True,
-        "reduce_range": False,
+        "reduce_range": reduce_range,
         "weight_qType": QuantType.QInt8,
         "activation_qType": QuantType.QUInt8,
         "tensors_range": TensorsData(CalibrationMethod.MinMax, limits),

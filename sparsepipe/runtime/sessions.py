@@ -23,11 +23,12 @@ log = logging.getLogger("sparsepipe")
 
 PROVIDERS = ["CPUExecutionProvider"]
 _IR_TOO_NEW = re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")
+_EXACT_INT8 = "session.x64quantprecision"
 _EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def session(
-    path: str | Path | bytes, *, threads: int = 1, library: bool = True, **options: Any
+    path: str | Path | bytes, *, threads: int = 1, library: bool = True, exact_int8: bool = True, **options: Any
 ) -> onnxruntime.InferenceSession:
     """Open an ONNX model on the CPU, with the kernel library registered.
 
@@ -38,6 +39,8 @@ def session(
         path: the file, or a whole serialised model (which cannot refer to external data).
         threads: threads of one operator, the caller's included; 0 leaves the number to onnxruntime.
         library: whether to register the kernel library, where it was built.
+        exact_int8: whether onnxruntime's own int8 operators add exactly on x86 processors without VNNI, where its
+            faster way saturates with weights of more than 7 bits. The kernel library is exact either way.
         options: further attributes of `onnxruntime.SessionOptions`, by name.
 
     Raises:
@@ -53,6 +56,8 @@ def session(
     settings = onnxruntime.SessionOptions()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4  # errors come as exceptions; onnxruntime would print them as well
+    if exact_int8:
+        settings.add_session_config_entry(_EXACT_INT8, "1")
     _set(settings, {"intra_op_num_threads": threads, **options})
     try:
         if library and (kernels := library_path()) is not None:

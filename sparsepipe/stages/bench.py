@@ -16,6 +16,7 @@ from sparsepipe.benchmark.conditions import Watch
 from sparsepipe.benchmark.harness import COLD_STARTS, ROUNDS, Ask, Contestant, Measurement, Setting, choose_cpus
 from sparsepipe.benchmark.harness import measure as race
 from sparsepipe.benchmark.results import file_facts, rows, same_file
+from sparsepipe.benchmark.runtimes import FAST_INT8
 from sparsepipe.environment import describe_machine, package_versions
 from sparsepipe.errors import ArtefactError, GraphError
 from sparsepipe.progress import bar
@@ -120,6 +121,7 @@ def take_turns(
     advance: Callable[[str], None],
     *,
     int8: int | None = None,
+    fast_int8: bool = False,
 ) -> Race:
     """Measure files at every setting of `config`, each in a process of its own, one running at a time.
 
@@ -130,11 +132,15 @@ def take_turns(
         config: threads and batch sizes, time and pinning.
         advance: called `rounds(config)` times.
         int8: index of the dense int8 file; with it each row also has `speedup_over_int8`.
+        fast_int8: whether that file is one of `benchmark.int8`, which onnxruntime's fast operators compute exactly.
 
     Raises:
         GraphError: no file could be measured.
     """
-    contestants = [Contestant(path) for path in paths]
+    contestants = [
+        Contestant(path, FAST_INT8 if fast_int8 and index == int8 else "onnxruntime")
+        for index, path in enumerate(paths)
+    ]
     results, reasons, workers, verdicts = [], [], [], []
     for setting in settings(config):
         measured, verdict = judged(contestants, baseline, setting, advance)

@@ -92,9 +92,13 @@ def measure(
         variants.append(export_sparse(base.model, pattern, sparsity, folder / f"{pattern}-{sparsity}", feeds))
         advance(1, "")
     paths = [base.dense, base.int8, *(variant.path for variant in variants)]
-    timings = _interleaved(paths, feeds, config.seconds, lambda count: advance(count, f"{name}: in turn, one thread"))
+    timings = _interleaved(
+        paths, 1, feeds, config.seconds, lambda count: advance(count, f"{name}: in turn, one thread")
+    )
     labels = [DENSE, INT8, *(variant.label for variant in variants)]
-    race = bench.take_turns(paths, labels, 0, config, lambda note: advance(1, f"{name}: {note}"))
+    race = bench.take_turns(
+        paths, labels, 0, config, lambda note: advance(1, f"{name}: {note}"), int8=1, fast_int8=True
+    )
     facts: list[dict[str, Any]] = [
         {"kind": DENSE},
         {"kind": INT8, "max_relative_error": _error(base.dense, base.int8, feeds)},
@@ -122,7 +126,7 @@ def measure(
 
 
 def _interleaved(
-    paths: Sequence[Path], feeds: Mapping[str, Any], seconds: float, advance: Callable[[int], None]
+    paths: Sequence[Path], int8: int, feeds: Mapping[str, Any], seconds: float, advance: Callable[[int], None]
 ) -> list[Timing]:
     done = 0
 
@@ -132,7 +136,7 @@ def _interleaved(
         advance(reached - done)
         done = reached
 
-    sessions = [session(path) for path in paths]
+    sessions = [session(path, exact_int8=index != int8) for index, path in enumerate(paths)]
     calls = [partial(one.run, None, dict(feeds)) for one in sessions]
     timings = interleave(calls, seconds * len(calls), seed=SEED, progress=show)
     advance(STEPS - done)

@@ -104,6 +104,7 @@ def measure(config: WhatIf) -> dict[str, Any]:
                     config,
                     lambda note, sparsity=sparsity: running.advance(note=f"sparsity {sparsity:.4g}, {note}"),  # type: ignore[misc]
                     int8=1 if INT8 in baselines else None,
+                    fast_int8=True,
                 )
             results += _pairs(race.results, list(baselines), variants)
             runtimes |= {str(one): one for one in race.runtimes}
