@@ -46,6 +46,11 @@ def _vary(context: click.Context, parameter: click.Parameter, texts: tuple[str, 
     "--backend", type=click.Choice(["local", "ray"]), default="local", show_default=True,
     help="ray: on the cluster that RAY_ADDRESS names, or on one started on this machine.",
 )  # fmt: skip
+@click.option(
+    "--rows", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+    help="Keep one small JSON file of each finished training here, and take what has one for finished: its folder is "
+    "not needed any more. Grids of one recipe can share it.",
+)  # fmt: skip
 @common.output_options
 def command(
     recipe: Path,
@@ -57,6 +62,7 @@ def command(
     vary: Mapping[str, tuple[str, ...]],
     jobs: int,
     backend: str,
+    rows: Path | None,
     as_json: bool,
 ) -> None:
     """Train a recipe with several methods, sparsities and seeds, and compare their accuracies.
@@ -76,7 +82,7 @@ def command(
     grid = comparison.Grid(methods, sparsities, seeds, vary)
     _, folder = common.load_recipe(recipe, overrides, out, SUFFIX)
     result = comparison.compare(
-        recipe, grid, folder, overrides=overrides, workers=jobs, backend=backend, write_up=_write_up
+        recipe, grid, folder, overrides=overrides, workers=jobs, backend=backend, kept=rows, write_up=_write_up
     )
     failed = [run for run in result["runs"] if run["error"]]
     if as_json:

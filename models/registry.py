@@ -42,7 +42,7 @@ _TABLE = (
             f"resnet:resnet{depth}",
             _CIFAR,
             10,
-            f"residual network of {depth} layers for small images; option width (16)",
+            f"residual network of {depth} layers for small images; options width (16), stem_stride (1)",
             "arXiv 1512.03385",
         )
         for depth in (8, 14, 20, 32, 56)

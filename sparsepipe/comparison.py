@@ -1,7 +1,8 @@
 """Compare: one recipe over a grid of methods, sparsities, other settings and seeds; a table with paired differences.
 
 Every cell of the grid is an ordinary training in a folder of its own, which `train` resumes and `freeze` reads. A
-training that is finished is not repeated, so a comparison can be interrupted, repeated and widened.
+training that is finished is not repeated, so a comparison can be interrupted, repeated and widened; with a folder of
+rows (`sparsepipe.rows`) not even where the folders of the trainings are gone.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from sparsepipe import jobs, pipeline
+from sparsepipe import jobs, pipeline, rows
 from sparsepipe import recipe as recipes
 from sparsepipe.artefact import digest_bytes, read_json, write_json
 from sparsepipe.benchmark.statistics import as_dict, mean
@@ -27,7 +28,7 @@ from sparsepipe.sparsity import registry
 
 SCHEMA_VERSION = 1
 RESULT = "comparison.json"
-KEPT = (
+AVERAGED = (
     "test_accuracy",
     "validation_accuracy",
     "sparsity",
@@ -35,8 +36,9 @@ KEPT = (
     "training_flops_multiple",
     "inference_flops_multiple",
     "seconds",
+    "cpu_seconds",
 )
-"""Metrics of a training that a comparison holds."""
+"""Metrics of a training whose mean over seeds a table holds."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,22 @@ class Training:
         sets = itertools.chain.from_iterable(("--set", override) for override in self.overrides)
         return ["train", str(recipe), *sets, "--out", str(self.folder), "--resume"]
 
-    def finished(self) -> dict[str, Any] | None:
-        """What is kept of its metrics, if it is done."""
+    def finished(self, recipe: Path, kept: Path | None = None) -> dict[str, Any] | None:
+        """Its row, if it is done: that in the folder `kept`, or else that of its own folder, which is kept there then.
+
+        Raises:
+            RecipeError: the row that is kept is of another recipe.
+        """
+        path = None if kept is None else kept / f"{self.folder.name}.json"
+        if path is not None and (found := rows.of_training(path, self.stage.config)) is not None:
+            return found
         artefact = pipeline.unchanged(self.stage, {}, self.folder / self.stage.name)
-        return None if artefact is None else {key: artefact.metrics.get(key) for key in KEPT}
+        if artefact is None:
+            return None
+        found = rows.row(artefact, self.stage.config, self.command(recipe))
+        if path is not None:
+            rows.write(path, found)
+        return found
 
 
 def plan(recipe: Path, grid: Grid, overrides: Sequence[str], out: Path) -> list[Training]:
@@ -147,6 +161,7 @@ def compare(
     overrides: Sequence[str] = (),
     workers: int = 0,
     backend: str = "local",
+    kept: Path | None = None,
     write_up: Callable[[Mapping[str, Any], Path], None] = lambda result, out: None,
 ) -> dict[str, Any]:
     """Train what is not trained yet, and write `comparison.json` after each training.
@@ -158,6 +173,7 @@ def compare(
         overrides: further `KEY=VALUE` for all.
         workers: trainings at once; 0 for as many as there are cores, with one thread each.
         backend: a name of `jobs.BACKENDS`.
+        kept: folder of rows: what has a row there is not trained again, and each training that ends leaves its row.
         write_up: called with the result and `out` whenever the result has changed.
 
     Returns:
@@ -166,7 +182,7 @@ def compare(
         (the first method) and `minus_dense`.
 
     Raises:
-        RecipeError: as `plan`, or there is nothing to compare.
+        RecipeError: as `plan`, or there is nothing to compare, or a row is of another recipe.
         MissingExtraError: a package of the backend is not installed.
     """
     if not grid.methods or not grid.seeds:
@@ -175,12 +191,13 @@ def compare(
     if at_once > 1 and not any(override.startswith("train.threads=") for override in overrides):
         overrides = (*overrides, "train.threads=1")
     trainings = plan(recipe, grid, overrides, out)
-    done = {index: found for index, each in enumerate(trainings) if (found := each.finished())}
+    done = {index: found for index, each in enumerate(trainings) if (found := each.finished(recipe, kept))}
     waiting = [index for index in range(len(trainings)) if index not in done]
     failed: dict[int, str] = {}
 
     def collect() -> dict[str, Any]:
-        result = _result(recipe, grid, overrides, trainings, done, failed)
+        metrics = {index: found["metrics"] for index, found in done.items()}
+        result = _result(recipe, grid, overrides, trainings, metrics, failed)
         write_json(out / RESULT, result)
         write_up(result, out)
         return result
@@ -188,17 +205,26 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     result = collect()
     with bar("Trainings", len(waiting)) as running:
-        commands = [trainings[index].command(recipe) for index in waiting]
-        for ended in jobs.BACKENDS[backend](commands, at_once) if commands else ():
-            index = waiting[ended.index]
-            found = trainings[index].finished() if ended.code == 0 else None
+        for at, found, error in train(recipe, [trainings[index] for index in waiting], at_once, backend, kept):
+            index = waiting[at]
             if found is None:
-                failed[index] = ended.error or f"It ended with code {ended.code} and said nothing."
+                failed[index] = error
             else:
                 done[index] = found
             result = collect()
             running.advance(note=trainings[index].folder.name)
     return result
+
+
+def train(
+    recipe: Path, trainings: Sequence[Training], at_once: int, backend: str = "local", kept: Path | None = None
+) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
+    """Make trainings, so many at once, and yield of each as it ends its index, its row or None, and what went wrong."""
+    commands = [training.command(recipe) for training in trainings]
+    for ended in jobs.BACKENDS[backend](commands, at_once) if commands else ():
+        found = trainings[ended.index].finished(recipe, kept) if ended.code == 0 else None
+        error = "" if found else ended.error or f"It ended with code {ended.code} and said nothing."
+        yield ended.index, found, error
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -244,32 +270,40 @@ def _result(
         "epochs": config["train"]["epochs"],
         "overrides": list(overrides),
         "reference": grid.methods[0],
-        "table": _table(grid, trainings, done),
+        "table": table(grid, {(trainings[i].setting, trainings[i].seed): found for i, found in done.items()}),
         "runs": runs,
         "machine": describe_machine(),
         "versions": package_versions(),
     }
 
 
-def _table(grid: Grid, trainings: Sequence[Training], done: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def table(grid: Grid, done: Mapping[tuple[Setting, int], Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means, intervals and paired differences of each setting of a grid.
+
+    Args:
+        grid: what is compared.
+        done: the metrics of finished trainings, by setting and seed.
+    """
     by_setting: dict[Setting, dict[int, Mapping[str, Any]]] = {setting: {} for setting in grid.settings()}
-    for index, metrics in done.items():
-        by_setting[trainings[index].setting][trainings[index].seed] = metrics
-    rows = []
+    for (setting, seed), metrics in done.items():
+        by_setting[setting][seed] = metrics
+    lines = []
     for setting, runs in by_setting.items():
-        row: dict[str, Any] = {
+        line: dict[str, Any] = {
             "method": setting.method,
             "sparsity": setting.sparsity,
             "others": dict(setting.others),
             "seeds": sorted(runs),
         }
-        row["means"] = {key: over_seeds([run[key] for run in runs.values() if run[key] is not None]) for key in KEPT}
+        line["means"] = {
+            key: over_seeds([run[key] for run in runs.values() if run[key] is not None]) for key in AVERAGED
+        }
         reference = _partner(by_setting, grid.methods[0], setting)
         dense = _partner(by_setting, "dense", setting)
-        row["minus"] = None if setting.method == grid.methods[0] else _difference(runs, reference)
-        row["minus_dense"] = None if setting.method == "dense" else _difference(runs, dense)
-        rows.append(row)
-    return rows
+        line["minus"] = None if setting.method == grid.methods[0] else difference(runs, reference)
+        line["minus_dense"] = None if setting.method == "dense" else difference(runs, dense)
+        lines.append(line)
+    return lines
 
 
 def _partner(
@@ -288,9 +322,7 @@ def _partner(
     return fitting[0] if len(fitting) == 1 else {}
 
 
-def _difference(
-    runs: Mapping[int, Mapping[str, Any]], others: Mapping[int, Mapping[str, Any]]
-) -> dict[str, Any] | None:
+def difference(runs: Mapping[int, Mapping[str, Any]], others: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | None:
     """Test accuracy minus that of the partners with the same seed, as fractions."""
     pairs: Iterable[int] = sorted({*runs} & {*others})
     differences = [runs[seed]["test_accuracy"] - others[seed]["test_accuracy"] for seed in pairs]

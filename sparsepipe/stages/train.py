@@ -183,14 +183,20 @@ def _finished(out: Path, config: TrainConfig, sources: Mapping[str, str]) -> Art
 def same_config(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether two configurations of a stage, as manifests hold them, differ in nothing but what is free to change."""
     one, other = _flat(before), _flat(now)
-    differing = {key for key in {*one, *other} if one.get(key) != other.get(key)}
-    if differing and differing <= FREE_TO_CHANGE:
-        changes = ", ".join(f"{key} = {other.get(key)!r} (was {one.get(key)!r})" for key in sorted(differing))
+    keys = {key for key in {*one, *other} if one.get(key) != other.get(key)}
+    if keys and keys <= FREE_TO_CHANGE:
+        changes = ", ".join(f"{key} = {other.get(key)!r} (was {one.get(key)!r})" for key in sorted(keys))
         log.info(
             "What was trained before is kept, though %s; `run --force`, or `train` without --resume, trains it again.",
             changes,
         )
-    return differing <= FREE_TO_CHANGE
+    return keys <= FREE_TO_CHANGE
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """Dotted keys in which two configurations differ, but for what is free to change."""
+    one, other = _flat(before), _flat(now)
+    return {key for key in {*one, *other} if one.get(key) != other.get(key)} - FREE_TO_CHANGE
 
 
 @contextmanager

@@ -300,6 +300,7 @@ def _write(
         "dense_gradient_every": every,
         "dense_macs": sum(training.macs.values()),
         "seconds": loop.seconds,
+        "cpu_seconds": loop.cpu_seconds,
         "processes": training.fabric.world_size,
         "data": {"name": dataset.name, **training.samples},
     }

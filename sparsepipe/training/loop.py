@@ -127,6 +127,8 @@ class Loop:
         """Optimizer steps done."""
         self.seconds = 0.0
         """Spent on training so far, interrupted runs included."""
+        self.cpu_seconds = 0.0
+        """The same in time of the processor, of this process alone: what else the machine does hardly shows in it."""
         self.best: dict[str, Any] | None = None
         """The epoch of highest validation accuracy among those with final masks: number, accuracy, loss, weights, and
         the ranges of activations where passes round."""
@@ -144,6 +146,7 @@ class Loop:
         self._losses = torch.zeros(training.steps, device=fabric.device)
         self._correct = torch.zeros((), dtype=torch.int64, device=fabric.device)
         self._started = time.monotonic()
+        self._cpu_started = time.process_time()
 
     @property
     def candidate(self) -> nn.Module:
@@ -178,6 +181,7 @@ class Loop:
             DivergedError: the loss is not finite any more.
         """
         self._started = time.monotonic() - self.seconds
+        self._cpu_started = time.process_time() - self.cpu_seconds
         while self.step < self.total_steps:
             before = time.monotonic()
             epoch, first = divmod(self.step, self._training.steps)
@@ -190,7 +194,7 @@ class Loop:
                     if saving:
                         save()
                 self._train(inputs, labels)
-                self.seconds = time.monotonic() - self._started
+                self._take_time()
                 on_step()
             self._check_finite(epoch)
             on_epoch(self._finish(epoch, before))
@@ -222,6 +226,7 @@ class Loop:
         return {
             "step": self.step,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "best": self.best,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -236,6 +241,7 @@ class Loop:
         """Go on from where `state_dict` was taken."""
         self.step = state["step"]
         self.seconds = state["seconds"]
+        self.cpu_seconds = state["cpu_seconds"]
         self.best = state["best"]
         own = state["processes"][self._fabric.global_rank]
         self._losses.copy_(own["losses"])
@@ -324,10 +330,14 @@ class Loop:
             self._keep_if_best(epoch + 1, validation)
         self._losses.zero_()
         self._correct.zero_()
-        self.seconds = time.monotonic() - self._started
+        self._take_time()
         scale = self.sparsifier.lr_scale(self.step)
         lr = self._lr * (self._rate(self.step - 1) if scale is None else scale)
         return Epoch(epoch + 1, self.step, lr, train, validation, time.monotonic() - before)
+
+    def _take_time(self) -> None:
+        self.seconds = time.monotonic() - self._started
+        self.cpu_seconds = time.process_time() - self._cpu_started
 
     def _keep_if_best(self, number: int, score: Score) -> None:
         """Keep the weights if the accuracy is higher than ever, or as high with a lower loss."""
