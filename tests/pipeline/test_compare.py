@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,92 @@ def test_what_is_finished_is_not_trained_again(recipe: Path, tmp_path: Path, cal
     assert only["means"]["test_accuracy"]["low"] is None  # one value has no spread
     comparison.compare(recipe, Grid(("rigl",), (), (0,), {}), out, workers=1, overrides=["train.epochs=2"])
     assert len(calls) == 3
+
+
+def test_rows_stand_for_trainings_whose_folders_are_gone(recipe: Path, tmp_path: Path, calls: list[list[str]]) -> None:
+    rows, grid = tmp_path / "rows", Grid(("rigl", "dense"), (0.8,), (0, 1), {})
+    first = comparison.compare(recipe, grid, tmp_path / "one", workers=1, kept=rows)
+    assert sorted(path.name for path in rows.iterdir()) == [
+        "dense_s0.json",
+        "dense_s1.json",
+        "rigl_0.8_s0.json",
+        "rigl_0.8_s1.json",
+    ]
+    artefact = Artefact.read(tmp_path / "one/rigl_0.8_s1/train")
+    row = json.loads((rows / "rigl_0.8_s1.json").read_text())
+    assert row["config"] == artefact.manifest.config
+    assert row["recipe_digest"] == json.loads(artefact.file("model.json").read_text())["recipe_digest"]
+    for key, value in row["metrics"].items():
+        assert value == artefact.metrics[key], key
+    assert row["metrics"]["cpu_seconds"] > 0
+    assert row["config"]["seed"] == 1
+    (epoch,) = row["epochs"]
+    assert epoch["validation_accuracy"] == pytest.approx(row["metrics"]["validation_accuracy"], rel=1e-4)
+    assert set(epoch["inactive_gradient_mean"]) == set(artefact_masks(artefact))
+    shutil.rmtree(tmp_path / "one")
+    again = comparison.compare(recipe, grid, tmp_path / "two", workers=1, kept=rows)
+    assert len(calls) == 4
+    assert again["table"] == first["table"]
+    # What a row was made by is what it says: its command makes it again.
+    arguments = row["command"].split()[1:]
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "three")
+    assert CliRunner().invoke(sparsepipe, arguments).exit_code == 0
+    assert Artefact.read(tmp_path / "three/train").metrics["test_accuracy"] == row["metrics"]["test_accuracy"]
+    wider = comparison.compare(
+        recipe, Grid(("rigl",), (0.8,), (0, 2), {}), tmp_path / "two", workers=1, overrides=[], kept=rows
+    )
+    assert wider["table"][0]["seeds"] == [0, 2]
+    assert len(calls) == 5
+
+
+def artefact_masks(artefact: Artefact) -> list[str]:
+    from sparsepipe.formats.masks import load_masks
+
+    return [name for name, mask in load_masks(artefact.file("masks.safetensors")).items() if not mask.all()]
+
+
+def test_a_row_of_another_recipe_is_refused_and_kept(recipe: Path, tmp_path: Path, calls: list[list[str]]) -> None:
+    arguments = ["compare", str(recipe), "--methods", "set", "--seeds", "0", "--rows", str(tmp_path / "rows")]
+    assert CliRunner().invoke(sparsepipe, [*arguments, "--out", str(tmp_path / "one")]).exit_code == 0
+    before = (tmp_path / "rows/set_s0.json").read_bytes()
+    # Threads do not decide what is learnt.
+    done = CliRunner().invoke(sparsepipe, [*arguments, "--set", "train.threads=2", "--out", str(tmp_path / "two")])
+    assert done.exit_code == 0
+    assert len(calls) == 1
+    done = CliRunner().invoke(sparsepipe, [*arguments, "--set", "optimizer.lr=0.2", "--out", str(tmp_path / "three")])
+    assert isinstance(done.exception, RecipeError)
+    assert "optimizer.lr" in str(done.exception)
+    assert "set_s0.json" in str(done.exception)
+    assert (tmp_path / "rows/set_s0.json").read_bytes() == before
+    assert len(calls) == 1
+    (tmp_path / "rows/set_s0.json").write_text("{}")
+    done = CliRunner().invoke(sparsepipe, [*arguments, "--out", str(tmp_path / "one")])
+    assert "not the row of a training" in str(done.exception)
+
+
+def test_the_commit_of_a_row_tells_of_changes_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsepipe import rows
+
+    def git(*arguments: str) -> str:
+        name = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *name, *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    source = tmp_path / "sparsepipe/rows.py"
+    source.parent.mkdir()
+    source.write_text("")
+    monkeypatch.setattr(rows, "__file__", str(source))
+    assert rows.source_commit() is None
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "x")
+    assert rows.source_commit() == git("rev-parse", "HEAD")
+    (tmp_path / "notes.txt").write_text("not a source")
+    assert rows.source_commit() == git("rev-parse", "HEAD")
+    source.write_text("changed = True")
+    assert rows.source_commit() == git("rev-parse", "HEAD") + "+"
 
 
 def test_other_keys_vary_where_a_method_has_them(recipe: Path) -> None:

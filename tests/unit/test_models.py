@@ -49,6 +49,13 @@ def multiply_adds(network: nn.Module, input_shape: tuple[int, ...]) -> int:
     return total
 
 
+def test_a_stem_with_a_stride_quarters_the_work_of_all_stages() -> None:
+    plain, strided = build("resnet20"), build("resnet20", stem_stride=2)
+    head = 64 * 10
+    assert parameters(plain) == parameters(strided)
+    assert multiply_adds(strided, (3, 32, 32)) - head == (multiply_adds(plain, (3, 32, 32)) - head) // 4
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [
