@@ -60,21 +60,25 @@ class Isa:
         lanes: floats of a vector register.
         registers: how many of them there are.
         constants: key of `cost.json`.
+        fused: whether a product and a sum are one instruction, as the kernels use it.
     """
 
     lanes: int
     registers: int
     constants: str
+    fused: bool = False
 
     def tile(self, block: int) -> int:
-        """Most vectors of a tile: the sums of a block, its weights and one input share the registers."""
-        fit = self.registers - 2 if block == 1 else (self.registers - 1 - block) // block
+        """Most vectors of a tile: its sums, and the weights of a block and one input, or one weight and all inputs."""
+        weights = (self.registers - 1 - block) // block
+        inputs = (self.registers - 1) // (block + 1) if self.fused else 0
+        fit = self.registers - 2 if block == 1 else max(weights, inputs)
         return min(fit, 14 if block == 1 else 24 // block)
 
 
 ISAS: Mapping[str, Isa] = {
-    "avx512": Isa(16, 32, "avx512"),
-    "avx2": Isa(8, 16, "avx2"),
+    "avx512": Isa(16, 32, "avx512", fused=True),
+    "avx2": Isa(8, 16, "avx2", fused=True),
     "sse4": Isa(4, 16, "sse4"),
     "neon": Isa(4, 32, "avx2"),  # an estimate
     "portable": Isa(4, 16, "sse4"),  # an estimate

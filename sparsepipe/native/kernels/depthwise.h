@@ -146,7 +146,7 @@ SPARSEPIPE_INLINE void plane_rows(const PlanesArgs& a, const float* plane, const
 // A few rows at a time from left to right: planes larger than the L1 cache are read in the order in which they lie there.
 template <int S>
 void planes_of(const PlanesArgs& a) {
-  const Bounds bounds = bounds_of(a.epilogue);
+  const Bounds bounds = bounds_of(limits_of(a.epilogue));
   const bool curved = a.epilogue.activation > Activation::kClip;
   const bool large = a.height * a.width > 2048;  // a few planes fill the L1 cache
   constexpr int kStrips = 8;  // of 16 output columns

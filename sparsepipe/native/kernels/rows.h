@@ -6,6 +6,10 @@ struct Entry {
   float value[R];
 };
 
+// Where the sums leave no room for the R weights of an entry, its T inputs and one weight at a time may fit.
+template <int R, int T>
+constexpr bool kInputsHeld = R * T + R + 1 > SPARSEPIPE_REGISTERS;
+
 template <int R, int T>
 SPARSEPIPE_INLINE void multiply(vf (&sum)[R][T], const Entry<R>& entry, const float* x) {
   const float* at = x + entry.offset;
@@ -13,6 +17,16 @@ SPARSEPIPE_INLINE void multiply(vf (&sum)[R][T], const Entry<R>& entry, const fl
     const vf w = broadcast(entry.value[0]);
     SPARSEPIPE_UNROLL
     for (int t = 0; t < T; ++t) sum[0][t] += w * load(at + t * kLanes);
+  } else if constexpr (kInputsHeld<R, T>) {
+    vf in[T];
+    SPARSEPIPE_UNROLL
+    for (int t = 0; t < T; ++t) in[t] = load(at + t * kLanes);
+    SPARSEPIPE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const vf w = broadcast(entry.value[r]);
+      SPARSEPIPE_UNROLL
+      for (int t = 0; t < T; ++t) sum[r][t] += w * in[t];
+    }
   } else {
     SPARSEPIPE_UNROLL
     for (int t = 0; t < T; ++t) {
@@ -29,11 +43,15 @@ struct Bounds {
   SPARSEPIPE_INLINE vf operator()(vf x) const { return at_most(at_least(x, low), high); }
 };
 
-SPARSEPIPE_INLINE Bounds bounds_of(const Epilogue& e) {
+struct Limits {
+  float low, high;
+};
+SPARSEPIPE_INLINE Limits limits_of(const Epilogue& e) {
   const bool clip = e.activation == Activation::kClip;
   const float low = clip ? e.low : (e.activation == Activation::kRelu ? 0.0f : -__builtin_inff());
-  return {broadcast(low), broadcast(clip ? e.high : __builtin_inff())};
+  return {low, clip ? e.high : __builtin_inff()};
 }
+SPARSEPIPE_INLINE Bounds bounds_of(const Limits& limits) { return {broadcast(limits.low), broadcast(limits.high)}; }
 
 SPARSEPIPE_INLINE void curve(float* y, std::int64_t count, const Epilogue& epilogue) {
   std::int64_t i = 0;
@@ -121,6 +139,9 @@ constexpr int kChains = R * T >= kSumsForOneChain ? 1 : (R * T >= kSumsForTwoCha
 template <int R>
 constexpr int kAhead = R == 1 ? 6 : (R == 2 ? 3 : 2);
 
+// Vectors from the start of one cache line to that of the next.
+constexpr int kLineVectors = kLanes < 16 ? 16 / kLanes : 1;
+
 // The lines that a later row writes (and adds) are on their way while this one computes: planes lie pages apart, where
 // the hardware does not prefetch.
 template <int R, int T>
@@ -130,11 +151,11 @@ SPARSEPIPE_INLINE void prefetch_output(const RowsArgs& a, std::int64_t row) {
   for (int r = 0; r < R; ++r) {
     float* y = a.y + shift + r * a.y_stride;
     SPARSEPIPE_UNROLL
-    for (int t = 0; t < T; ++t) __builtin_prefetch(y + a.target[t], 1, 3);
+    for (int t = 0; t < T; t += kLineVectors) __builtin_prefetch(y + a.target[t], 1, 3);
     if (a.residual) {
       const float* residual = a.residual + shift + r * a.y_stride;
       SPARSEPIPE_UNROLL
-      for (int t = 0; t < T; ++t) __builtin_prefetch(residual + a.target[t], 0, 3);
+      for (int t = 0; t < T; t += kLineVectors) __builtin_prefetch(residual + a.target[t], 0, 3);
     }
   }
 }
@@ -184,7 +205,7 @@ struct Sums {
 };
 
 template <int R, int T, bool kGroups>
-SPARSEPIPE_INLINE void rows_of(const RowsArgs& a, const Bounds& bounds) {
+SPARSEPIPE_INLINE void rows_of(const RowsArgs& a, const Limits& limits) {
   const bool curved = a.epilogue.activation > Activation::kClip;
   std::int64_t next = 0;
   const auto* entries = reinterpret_cast<const Entry<R>*>(a.entries);
@@ -216,12 +237,14 @@ SPARSEPIPE_INLINE void rows_of(const RowsArgs& a, const Bounds& bounds) {
     for (std::int64_t i = 0; i < a.next_channels_per_row && next < a.next_channels; ++i, ++next) {
       const float* line = a.next + next * a.next_stride;
       SPARSEPIPE_UNROLL
-      for (int t = 0; t < T; ++t) __builtin_prefetch(line + t * kLanes, 0, 2);
+      for (int t = 0; t < T; t += kLineVectors) __builtin_prefetch(line + t * kLanes, 0, 2);
     }
     sum.multiply_all(entries + start[0], entries + start[1], a.x);
     sum.join();
     if (a.last) {
-      finish<R, T>(sum.of[0], a, row, bounds);
+      const Limits* hidden = &limits;  // or GCC keeps the bounds in registers and spills sums in the loop over entries
+      __asm__("" : "+r"(hidden));
+      finish<R, T>(sum.of[0], a, row, bounds_of(*hidden));
       if (curved) curves(a, row, R, T);
     } else {
       SPARSEPIPE_UNROLL
@@ -235,18 +258,25 @@ SPARSEPIPE_INLINE void rows_of(const RowsArgs& a, const Bounds& bounds) {
 
 template <int R, int T>
 void rows_of(const RowsArgs& a) {
-  const Bounds bounds = bounds_of(a.epilogue);
+  const Limits limits = limits_of(a.epilogue);
   if (a.groups > 1) {
-    rows_of<R, T, true>(a, bounds);
+    rows_of<R, T, true>(a, limits);
   } else {
-    rows_of<R, T, false>(a, bounds);
+    rows_of<R, T, false>(a, limits);
   }
 }
 
-// Tiles that fit the register file: R * T sums, the R broadcast weights and, unless it is a memory operand, an input.
+// Tiles that fit the register file: R * T sums, the R broadcast weights and, unless it is a memory operand, an input; or
+// one weight and T inputs, where a product takes no register of its own.
 template <int R>
 constexpr int max_vectors() {
-  constexpr int fit = R == 1 ? SPARSEPIPE_REGISTERS - 2 : (SPARSEPIPE_REGISTERS - 1 - R) / R;
+#if defined(__FMA__)
+  constexpr int held = (SPARSEPIPE_REGISTERS - 1) / (R + 1);
+#else
+  constexpr int held = 0;
+#endif
+  constexpr int weights = (SPARSEPIPE_REGISTERS - 1 - R) / R;
+  constexpr int fit = R == 1 ? SPARSEPIPE_REGISTERS - 2 : (weights > held ? weights : held);
   constexpr int cap = R == 1 ? 14 : 24 / R;
   return fit < cap ? fit : cap;
 }

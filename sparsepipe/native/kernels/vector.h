@@ -22,21 +22,19 @@ SPARSEPIPE_INLINE void store(float* p, typename Vector<L>::type v) {
 }
 SPARSEPIPE_INLINE vf broadcast(float s) { return s - vf{}; }
 
-// The first n < kLanes floats only.
-SPARSEPIPE_INLINE vf load_some(const float* p, int n) {
-#if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
-  return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p));
-#else
-  alignas(64) float buffer[kLanes] = {};
-  for (int i = 0; i < n; ++i) buffer[i] = p[i];
-  return load(buffer);
-#endif
-}
+// Parts of vectors. None of them may call a function, memcpy included: the sums of a tile live across them, and GCC would
+// keep those in memory in the loop over entries, too.
 #if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
 SPARSEPIPE_INLINE __mmask16 lanes_between(std::int64_t first, std::int64_t last) {
   first = first < 0 ? 0 : (first > 16 ? 16 : first);
   last = last < first ? first : (last > 16 ? 16 : last);
   return static_cast<__mmask16>((0xffffu << first) & ~(0xffffu << last));
+}
+#elif defined(__AVX2__) && SPARSEPIPE_LANES == 8
+SPARSEPIPE_INLINE __m256i lanes_between(int first, int last) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(first), lane),
+                             _mm256_cmpgt_epi32(_mm256_set1_epi32(last), lane));
 }
 #endif
 
@@ -46,19 +44,36 @@ SPARSEPIPE_INLINE vf load_between(const float* p, std::int64_t index, int first,
 #if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
   const auto mask = static_cast<__mmask16>((0xffffu << first) & (0xffffu >> (16 - last)));
   return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(mask, p + index));
+#elif defined(__AVX2__) && SPARSEPIPE_LANES == 8
+  return reinterpret_cast<vf>(_mm256_maskload_ps(p + index, lanes_between(first, last)));
 #else
-  alignas(64) float buffer[kLanes] = {};
-  for (int i = first; i < last; ++i) buffer[i] = p[index + i];
-  return load(buffer);
+  vf v{};
+  SPARSEPIPE_UNROLL
+  for (int i = 0; i < kLanes; ++i) {
+    if (i >= first && i < last) v[i] = p[index + i];
+  }
+  return v;
 #endif
 }
+
+// The first n < kLanes floats only.
+SPARSEPIPE_INLINE vf load_some(const float* p, int n) { return load_between(p, 0, 0, n); }
+
 SPARSEPIPE_INLINE void store_some(float* p, vf v, int n) {
 #if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), reinterpret_cast<__m512>(v));
 #else
   alignas(64) float buffer[kLanes];
   store(buffer, v);
-  for (int i = 0; i < n; ++i) p[i] = buffer[i];
+  const float* from = buffer;
+  if constexpr (kLanes > 8) {
+    if (n & 8) __builtin_memcpy(p, from, 32), p += 8, from += 8;
+  }
+  if constexpr (kLanes > 4) {
+    if (n & 4) __builtin_memcpy(p, from, 16), p += 4, from += 4;
+  }
+  if (n & 2) __builtin_memcpy(p, from, 8), p += 2, from += 2;
+  if (n & 1) *p = *from;
 #endif
 }
 
