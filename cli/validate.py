@@ -108,6 +108,7 @@ def dataset(name: str | None) -> Choice | None:
 def _show(results: list[dict[str, Any]]) -> None:
     rows = [row for result in results for row in result["candidates"]]
     exact = [row for row in rows if row["precision"] != "int8"]
+    ranked = [row for row in rows if row.get("auc") is not None]
     if exact:
         common.print_table(
             [
@@ -131,6 +132,11 @@ def _show(results: list[dict[str, Any]]) -> None:
                 for row in quantised
             ],
         )  # fmt: skip
+    if ranked:
+        common.print_table(
+            ["file", "ROC-AUC", "of the reference"],
+            [[row["file"], f"{row['auc']:.4f}", f"{row['reference_auc']:.4f}"] for row in ranked],
+        )
     attacks = [result["attack"] for result in results if "attack" in result]
     if attacks:
         _show_attacks(attacks)

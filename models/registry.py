@@ -74,6 +74,22 @@ _TABLE = (
         "vision transformer; options patch (by image size), width (192), depth (12), heads (3)",
         "arXiv 2012.12877",
     ),
+    ModelInfo(
+        "link-mlp",
+        "links:link_mlp",
+        (16,),
+        2,
+        "scorer of pairs of nodes: perceptron with one output; option width (128)",
+        "github.com/harveyp123/ICCD_SpTrn_SLR",
+    ),
+    ModelInfo(
+        "link-gnn",
+        "links:link_gnn",
+        (96,),
+        2,
+        "graph convolution over several hops and scorer of pairs; options width (64), hidden (128)",
+        "arXiv 1710.10370",
+    ),
 )
 MODELS: Mapping[str, ModelInfo] = {info.name: info for info in _TABLE}
 

@@ -31,6 +31,8 @@ RESULT = "comparison.json"
 AVERAGED = (
     "test_accuracy",
     "validation_accuracy",
+    "test_auc",
+    "validation_auc",
     "sparsity",
     "exploration_rate",
     "training_flops_multiple",
@@ -38,7 +40,7 @@ AVERAGED = (
     "seconds",
     "cpu_seconds",
 )
-"""Metrics of a training whose mean over seeds a table holds."""
+"""Metrics of a training whose mean over seeds a table holds; ROC-AUC is of two classes only."""
 
 
 @dataclass(frozen=True)

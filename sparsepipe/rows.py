@@ -25,6 +25,8 @@ SCHEMA_VERSION = 1
 KEPT = (
     "test_accuracy",
     "validation_accuracy",
+    "test_auc",
+    "validation_auc",
     "epoch_selected",
     "sparsity",
     "nnz",

@@ -45,3 +45,24 @@ class HubOptions(TableOptions):
     config: str | None = None
     revision: str | None = None
     """Branch, tag or commit of the dataset."""
+
+
+class EdgeOptions(Section):
+    """For graphs whose edges are predicted."""
+
+    features: Literal["product", "ends"] = "product"
+    """Of a pair of nodes: `product` multiplies their vectors coordinate by coordinate, for a network that scores pairs;
+    `ends` puts the vectors of both side by side, spread over the graph, for one that encodes nodes."""
+    dimensions: PositiveInt = 16
+    """Of a node's vector (spectral embedding)."""
+    hops: Annotated[int, Field(ge=0)] = 2
+    """`ends`: how far the graph convolution reaches."""
+    train_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The part of the edges that is held out from the graph as positive training samples."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The part of the edges that is held out from the graph as positive test samples."""
+    negatives: Literal["degree", "uniform"] = "degree"
+    """How the nodes of pairs without an edge are drawn: as often as they occur in held-out edges, so that their degrees
+    give nothing away, or each alike."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the division and of the negative samples."""

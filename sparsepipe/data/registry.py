@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparsepipe.artefact import digest_bytes
-from sparsepipe.data.options import HoldOutOptions, HubOptions, ImageOptions, NoOptions, TableOptions
+from sparsepipe.data.options import EdgeOptions, HoldOutOptions, HubOptions, ImageOptions, NoOptions, TableOptions
 from sparsepipe.errors import DataError
 from sparsepipe.plugins import is_plugin, load_plugin
 from sparsepipe.recipe import Section, check
@@ -123,6 +123,12 @@ SOURCES: dict[str, Source] = {
         "arrays x and y, and optionally x_test and y_test: images uint8 or features float",
         "sparsepipe.data.arrays:NPZ",
         HoldOutOptions,
+    ),
+    "edgelist": Source(
+        "edgelist:FILE",
+        "a graph, as a Matrix Market file or two numbers of nodes in each line: is there an edge between two nodes?",
+        "sparsepipe.data.edges:EDGE_LIST",
+        EdgeOptions,
     ),
     "hf": Source(
         "hf:NAME",

@@ -18,6 +18,7 @@ def table(result: Mapping[str, Any]) -> Table:
     lines = result["table"]
     keys = list(dict.fromkeys(key for line in lines for key in line["others"]))
     reference = result["reference"]
+    with_auc = any(line["means"].get("test_auc") for line in lines)
     with_dense = any(line["minus_dense"] for line in lines) and reference != "dense"
     headers = [
         "method",
@@ -26,6 +27,7 @@ def table(result: Mapping[str, Any]) -> Table:
         "seeds",
         "validation",
         "test accuracy",
+        *(["test ROC-AUC"] if with_auc else []),
         f"minus {reference}",
         *(["minus dense"] if with_dense else []),
         "exploration rate",
@@ -39,6 +41,7 @@ def table(result: Mapping[str, Any]) -> Table:
             str(len(line["seeds"])),
             _value(line["means"]["validation_accuracy"], percent),
             _value(line["means"]["test_accuracy"], percent) + _half(line["means"]["test_accuracy"]),
+            *([_value(line["means"].get("test_auc"), "{:.4f}".format)] if with_auc else []),
             _value(line["minus"], points) + _half(line["minus"]),
             *([_value(line["minus_dense"], points) + _half(line["minus_dense"])] if with_dense else []),
             _value(line["means"]["exploration_rate"], "{:.2f}".format),

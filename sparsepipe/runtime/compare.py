@@ -42,6 +42,8 @@ class Tally:
     """Samples that the reference alone gets right."""
     gained: int = 0
     """Samples that the candidate alone gets right."""
+    ranked: list[Array] = field(default_factory=list)
+    """Of two classes: scores of the second by candidate and reference, and labels, [3, n] for each batch."""
     problem: str | None = None
     not_finite: int = 0
     reference_not_finite: int = 0
@@ -146,6 +148,9 @@ class Tally:
             self.reference_correct = (self.reference_correct or 0) + int((expected == labels).sum())
             self.lost += int(((expected == labels) & (found != labels)).sum())
             self.gained += int(((expected != labels) & (found == labels)).sum())
+            if reference.shape[1] == 2:
+                scores = [output[:, 1] - output[:, 0] for output in (candidate, reference)]
+                self.ranked.append(np.stack([*scores, labels]))
 
 
 @dataclass

@@ -200,6 +200,7 @@ def _record(training: Assembly, epoch: Epoch, earlier: list[float]) -> dict[str,
         "train_accuracy": epoch.train.accuracy,
         "validation_loss": epoch.validation.loss,
         "validation_accuracy": epoch.validation.accuracy,
+        **_auc("validation", epoch.validation),
         "sparsity": state["sparsity"],
         "exploration_rate": state["exploration_rate"],
         "drop_fraction": state["drop_fraction"],
@@ -243,8 +244,15 @@ def _snapshot(training: Assembly, weights: Mapping[str, torch.Tensor]) -> dict[s
         "test_accuracy": test.accuracy,
         "test_correct": test.correct,
         "validation_accuracy": validation.accuracy,
+        **_auc("test", test),
+        **_auc("validation", validation),
         "sparsity": 1 - sum(int(weights[name].count_nonzero()) for name in masked) / masked.size,
     }
+
+
+def _auc(split: str, score: Score) -> dict[str, float]:
+    """Of two classes, the metric of a split."""
+    return {} if score.auc is None else {f"{split}_auc": score.auc}
 
 
 def _write(
@@ -286,6 +294,8 @@ def _write(
         "test_correct": test.correct,
         "test_samples": test.samples,
         "validation_accuracy": validation.accuracy,
+        **_auc("test", test),
+        **_auc("validation", validation),
         "epoch_selected": epoch,
         "sparsity": masks.sparsity,
         "nnz": masks.nnz,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, Field, PositiveInt
 
 from sparsepipe import data as datasets
@@ -350,9 +351,20 @@ def _row(trial: _Trial, network: Network, taken: Sequence[Input], config: Valida
         "passed": passed,
         "accuracy": _accuracy(tally.correct, tally.samples),
         "reference_accuracy": _accuracy(tally.reference_correct, tally.samples),
+        **_aucs(tally),
         **facts,
         "note": " ".join(note for note in (tally.note, *notes) if note) or None,
     }
+
+
+def _aucs(tally: Tally) -> dict[str, float | None]:
+    """Of two classes with known labels, the area under the ROC curve of file and reference."""
+    if not tally.ranked:
+        return {}
+    from sparsepipe.ranking import roc_auc  # it needs scipy.stats, which takes long to import
+
+    candidate, reference, labels = np.concatenate(tally.ranked, axis=1)
+    return {"auc": roc_auc(candidate, labels), "reference_auc": roc_auc(reference, labels)}
 
 
 _Judgement = tuple[bool, dict[str, Any], list[str]]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from sparsepipe.errors import SparsepipeError
+from sparsepipe.ranking import roc_auc
 from sparsepipe.sparsity.sparsifier import Sparsifier
 from sparsepipe.training.average import Average
 from sparsepipe.training.batches import Batch, TrainingBatches
@@ -30,6 +31,8 @@ AGREE_EVERY = 10
 LEAST_SCALE = 2.0**-30
 """The scaler of the loss halves its scale for each step that overflows; below this no scale will help."""
 
+Own = TypeVar("Own")
+
 DIVERGED_ADVICE = "Try a lower optimizer.lr, a longer schedule.warmup, or train.precision = 'fp32'."
 
 
@@ -39,11 +42,12 @@ class DivergedError(SparsepipeError):
 
 @dataclass(frozen=True)
 class Score:
-    """Mean cross-entropy and accuracy over `samples` samples."""
+    """Mean cross-entropy and accuracy over `samples` samples; of two classes also the area under the ROC curve."""
 
     loss: float
     correct: int
     samples: int
+    auc: float | None = None
 
     @property
     def accuracy(self) -> float:
@@ -63,7 +67,7 @@ class Epoch:
 
 
 def evaluate(fabric: Fabric, network: nn.Module, batches: Iterable[Batch]) -> Score:
-    """Cross-entropy and accuracy of `network` in evaluation mode, over the batches of all processes.
+    """Cross-entropy, accuracy and ROC-AUC of `network` in evaluation mode, over the batches of all processes.
 
     Args:
         fabric: its precision is used.
@@ -72,6 +76,7 @@ def evaluate(fabric: Fabric, network: nn.Module, batches: Iterable[Batch]) -> Sc
     """
     network.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=fabric.device)
+    ranked: list[Tensor] = []
     with torch.no_grad():
         for inputs, labels in batches:
             with fabric.autocast():
@@ -79,8 +84,10 @@ def evaluate(fabric: Fabric, network: nn.Module, batches: Iterable[Batch]) -> Sc
             logits = logits.float()
             loss = functional.cross_entropy(logits, labels, reduction="sum")
             totals += torch.stack([loss, (logits.argmax(1) == labels).sum(), loss.new_tensor(len(labels))])
+            if logits.shape[1] == 2:
+                ranked.append(torch.stack([logits[:, 1] - logits[:, 0], labels]).cpu())
     loss_sum, correct, samples = _sum_over_processes(fabric, totals).tolist()
-    return Score(loss_sum / samples, int(correct), int(samples))
+    return Score(loss_sum / samples, int(correct), int(samples), _auc(fabric, ranked))
 
 
 class Loop:
@@ -234,7 +241,7 @@ class Loop:
             "average": self.average and self.average.state_dict(),
             "ranges": self.quantisation and self.quantisation.observed.clone(),
             "precision": self._fabric.strategy.precision.state_dict(),
-            "processes": self._gathered(own),
+            "processes": _from_all_processes(self._fabric, own),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -262,14 +269,6 @@ class Loop:
     @property
     def _on_cuda(self) -> bool:
         return self._fabric.device.type == "cuda"
-
-    def _gathered(self, own: dict[str, Any]) -> list[dict[str, Any]]:
-        """What each process has, in the order of their numbers."""
-        if self._fabric.world_size == 1:
-            return [own]
-        everyone: list[dict[str, Any]] = [{}] * self._fabric.world_size
-        distributed.all_gather_object(everyone, own)
-        return everyone
 
     def _evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> Score:
         self._share_buffers(network)
@@ -363,6 +362,27 @@ class Loop:
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _auc(fabric: Fabric, ranked: Sequence[Tensor]) -> float | None:
+    """ROC-AUC of this process's scores and labels, batches [2, n], and those of the others; None where there are none.
+
+    Every process has to call this.
+    """
+    everyone = [batch for batches in _from_all_processes(fabric, ranked) for batch in batches]
+    if not everyone:
+        return None
+    scores, labels = torch.cat(everyone, dim=1).numpy()
+    return roc_auc(scores, labels)
+
+
+def _from_all_processes(fabric: Fabric, own: Own) -> list[Own]:
+    """What each process has, in the order of their numbers."""
+    if fabric.world_size == 1:
+        return [own]
+    everyone = [own] * fabric.world_size
+    distributed.all_gather_object(everyone, own)
+    return everyone
 
 
 def _sum_over_processes(fabric: Fabric, totals: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from sparsepipe.errors import DataError, MissingExtraError, RecipeError
 def test_available_lists_every_form() -> None:
     forms = [info.form for info in available()]
     assert forms == [
-        "mnist5k", "digits", "cifar10:DIR", "cifar100:DIR", "parquet:DIR", "imagefolder:DIR", "npz:FILE", "hf:NAME",
-        "module:function",
+        "mnist5k", "digits", "cifar10:DIR", "cifar100:DIR", "parquet:DIR", "imagefolder:DIR", "npz:FILE",
+        "edgelist:FILE", "hf:NAME", "module:function",
     ]  # fmt: skip
     assert all(info.summary for info in available())
 

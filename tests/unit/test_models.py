@@ -176,7 +176,7 @@ def test_resnet50_parameters_are_named_as_in_torchvision() -> None:
 
 def test_available_filters_by_glob() -> None:
     assert [info.name for info in available("resnet?")] == ["resnet8"]
-    assert len(available()) == len(MODELS) == 12
+    assert len(available()) == len(MODELS) == 14
 
 
 def test_the_registry_loads_no_torch() -> None:
@@ -216,6 +216,8 @@ def test_a_network_of_the_users_own(user_module: str) -> None:
         ("vit-tiny", (1, 28, 28), {"patch": 5}, ["patch of 5", "1, 2, 4, 7, 14, 28"]),
         ("vit-tiny", (1, 28, 28), {"heads": 5}, ["heads = 5", "multiple"]),
         ("mlp", (10,), {"width": 0}, ["width = 0"]),
+        ("link-mlp", (16,), {"width": 0}, ["layer of 0 units"]),
+        ("link-gnn", (15,), {}, ["15 values", 'features = "ends"']),
         ("no_such_module:network", (10,), {}, ["no_such_module", "cannot be imported"]),
         ("my_networks:no_such_function", (10,), {}, ["no function 'no_such_function'"]),
         ("my_networks:not_a_network", (10,), {}, ["returned str", "torch.nn.Module"]),
@@ -229,3 +231,44 @@ def test_errors_say_what_and_what_to_do(
         create(name, input_shape=shape, classes=10, options=options)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_scorer_of_pairs_computes_binary_cross_entropy() -> None:
+    torch.manual_seed(0)
+    network = create("link-mlp", input_shape=(16,), classes=2)
+    assert [tuple(layer.weight.shape) for layer in layers(network)] == [(128, 16), (1, 128)]
+    x, labels = torch.randn(32, 16), torch.arange(32) % 2
+    hidden, score = layers(network)
+    expected = nn.functional.binary_cross_entropy(
+        score(nn.functional.relu(hidden(x))).sigmoid().squeeze(1), labels.float()
+    )
+    torch.testing.assert_close(nn.functional.cross_entropy(network(x), labels), expected)
+
+
+def test_the_encoder_of_nodes_does_not_care_which_comes_first() -> None:
+    torch.manual_seed(0)
+    network = create("link-gnn", input_shape=(96,), classes=2)
+    assert [tuple(layer.weight.shape) for layer in layers(network)] == [(64, 48), (64, 64), (128, 64), (1, 128)]
+    first, second = torch.randn(2, 5, 48)
+    one, other = (network(torch.cat(pair, dim=1)) for pair in ((first, second), (second, first)))
+    torch.testing.assert_close(one, other)
+    assert one.shape == (5, 2)
+
+
+def test_a_layer_on_spread_features_is_a_graph_convolution() -> None:
+    """sum over k of S^k X W_k^T + b, with a matrix S that the network never sees."""
+    from scipy.sparse import csr_array
+
+    from sparsepipe.data.embedding import propagated
+
+    torch.manual_seed(0)
+    network = create("link-gnn", input_shape=(24,), classes=2)
+    edges = torch.rand(9, 9).triu(1) > 0.5
+    looped = (edges | edges.T).double() + torch.eye(9)
+    step = looped / (looped.sum(0)[:, None] * looped.sum(0)).sqrt()
+    x = torch.randn(9, 4)
+    weights = network.get_parameter("convolution.weight").double().split(4, dim=1)
+    powers = [x.double(), step @ x.double(), step @ step @ x.double()]
+    expected = sum(power @ weight.T for power, weight in zip(powers, weights, strict=True))
+    spread = propagated(csr_array((edges | edges.T).numpy().astype(float)), x.numpy(), 2)
+    torch.testing.assert_close(network.get_submodule("convolution")(torch.from_numpy(spread)), expected.float())
