@@ -298,7 +298,7 @@ def table(grid: Grid, done: Mapping[tuple[Setting, int], Mapping[str, Any]]) -> 
             "seeds": sorted(runs),
         }
         line["means"] = {
-            key: over_seeds([run[key] for run in runs.values() if run[key] is not None]) for key in AVERAGED
+            key: over_seeds([run[key] for run in runs.values() if run.get(key) is not None]) for key in AVERAGED
         }
         reference = _partner(by_setting, grid.methods[0], setting)
         dense = _partner(by_setting, "dense", setting)

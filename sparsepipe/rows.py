@@ -70,7 +70,7 @@ def row(artefact: Artefact, config: BaseModel, command: Sequence[str]) -> dict[s
         "command": shlex.join(["sparsepipe", *command]),
         "recipe_digest": digest(config),
         "config": config.model_dump(mode="json"),
-        "metrics": {key: artefact.metrics.get(key) for key in KEPT},
+        "metrics": {key: artefact.metrics[key] for key in KEPT if key in artefact.metrics},
         "epochs": [_short({key: record.get(key) for key in OF_EPOCHS}) for record in map(json.loads, lines)],
         "commit": source_commit(),
         "created": artefact.manifest.created,
