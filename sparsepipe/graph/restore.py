@@ -19,7 +19,7 @@ from sparsepipe.errors import GraphError
 from sparsepipe.graph.compact import NEWER, CompactNode
 from sparsepipe.graph.index import NUMBERS, all_nodes, graphs, index, label, mentioned, opset, subgraphs
 from sparsepipe.graph.tidy import tidy
-from sparsepipe.native import operators
+from sparsepipe.native import operators, quantized
 
 FLOAT_BYTES = 4
 
@@ -84,11 +84,15 @@ def _is_ours(node: NodeProto) -> bool:
     return node.domain == operators.DOMAIN
 
 
+def _has_weight(node: NodeProto) -> bool:
+    return _is_ours(node) and node.op_type != "QLookup"
+
+
 def _shapes(model: ModelProto, where: str) -> Iterator[tuple[int, ...]]:
     """The shapes of all compact weights, each weight once."""
     seen: set[tuple[Any, ...]] = set()
     for number, graph in enumerate(graphs(model)):
-        for proto in filter(_is_ours, graph.node):
+        for proto in filter(_has_weight, graph.node):
             node = CompactNode(proto, where)
             key = (number, node.inputs.get("values"), node.shape)
             if node.shape and key not in seen:
@@ -126,6 +130,8 @@ class _Restorer:
         weights: dict[tuple[Any, ...], str],
     ) -> list[NodeProto]:
         """What stands in the place of one node."""
+        if proto.op_type == "QLookup":
+            return self._looked_up(proto)
         node = CompactNode(proto, self._where)
         held = [node.inputs.get(name, "") for name in ("values", "deltas")] if node.shape else []
         if any(name not in constants for name in held):
@@ -139,6 +145,19 @@ class _Restorer:
         else:
             weight = weights[key] = self._decode(node, graph, *(constants[name] for name in held))
         return self._written_out(node, weight, constants.get(node.inputs.get("B", "")))
+
+    def _looked_up(self, proto: NodeProto) -> list[NodeProto]:
+        """A table written out as the body of its operator."""
+        made = list(quantized.function_for(proto, self._opset).node)
+        if len(proto.input) != 2 or len(proto.output) != 1:
+            raise GraphError("QLookup is malformed: it has not two inputs and an output.", where=self._where)
+        names = {"X": proto.input[0], "table": proto.input[1], "Y": proto.output[0]}
+        for step in made:
+            names |= {name: self._fresh(f"{label(proto)}/{name}") for name in step.output if name not in names}
+            step.input[:] = [names[name] for name in step.input]
+            step.output[:] = [names[name] for name in step.output]
+        made[-1].name = proto.name
+        return made
 
     def _decode(self, node: CompactNode, graph: GraphProto, values: TensorProto, deltas: TensorProto) -> str:
         """The name of the dense weight of `node`, which becomes an initializer."""

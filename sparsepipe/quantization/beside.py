@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
-from onnx import GraphProto, NodeProto, numpy_helper
+from onnx import GraphProto, NodeProto
 
 from sparsepipe.graph.index import Index, attribute, index, integer, is_standard
 from sparsepipe.graph.kernel_layer import Stays, window_of
 from sparsepipe.native import quantized
 from sparsepipe.native.operators import DOMAIN
-from sparsepipe.quantization.layer import BYTES, Quantised, quantiser_of, source_of
+from sparsepipe.quantization.layer import Quantised, alike, quantiser_of, source_of
 
 
 def pool(graph: GraphProto) -> list[NodeProto]:
@@ -25,7 +24,7 @@ def pool(graph: GraphProto) -> list[NodeProto]:
         if source is None or step is None or len(node.output) != 1:
             continue
         output = Quantised(step.output[0], step.input[1], step.input[2])
-        if not _alike(source, output, found) or not _beside(source.name, output.name, found):
+        if not alike(source, output, found) or not _beside(source.name, output.name, found):
             continue
         given = attribute(node, "kernel_shape")
         kernel = list(given.ints) if given is not None else []
@@ -40,15 +39,6 @@ def pool(graph: GraphProto) -> list[NodeProto]:
         graph.node.remove(node)
         graph.node.remove(step)
     return made
-
-
-def _alike(one: Quantised, other: Quantised, found: Index) -> bool:
-    """Whether two quantised tensors mean the same number by the same byte."""
-    if found.constants[one.zero_point].data_type not in BYTES:
-        return False
-    pairs = ((one.scale, other.scale), (one.zero_point, other.zero_point))
-    arrays = [[numpy_helper.to_array(found.constants[name]) for name in pair] for pair in pairs]
-    return all(left.dtype == right.dtype and np.array_equal(left, right) for left, right in arrays)
 
 
 def _beside(source: str, output: str, found: Index) -> bool:

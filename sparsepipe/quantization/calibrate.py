@@ -1,8 +1,8 @@
 """Dense int8 by onnxruntime's own static quantisation, from the activations that a network has on given samples.
 
 Weights become int8, symmetric for each output channel: a zero stays a zero. Activations become uint8 with a zero point,
-one range for each tensor; biases int32. The result holds QuantizeLinear and DequantizeLinear around fp32 operators,
-which onnxruntime fuses to integer ones when it loads the file.
+one range for each tensor; biases int32. Attention stays fp32 (`attention`). The result holds QuantizeLinear and
+DequantizeLinear around fp32 operators, which onnxruntime fuses to integer ones when it loads the file.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
 from sparsepipe.errors import GraphError
 from sparsepipe.graph.index import copy, opset
+from sparsepipe.quantization.attention import attention
 
 Feeds = Mapping[str, NDArray[Any]]
 Ranges = Mapping[str, tuple[float, float]]
@@ -106,7 +107,7 @@ def with_ranges(
     """
     where = model.graph.name or "model"
     _check_opset(model, where)
-    named, excluded = _named(model, exclude)
+    named, excluded = _named(model, {*exclude, *attention(model)})
     limits = {name: (np.float32(low), np.float32(high)) for name, (low, high) in found.items()}
     settings: dict[str, Any] = {
         "per_channel": True,

@@ -160,6 +160,15 @@ def _real(name: str, found: Index) -> Array | None:
     return np.asarray(steps * _constant(stored.scale, found).astype(np.float64))
 
 
+def alike(one: Quantised, other: Quantised, found: Index) -> bool:
+    """Whether two quantised tensors mean the same number by the same byte."""
+    if found.constants[one.zero_point].data_type not in BYTES:
+        return False
+    pairs = ((one.scale, other.scale), (one.zero_point, other.zero_point))
+    arrays = [[numpy_helper.to_array(found.constants[name]) for name in pair] for pair in pairs]
+    return all(left.dtype == right.dtype and np.array_equal(left, right) for left, right in arrays)
+
+
 def source_of(name: str, found: Index) -> Quantised | None:
     """The quantised form of an fp32 tensor."""
     step = found.producers.get(name)

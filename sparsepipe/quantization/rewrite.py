@@ -27,6 +27,7 @@ from sparsepipe.graph.universal import OLDEST_IR
 from sparsepipe.native import operators, quantized
 from sparsepipe.quantization.beside import pool
 from sparsepipe.quantization.layer import QLayer, Quantised, fuse_bias, fuse_sum, read
+from sparsepipe.quantization.table import tabulate
 
 FEWEST_VALUES = 256
 FEWEST_INPUTS = 8
@@ -62,7 +63,7 @@ def rewrite(model: ModelProto) -> tuple[ModelProto, list[Choice]]:
         if node.output and node.output[0] in chosen:
             made = _replace(result.graph, node, chosen[node.output[0]], shapes)
             bodies.setdefault(made.op_type, quantized.function_for(made, opset(result)))
-    for made in pool(result.graph):
+    for made in (*tabulate(result.graph, shapes, opset(result)), *pool(result.graph)):
         bodies.setdefault(made.op_type, quantized.function_for(made, opset(result)))
     _drop_unused(result.graph)
     result.functions.extend(bodies[name] for name in sorted(bodies))
@@ -157,13 +158,16 @@ def _replace(graph: GraphProto, node: NodeProto, choice: Choice, shapes: Shapes)
     found = index(graph)
     layer = read(node, found)
     fuse_sum(layer, found, shapes)
-    if (bias := fuse_bias(layer, found)) is not None:
+    bias = fuse_bias(layer, found)
+    if bias is None and not layer.bias:  # nodes of one operator share its body, which has a bias or not
+        bias = np.zeros(len(layer.weight), np.int32)
+    if bias is not None:
         layer.bias = fresh(f"{choice.name.removesuffix('.weight')}.bias_quantized", graph)
         graph.initializer.append(numpy_helper.from_array(bias, layer.bias))
     depthwise = layer.base == "QDepthwiseConv"
     stored = [layer.weight_name] if depthwise else _encoded(graph, choice, layer)
     inputs = [*_names(layer.source), *stored, layer.weight_scale, layer.output.scale, layer.output.zero_point]
-    inputs += [layer.bias] if layer.bias or layer.residual else []
+    inputs.append(layer.bias)
     if layer.residual is not None and layer.sum is not None:
         inputs += [*_names(layer.residual), layer.sum.scale, layer.sum.zero_point]
     output = layer.last.output[0]

@@ -231,6 +231,18 @@ bool largest_agrees(const QIsa& isa) {
   return true;
 }
 
+bool lookup_agrees(const QIsa& isa) {
+  const int count = choice(600);
+  std::vector<std::uint8_t> table(256), x(static_cast<std::size_t>(count)), y(x.size() + 9, 77);
+  for (auto& v : table) v = static_cast<std::uint8_t>(choice(256));
+  for (auto& v : x) v = static_cast<std::uint8_t>(choice(256));
+  isa.lookup(table.data(), x.data(), count, y.data());
+  for (std::size_t i = 0; i < y.size(); ++i) {
+    if (y[i] != (i < x.size() ? table[x[i]] : 77)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 // Prints one line per set; false where one differs.
@@ -247,7 +259,7 @@ bool quantized_kernels_agree() {
         for (int t = 1; t <= (*isa)->most_vectors[block]; ++t) passed = passed && rows_agree(**isa, block, t);
         passed = passed && vector_agrees(**isa, block);
       }
-      passed = passed && packs_agree(**isa) && largest_agrees(**isa);
+      passed = passed && packs_agree(**isa) && largest_agrees(**isa) && lookup_agrees(**isa);
     }
     std::printf("int8 %s: %s\n", (*isa)->name, passed ? "passed" : "FAILED");
     good = good && passed;

@@ -307,6 +307,29 @@ def test_max_pool(
         np.testing.assert_array_equal(actual, expected)
 
 
+@settings(max_examples=40)
+@given(
+    shape=st.lists(st.sampled_from([0, 1, 2, 3, 5, 31, 64, 300]), max_size=3),
+    dtype=INT8,
+    threads=st.integers(1, 2),
+    seed=st.integers(0, 99),
+)
+def test_lookup(session: Any, isa: str, shape: list[int], dtype: Any, threads: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    table = random.integers(0, 256, 256).astype(np.uint8)
+    x = random.integers(0, 256, shape).astype(np.uint8)
+    expected = np.asarray(table[x]).view(dtype)
+    node = quantized.qlookup("X", "table", "Y", name="the_node")
+    feeds = {"X": x.view(dtype)}
+    file = int8_models.model([node], {"table": table.view(dtype)}, feeds, [quantized.function_for(node)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEPIPE_ISA", isa)
+        native = session(file, threads=threads)
+    for actual in (native.run(None, feeds)[0], session(file, native=False).run(None, feeds)[0]):
+        assert actual.dtype == dtype
+        np.testing.assert_array_equal(actual, expected)
+
+
 DEPTHWISE = {"block": 1, "density": 1.0, "residual": False}
 
 

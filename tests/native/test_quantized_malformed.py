@@ -264,6 +264,51 @@ def test_shapes_of_max_pool(session: Any, shape: tuple[int, ...]) -> None:
         native.run(None, {"X": np.zeros(shape, np.uint8)})
 
 
+TABLE = np.arange(256, dtype=np.uint8)
+BAD_TABLES = {
+    "short": (TABLE[:255], "table"),
+    "long": (np.zeros(257, np.uint8), "table"),
+    "empty": (TABLE[:0], "table"),
+    "scalar": (np.array(1, np.uint8), "table"),
+    "matrix": (TABLE.reshape(16, 16), "table"),
+    "column": (TABLE[:, None], "table"),
+    "float32": (TABLE.astype(np.float32), ""),
+    "of the other type": (TABLE.view(np.int8), ""),
+}
+
+
+def lookup(table: Any, *, constant: bool = True) -> Any:
+    node = quantized.qlookup("X", "table", "Y", name="the_node")
+    feeds = {"X": np.ones((2, 3), np.uint8)}
+    if constant:
+        return int8_models.model([node], {"table": table}, feeds)
+    return int8_models.model([node], {}, feeds | {"table": table})
+
+
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_tables(session: Any, case: str) -> None:
+    table, word = BAD_TABLES[case]
+    with pytest.raises(Exception, match=f"(?s)the_node.*{word}"):
+        session(lookup(table))
+
+
+def test_a_table_must_be_constant_and_given(session: Any) -> None:
+    with pytest.raises(Exception, match=r"the_node.*constant"):
+        session(lookup(TABLE, constant=False))
+    file = lookup(TABLE)
+    for inputs in ([], ["X"], ["X", ""], ["", "table"], ["X", "table", "X"]):
+        file.graph.node[0].input[:] = inputs
+        with pytest.raises(Exception, match=r"the_node|QLookup"):
+            session(file)
+
+
+def test_the_values_of_a_table_may_be_cut_off(session: Any) -> None:
+    file = lookup(TABLE)
+    file.graph.initializer[0].raw_data = file.graph.initializer[0].raw_data[:-5]
+    with pytest.raises(Exception, match="table"):
+        session(file)
+
+
 def good_depthwise() -> int8_models.Layer:
     random = np.random.default_rng(0)
     weight = random.integers(-128, 128, (8, 1, 3, 3)).astype(np.int8)

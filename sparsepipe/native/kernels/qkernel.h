@@ -70,6 +70,8 @@ struct QIsa {
   // to[i] = the largest of rows[k][i] ^ flip for k < row_count, at least 1.
   void (*largest)(const std::uint8_t* const* rows, std::int32_t row_count, std::int64_t count, std::uint8_t flip,
                   std::uint8_t* to);
+  // y[i] = table[x[i]], of 256 bytes.
+  void (*lookup)(const std::uint8_t* table, const std::uint8_t* x, std::int64_t count, std::uint8_t* y);
   // `block` sums for each block row of one input vector x: sums[(row - row_begin) * block + r], without bias.
   void (*vector)(const std::uint8_t* x, const char* entries, const std::uint32_t* row_start, std::int64_t row_begin,
                  std::int64_t row_end, int block, std::int32_t* sums);

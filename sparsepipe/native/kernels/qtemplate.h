@@ -274,6 +274,20 @@ void largest(const std::uint8_t* const* rows, std::int32_t row_count, std::int64
   }
 }
 
+void lookup(const std::uint8_t* table, const std::uint8_t* x, std::int64_t count, std::uint8_t* y) {
+  std::int64_t i = 0;
+#if defined(SPARSEPIPE_TABLE)
+  const Table held(table);
+  const auto bytes = [](const std::uint8_t* p) { return *reinterpret_cast<const loose_vb*>(p); };
+  for (; i + 2 * kPositions <= count; i += 2 * kPositions) {
+    const vb first = held.of(bytes(x + i)), second = held.of(bytes(x + i + kPositions));
+    *reinterpret_cast<loose_vb*>(y + i) = first;
+    *reinterpret_cast<loose_vb*>(y + i + kPositions) = second;
+  }
+#endif
+  for (; i < count; ++i) y[i] = table[x[i]];
+}
+
 // R sums of a block row of one input vector: an entry's bytes of x meet the weights of R outputs side by side.
 template <int R>
 SPARSEPIPE_INLINE void vector_of(const std::uint8_t* x, const char* data, const std::uint32_t* row_start,
@@ -351,6 +365,7 @@ void requantize(const std::int32_t* sums, std::int64_t first, std::int64_t count
                          SPARSEPIPE_NAMESPACE::pack,                                                          \
                          SPARSEPIPE_NAMESPACE::fill,                                                          \
                          SPARSEPIPE_NAMESPACE::largest,                                                       \
+                         SPARSEPIPE_NAMESPACE::lookup,                                                        \
                          SPARSEPIPE_NAMESPACE::vector,                                                        \
                          SPARSEPIPE_NAMESPACE::requantize};                                                   \
   }

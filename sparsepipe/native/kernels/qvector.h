@@ -335,6 +335,72 @@ SPARSEPIPE_INLINE void interleave(vb a, vb b, vb c, vb d, std::uint8_t* out) {
 #endif
 }
 
+#if defined(__aarch64__) || defined(__SSSE3__)
+#define SPARSEPIPE_TABLE
+// Bytes of a table of 256, one for each byte of a vector.
+struct Table {
+#if defined(__aarch64__)  // four registers of 64 bytes; an index outside leaves what is there
+  uint8x16x4_t part[4];
+  SPARSEPIPE_INLINE explicit Table(const std::uint8_t* table) {
+    for (int i = 0; i < 16; ++i) part[i / 4].val[i % 4] = vld1q_u8(table + 16 * i);
+  }
+  SPARSEPIPE_INLINE vb of(vb x) const {
+    const auto index = reinterpret_cast<uint8x16_t>(x);
+    uint8x16_t found = vqtbl4q_u8(part[0], index);
+    found = vqtbx4q_u8(found, part[1], vsubq_u8(index, vdupq_n_u8(64)));
+    found = vqtbx4q_u8(found, part[2], vsubq_u8(index, vdupq_n_u8(128)));
+    found = vqtbx4q_u8(found, part[3], vsubq_u8(index, vdupq_n_u8(192)));
+    return reinterpret_cast<vb>(found);
+  }
+#else
+  // A shuffle takes one of 16 bytes by the low bits of an index, and 0 where that is negative. Row i is stored as what it
+  // has else than the row before (xor), and indices fall by 16 from row to row: what they meet until they are negative
+  // makes up the byte. Both halves of the table are such a chain, so that 127 is not exceeded.
+  vb change[16];
+  SPARSEPIPE_INLINE explicit Table(const std::uint8_t* table) {
+    for (int i = 0; i < 16; ++i) {
+      for (int k = 0; k < kPositions; ++k) {
+        const int at = 16 * i + k % 16;
+        change[i][k] = static_cast<std::uint8_t>(i % 8 ? table[at] ^ table[at - 16] : table[at]);
+      }
+    }
+  }
+  SPARSEPIPE_INLINE vb of(vb x) const {
+    vb low = x, high = x ^ broadcast(std::uint8_t{0x80}), found = {};
+    SPARSEPIPE_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      found ^= shuffled(change[i], low) ^ shuffled(change[8 + i], high);
+      low = less_16(low);
+      high = less_16(high);
+    }
+    return found;
+  }
+#if SPARSEPIPE_LANES == 16
+  static SPARSEPIPE_INLINE vb shuffled(vb row, vb index) {
+    return reinterpret_cast<vb>(_mm512_shuffle_epi8(reinterpret_cast<__m512i>(row), reinterpret_cast<__m512i>(index)));
+  }
+  static SPARSEPIPE_INLINE vb less_16(vb index) {  // saturates
+    return reinterpret_cast<vb>(_mm512_subs_epi8(reinterpret_cast<__m512i>(index), _mm512_set1_epi8(16)));
+  }
+#elif SPARSEPIPE_LANES == 8
+  static SPARSEPIPE_INLINE vb shuffled(vb row, vb index) {
+    return reinterpret_cast<vb>(_mm256_shuffle_epi8(reinterpret_cast<__m256i>(row), reinterpret_cast<__m256i>(index)));
+  }
+  static SPARSEPIPE_INLINE vb less_16(vb index) {
+    return reinterpret_cast<vb>(_mm256_subs_epi8(reinterpret_cast<__m256i>(index), _mm256_set1_epi8(16)));
+  }
+#else
+  static SPARSEPIPE_INLINE vb shuffled(vb row, vb index) {
+    return reinterpret_cast<vb>(_mm_shuffle_epi8(reinterpret_cast<__m128i>(row), reinterpret_cast<__m128i>(index)));
+  }
+  static SPARSEPIPE_INLINE vb less_16(vb index) {
+    return reinterpret_cast<vb>(_mm_subs_epi8(reinterpret_cast<__m128i>(index), _mm_set1_epi8(16)));
+  }
+#endif
+#endif
+};
+#endif
+
 }  // namespace SPARSEPIPE_NAMESPACE
 }  // namespace
 }  // namespace sparsepipe::kernels

@@ -25,6 +25,7 @@ std::unique_ptr<Kernel> make_depthwise_conv(const abi::Functions& ort, const Nod
 std::unique_ptr<Kernel> make_sparse_linear(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 // For int8.
 std::unique_ptr<Kernel> make_sparse_qconv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
+std::unique_ptr<Kernel> make_qlookup(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 std::unique_ptr<Kernel> make_qmax_pool(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 std::unique_ptr<Kernel> make_qdepthwise_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 std::unique_ptr<Kernel> make_sparse_qlinear(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);

@@ -130,6 +130,7 @@ const std::vector<Family>& quantized_families() {
       const std::vector<int> dense{type, abi::kFloat, type, abi::kInt8, abi::kFloat, abi::kFloat, type, abi::kInt32};
       made.push_back({"QDepthwiseConv", dense, 7, type, make_qdepthwise_conv, 0});
       made.push_back({"QMaxPool", {type}, 1, type, make_qmax_pool, 0});
+      made.push_back({"QLookup", {type, type}, 2, type, make_qlookup, 0});
     }
     return made;
   }();
@@ -156,7 +157,7 @@ std::vector<Op> all_operators() {
   }
   for (const Family& family : quantized_families()) {
     for (const auto& [activation, suffix] : {of_conv[0], of_conv[1], of_conv[2]}) {
-      if (family.types.size() == 1 && *suffix) continue;  // pooling has no activation
+      if (family.types.size() <= 2 && *suffix) continue;  // poolings and tables have no activation
       ops.push_back(describe(family, activation, suffix, false));
       if (family.residual) ops.push_back(describe(family, activation, suffix, true));
     }
