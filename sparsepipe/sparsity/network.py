@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.masks import MaskSet
+from sparsepipe.sparsity.optimizer import states
 from sparsepipe.sparsity.samples import Samples
 from sparsepipe.sparsity.target import Layer
 from sparsepipe.sparsity.weights import Weight
@@ -66,11 +67,7 @@ class Network:
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """Put the weights and their optimizer state back to what they are now when the block ends."""
-        tensors = [
-            tensor
-            for parameter in self.tensors.values()
-            for tensor in (parameter, *_tensors(self.optimizer.state.get(parameter, {})))
-        ]
+        tensors = [tensor for parameter in self.tensors.values() for tensor in (parameter, *self._state(parameter))]
         kept = [tensor.clone() for tensor in tensors]
         yield
         for tensor, value in zip(tensors, kept, strict=True):
@@ -101,7 +98,7 @@ class Network:
 
     def reset_optimizer(self) -> None:
         """Zero all floating-point state of the optimizer: momentum, moments, and the step counts of Adam."""
-        for state in self.optimizer.state.values():
+        for state in states(self.optimizer):
             for value in _tensors(state):
                 if value.is_floating_point():
                     value.zero_()
@@ -151,11 +148,15 @@ class Network:
         parameter.masked_fill_(weight, 0)
         for copy in self.copies:
             copy[name].masked_fill_(weight.to(copy[name].device), 0)
-        if parameter in self.optimizer.state:
-            for value in _tensors(self.optimizer.state[parameter]):
-                # In integers an optimizer keeps codes, of which 0 need not stand for zero.
-                if value.shape == parameter.shape and value.is_floating_point():
-                    value.masked_fill_(state, 0)
+        for value in self._state(parameter):
+            # In integers an optimizer keeps codes, of which 0 need not stand for zero.
+            if value.shape == parameter.shape and value.is_floating_point():
+                value.masked_fill_(state, 0)
+
+    def _state(self, parameter: Tensor) -> Iterator[Tensor]:
+        for state in states(self.optimizer):
+            if parameter in state:
+                yield from _tensors(state[parameter])
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

@@ -21,6 +21,7 @@ from sparsepipe.sparsity.masks import MaskSet
 from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.modifiers.combined import Combined, Modifier
 from sparsepipe.sparsity.network import Network
+from sparsepipe.sparsity.optimizer import let_hooks_run, within_own_step, without_wrapper
 from sparsepipe.sparsity.replicas import Replicas, refuse_sharded
 from sparsepipe.sparsity.samples import Loss, Samples
 from sparsepipe.sparsity.scaling import refuse_scaled
@@ -58,9 +59,9 @@ class Sparsifier:
 
     Raises:
         ArtefactError: `state` is of another model or of other options, or the model is not loaded.
-        ModelError: nothing can be masked, `optimizer` is none of torch's, the parameters are sharded (FSDP), or the
-            model is compiled and the method changes forward passes. During training: the processes have different
-            masks.
+        ModelError: nothing can be masked, `optimizer` is none of torch's or its steps cannot call hooks, the parameters
+            are sharded (FSDP), or the model is compiled and the method changes forward passes. During training: the
+            processes have different masks.
         RecipeError: `method` or a modifier is none, the target cannot be reached, or an override matches no layer.
     """
 
@@ -81,9 +82,8 @@ class Sparsifier:
         loss: Loss = cross_entropy,
         modifiers: Sequence[Modifier] = (),
     ) -> None:
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # the wrappers of Fabric and Accelerate keep it there
-        if not isinstance(optimizer, Optimizer):
-            raise ModelError(f"A Sparsifier needs a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+        optimizer = without_wrapper(optimizer)
+        let_hooks_run(optimizer)
         if not isinstance(method, Method):
             raise RecipeError(
                 f"A Sparsifier needs a method, not {method!r}.",
@@ -108,6 +108,8 @@ class Sparsifier:
             self._network.samples = Samples(self._model, batches, loss, self._replicas.average)
         self._loop_lrs: list[Any] = []
         self._skipped = False
+        self._stepping = False
+        self._inner_steps = 0
         self._frozen = False
         self._prepared = False
         self._expected_nonzero: dict[str, int] = {}
@@ -314,6 +316,10 @@ class Sparsifier:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._stepping and within_own_step(optimizer):
+            self._inner_steps += 1
+            return None
+        self._stepping, self._inner_steps = True, 0
         if len(optimizer.param_groups) != self._groups:
             self._warn_of_added(optimizer)
         self._set_lr(optimizer)
@@ -386,7 +392,10 @@ class Sparsifier:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._prepared = False
+        if self._inner_steps:
+            self._inner_steps -= 1
+            return
+        self._stepping = self._prepared = False
         if not self._skipped:
             self.step += 1
             self._network.step_own()

@@ -165,3 +165,25 @@ def test_parameters_that_fsdp1_flattens_are_refused_by_name(part: str, original:
     for given in (model, wrapped):
         with pytest.raises(ModelError, match=rf"'{named}' is sharded.*DistributedDataParallel"):
             sparsepipe.Sparsifier(given, optimizer, sparsepipe.DSTEE(), total_steps=1000)
+
+
+@pytest.mark.usefixtures("_one_process_group")
+def test_state_that_the_zero_redundancy_optimizer_keeps_in_another_one_starts_anew() -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.manual_seed(0)
+    model = nn.Linear(10, 10, bias=False)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.01)
+    method = sparsepipe.RigL(sparsity=0.7, update_every=3, drop_fraction=0.5)
+    sparsifier = sparsepipe.Sparsifier(model, optimizer, method, total_steps=100)
+    mask = sparsifier.masks["weight"]
+    before = mask.clone()
+    for seed in range(3):
+        model.weight.grad = torch.randn(10, 10, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+    changed = mask ^ before
+    assert changed.any()
+    state = optimizer.optim.state[model.weight]
+    for moment in (state["exp_avg"], state["exp_avg_sq"]):
+        assert not moment[~mask | changed].any()
+        assert moment[mask & before].all()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -160,6 +162,123 @@ def test_the_optimizer_of_a_wrapper_is_found() -> None:
     sparsifier = Sparsifier(model, wrapper, dst_ee(), total_steps=10)
     train(model, optimizer, [0])
     assert sparsifier.step == 1
+
+
+class Lookahead(torch.optim.Optimizer):
+    """As in several libraries: another optimizer inside, slow weights of its own, and `__init__` not called."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, inside: str) -> None:
+        setattr(self, inside, optimizer)
+        self.fast = inside
+        self.param_groups = optimizer.param_groups
+        self.state = defaultdict(dict)
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = getattr(self, self.fast).step(closure)
+        self.steps += 1
+        for parameter in self.param_groups[0]["params"] if self.steps % 3 == 0 else ():
+            slow = self.state[parameter].setdefault("slow", parameter.clone())
+            slow.lerp_(parameter, 0.5)
+            parameter.copy_(slow)
+        return loss
+
+
+@pytest.mark.parametrize("inside", ["optimizer", "_base_optimizer"])
+def test_an_optimizer_that_keeps_another_one_is_followed_with_all_state_of_both(inside: str) -> None:
+    fast: Any = None
+
+    def lookahead(parameters: Any) -> Any:
+        nonlocal fast
+        fast = sgd(parameters)
+        return Lookahead(fast, inside)
+
+    bench = Bench(RigL(sparsity=0.7, update_every=6, drop_fraction=0.5), (10, 10), 100, lookahead)
+    for t in range(5):
+        bench.step(randn(10, 10, seed=t))
+        assert not bench.weight[~bench.mask].any()
+    before = bench.mask.clone()
+    bench.step(randn(10, 10, seed=9))
+    changed = bench.mask ^ before
+    assert changed.any()
+    for state in (
+        bench.weight,
+        fast.state[bench.weight]["momentum_buffer"],
+        bench.optimizer.state[bench.weight]["slow"],
+    ):
+        assert (state[changed] == 0).all()
+        assert (state[bench.mask & before] != 0).any()
+    assert bench.sparsifier.step == 6
+
+
+def test_a_step_whose_hooks_cannot_run_any_more_is_refused_before_anything_is_masked() -> None:
+    model = network()
+
+    class Fresh(Lookahead):
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            return super().step(closure)
+
+    optimizer = Fresh(sgd(model.parameters()), "inner")
+    vars(optimizer)["step"] = optimizer.step  # as a learning-rate schedule does, to see whether it is called
+    with pytest.raises(ModelError, match=r"The step of this Fresh calls no hooks.*before a learning-rate schedule"):
+        Sparsifier(model, optimizer, dst_ee(), total_steps=10)
+    assert (model[4].weight != 0).all()
+
+
+def backward(model: Any, step: int) -> Any:
+    loss = loss_of(model, step)
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_step_that_calls_the_step_of_its_base_class_counts_once(closure: bool) -> None:
+    """torch runs the hooks of both, the inner ones when the gradients are masked already."""
+
+    class Derived(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    results = []
+    for kind in (torch.optim.SGD, Derived):
+        model = network()
+        optimizer: Any = kind(model.parameters(), lr=0.05, momentum=0.9)
+        sparsifier = Sparsifier(model, optimizer, dst_ee(), total_steps=20)
+        for step in range(14):
+            optimizer.zero_grad()
+            if closure:
+                optimizer.step(lambda model=model, step=step: backward(model, step))
+            else:
+                backward(model, step)
+                optimizer.step()
+        assert sparsifier.step == 14
+        results.append((sparsifier.mask_set.digest(), sparsifier.mask_set.counters, model.state_dict()))
+    (masks, counters, weights), (same_masks, same_counters, same_weights) = results
+    assert masks == same_masks
+    assert all(torch.equal(counters[name], same_counters[name]) for name in counters)
+    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
+
+
+def test_a_step_that_failed_leaves_nothing_behind_for_the_next() -> None:
+    class Failing(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fails:
+                raise MemoryError
+            return super().step(closure)
+
+    model = network()
+    optimizer = Failing(model.parameters(), lr=0.05)
+    sparsifier = Sparsifier(model, optimizer, dst_ee(update_every=1), total_steps=20)
+    for step in range(6):
+        optimizer.fails = step == 3
+        with pytest.raises(MemoryError) if optimizer.fails else nullcontext():
+            train(model, optimizer, [step])
+        assert inactive_are_positive_zero(model, sparsifier)
+    assert sparsifier.step == 5
+    assert sparsifier.mask_set.rounds == 5
 
 
 def test_a_sparsifier_may_join_a_training_that_is_under_way() -> None:

@@ -1,0 +1,78 @@
+"""What a Sparsifier needs of an optimizer: hooks that run once in each step, and all state, whoever keeps it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparsepipe.errors import ModelError
+
+_HOOKED_STEP = Optimizer.profile_hook_step(Optimizer.step).__code__
+"""Of the function that torch puts around the `step` of each class of optimizers: it calls the hooks."""
+
+
+def without_wrapper(optimizer: Any) -> Optimizer:
+    """The optimizer inside the wrappers of Fabric, Accelerate and the like, which show its state as theirs.
+
+    An optimizer that keeps another one and state of its own, as Lookahead its slow weights, is none of these.
+
+    Raises:
+        ModelError: there is none.
+    """
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        if isinstance(optimizer, Optimizer) and getattr(optimizer, "state", None) is not getattr(inner, "state", None):
+            break
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise ModelError(f"A Sparsifier needs a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+    return optimizer
+
+
+def let_hooks_run(optimizer: Optimizer) -> None:
+    """Make each step call the hooks, where a subclass never called `Optimizer.__init__`, which sees to that.
+
+    Raises:
+        ModelError: something holds the `step` that calls none already, as a learning-rate schedule does.
+    """
+    kind = type(optimizer)
+    hooked = getattr(kind.step, "hooked", False)
+    if hooked and "_optimizer_step_post_hooks" in vars(optimizer):
+        return
+    if not hooked and "step" in vars(optimizer):
+        raise ModelError(
+            f"The step of this {kind.__name__} calls no hooks, and something has replaced it already.",
+            where="optimizer",
+            advice="Make the Sparsifier right after the optimizer, before a learning-rate schedule for it.",
+        )
+    # What torch itself does for optimizers that come out of a pickle, where `__init__` is not called either.
+    Optimizer.__setstate__(optimizer, {"defaults": getattr(optimizer, "defaults", {})})
+
+
+def within_own_step(optimizer: Optimizer) -> bool:
+    """Whether a step of a subclass is calling that of its base class, which calls the hooks once more."""
+    frame, steps = sys._getframe(), 0
+    while frame.f_back is not None and steps < 2:
+        frame = frame.f_back
+        steps += frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer
+    return steps == 2
+
+
+def states(optimizer: Optimizer) -> list[Mapping[Tensor, Any]]:
+    """Parameter -> state, of the optimizer and of those that it keeps: Lookahead, sharpness-aware ones, ZeRO."""
+    found = [optimizer]
+    for each in found:
+        found.extend(inner for inner in _inside(vars(each)) if not any(inner is known for known in found))
+    return [each.state for each in found]
+
+
+def _inside(value: Any) -> Iterator[Optimizer]:
+    if isinstance(value, Optimizer):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            if isinstance(each, Optimizer | list | tuple):
+                yield from _inside(each)
