@@ -60,7 +60,7 @@ class MaskHistory:
     """Follows the masks through their updates; `Sparsifier.watch` makes one.
 
     It holds the update in which each active weight was last grown (int16 for each active weight: at a density of
-    0.1, 0.2 bytes for each weight) and at most `MAX_FRAMES` masks of one layer as bits.
+    0.1, 0.2 bytes for each weight; int32 after 32,767 updates) and at most `MAX_FRAMES` masks of one layer as bits.
 
     Args:
         masks: followed from now on; what is active now counts as grown in update 0.
@@ -103,10 +103,11 @@ class MaskHistory:
         grown = mask & ~before
         self._round[name] = torch.stack([each.count_nonzero() for each in (before & ~mask, grown, before)])
         if name in self._born or grown.any():
-            born = torch.zeros_like(mask, dtype=torch.int16)
+            now = self.updates + 1
+            born = torch.zeros_like(mask, dtype=torch.int16 if now <= COUNTER_LIMIT else torch.int32)
             if name in self._born:
-                born.masked_scatter_(before, self._born[name])
-            born.masked_fill_(grown, min(self.updates + 1, COUNTER_LIMIT))
+                born.masked_scatter_(before, self._born[name].to(born.dtype))
+            born.masked_fill_(grown, now)
             self._born[name] = born.masked_select(mask)
 
     def end_round(self, step: int, gradients: Mapping[str, Tensor]) -> None:
@@ -166,7 +167,7 @@ class MaskHistory:
 
     def ages(self, name: str) -> list[int]:
         """Number of active weights of a layer by their age: at index a, those last grown a updates ago."""
-        now = min(self.updates, COUNTER_LIMIT)
+        now = self.updates
         if name not in self._born:
             return [0] * now + [self.masks.nnz_of(name)]
         counts: list[int] = torch.bincount(now - self._born[name].long(), minlength=now + 1).tolist()

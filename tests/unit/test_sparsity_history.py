@@ -18,6 +18,7 @@ from torch import nn
 import sparsepipe
 from sparsepipe.errors import ModelError
 from sparsepipe.sparsity.history import FILMED_SIZE, MAX_FRAMES, MaskHistory
+from sparsepipe.sparsity.masks import MaskSet
 from sparsepipe.sparsity.sparsifier import Sparsifier
 
 STEPS = 48
@@ -253,6 +254,28 @@ def test_it_takes_two_bytes_for_each_active_weight() -> None:
     held = sum(tensor.numel() * tensor.element_size() for tensor in state["born"].values())
     assert held == 2 * sum(sparsifier.mask_set.nnz_of(name) for name in sparsifier.mask_set.counters)
     assert all(tensor.untyped_storage().nbytes() == 2 * tensor.numel() for tensor in state["born"].values())
+
+
+def test_ages_stay_right_beyond_as_many_updates_as_int16_counts() -> None:
+    weights = {"w": torch.ones(4, 8)}
+    masks = MaskSet.dense(weights)
+    masks.start(weights, {"w": torch.arange(32).reshape(4, 8) % 2 == 0})
+    history = MaskHistory(masks)
+    masks.rounds = 32_763  # as after so many updates that changed nothing
+    for step in range(8):
+        mask = masks["w"].clone()
+        mask.view(-1)[2 * step : 2 * step + 2] = torch.tensor([False, True])
+        history.change("w", mask, None)
+        masks.change(weights["w"], "w", mask)
+        masks.count()
+        history.end_round(step, {})
+    resumed = MaskHistory(masks)
+    resumed.load_state_dict(history.state_dict())
+    for each in (history, resumed):
+        counts = each.ages("w")
+        assert counts[:8] == [1] * 8
+        assert counts[-1] == 8 == sum(counts[8:])
+        assert len(counts) == 32_771 + 1
 
 
 def test_a_layer_is_filmed_unasked_only_if_its_frames_are_small() -> None:
