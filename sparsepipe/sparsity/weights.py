@@ -73,8 +73,8 @@ def same_weights(copy: nn.Module, weights: Mapping[str, Weight]) -> dict[str, nn
 def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
     """The weights of convolutions, linear and recurrent layers and attention projections that `optimizer` trains.
 
-    Embeddings, normalisation, biases and depthwise kernels are left out, as is a weight that any embedding shares, and
-    what modules of unknown kinds hold. A weight shared between modules appears once.
+    Embeddings, normalisation, biases and depthwise kernels are left out, as is a weight that any embedding shares, one
+    without elements, and what modules of unknown kinds hold. A weight shared between modules appears once.
 
     Raises:
         ModelError: there is no such weight, a weight is not initialised yet or no ordinary tensor of floats, or two
@@ -96,7 +96,8 @@ def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
                     where="model",
                     advice="Pass one batch through the model before making the Sparsifier.",
                 )
-            if id(parameter) in trained and id(parameter) not in embedded and parameter.requires_grad:
+            empty = parameter.ndim >= 2 and parameter.numel() == 0
+            if id(parameter) in trained and id(parameter) not in embedded and parameter.requires_grad and not empty:
                 convolution, linear = isinstance(module, _ConvNd), isinstance(module, nn.Linear)
                 turned = isinstance(module, _ConvTransposeNd) or _is_turned_linear(module)
                 found.setdefault(id(parameter), (parameter, convolution, linear or _is_turned_linear(module), turned))

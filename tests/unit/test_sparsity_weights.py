@@ -88,6 +88,17 @@ def test_weights_of_integers_are_not_trained_and_therefore_left_as_they_are() ->
     assert sparsifier.mask_set.nnz == 32
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("distribution", ["erk", "er", "uniform", "global"])
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_a_layer_without_weights_is_left_out(distribution: str, shape: tuple[int, int]) -> None:
+    model: Any = nn.ModuleList([nn.Linear(8, 8), nn.Linear(*shape), nn.Linear(8, 4)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(model, optimizer, Static(sparsity=0.5, distribution=distribution), total_steps=1)
+    assert list(sparsifier.masks) == ["0.weight", "2.weight"]
+    assert sparsifier.mask_set.nnz == 48
+
+
 def test_a_computed_weight_is_left_dense_with_a_warning_that_names_it(caplog: pytest.LogCaptureFixture) -> None:
     model: Any = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), weight_norm(nn.Linear(8, 4)))
     sparsifier = Sparsifier(model, torch.optim.SGD(model.parameters(), lr=0.1), Static(sparsity=0.5), total_steps=1)
