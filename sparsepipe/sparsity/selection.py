@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ def top_k(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
         return torch.zeros_like(candidates)
     if scores.shape[0] == 1:
         return _one_row(scores[0], int(counts[0]), candidates[0]).unsqueeze(0)
-    scores = torch.where(candidates, _ranked(scores), -torch.inf)
+    scores = _ranked(scores).masked_fill_(~candidates, -torch.inf)
     largest = scores.topk(int(counts.max()), dim=1).values
     threshold = largest.gather(1, (counts - 1).clamp(min=0).unsqueeze(1))
     above, ties = scores > threshold, scores == threshold
@@ -34,14 +35,20 @@ def top_k(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
 
 def _one_row(scores: Tensor, count: int, candidates: Tensor) -> Tensor:
     """The same for one long row: gathering the candidates first makes short work of a few among many."""
+    if 2 * int(candidates.count_nonzero()) > candidates.numel():
+        return _best(_ranked(scores).masked_fill_(~candidates, -torch.inf), count)
     places = candidates.nonzero().squeeze(1)
-    values = _ranked(scores[places])
-    threshold = kth_largest(values, count)
-    above = values > threshold
-    ties = (values == threshold).nonzero().squeeze(1)
-    above[ties[: count - int(above.sum())]] = True
     chosen = torch.zeros_like(candidates)
-    chosen[places[above]] = True
+    chosen[places[_best(_ranked(scores[places]), count)]] = True
+    return chosen
+
+
+def _best(values: Tensor, count: int) -> Tensor:
+    """Exactly `count` of a flat tensor, bool: the largest, then of equal ones the first."""
+    threshold = kth_largest(values, count)
+    chosen = values > threshold
+    ties = (values == threshold).nonzero().squeeze(1)
+    chosen[ties[: count - int(chosen.count_nonzero())]] = True
     return chosen
 
 
@@ -54,6 +61,8 @@ def _ranked(scores: Tensor) -> Tensor:
 def kth_largest(values: Tensor, k: int) -> Tensor:
     """The k-th largest of a flat tensor, k from 1."""
     if values.device.type == "cpu":
-        return values.kthvalue(values.numel() - k + 1).values
+        # About ten times faster than kthvalue, which also moves an index with each value.
+        place = values.numel() - k
+        return values.new_tensor(np.partition(values.numpy(), place)[place])
     # On other devices kthvalue is refused under torch.use_deterministic_algorithms; the values of topk are exact.
     return values.topk(k, sorted=False).values.min()

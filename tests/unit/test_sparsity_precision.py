@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparsepipe.errors import ModelError
+from sparsepipe.sparsity import network as sparsity_network
 from sparsepipe.sparsity.methods.gmp import GMP
 from sparsepipe.sparsity.methods.static import Static
 from sparsepipe.sparsity.sparsifier import Sparsifier
@@ -31,6 +32,26 @@ def test_weights_of_any_float_type_stay_sparse(dtype: torch.dtype) -> None:
         optimizer.step()
         assert (model.weight[~sparsifier.masks["weight"]] == 0).all()
     assert sparsifier.mask_set.nnz == 51
+
+
+@pytest.mark.parametrize("piece", [1, 100, 2**18])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_masked_in_pieces_are_masked_whole(
+    piece: int, layout: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparsity_network, "PIECE", piece)
+    model = nn.Conv2d(6, 10, 3).to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+    sparsifier = Sparsifier(model, torch.optim.SGD(model.parameters(), lr=1.0), dst_ee(), total_steps=10)
+    mask, before = sparsifier.masks["weight"], model.weight.detach().clone()
+    model.weight.grad = torch.ones_like(model.weight)
+    with torch.no_grad():
+        model.weight[~mask] = -1.0
+    sparsifier.prepare_gradients()
+    assert torch.equal(model.weight.grad, mask.to(dtype))
+    sparsifier.freeze()
+    assert torch.equal(model.weight.detach(), before)
+    assert inactive_are_positive_zero(model.float(), sparsifier)
 
 
 def test_channels_last_weights_keep_their_layout_and_get_the_same_masks() -> None:
