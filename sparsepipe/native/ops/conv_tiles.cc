@@ -41,6 +41,9 @@ void size_stage(const Attributes& a, Geometry& g, std::int64_t rows, std::int64_
   }
 }
 
+// Cycles in which packing loads and stores a vector: 64 bytes at once come no faster from L2 than 32 bytes twice.
+double move(int lanes) { return lanes == 8 ? 1.5 : 2.5; }
+
 Geometry flat_geometry(const Attributes& a, Geometry g, int vectors) {
   const std::int64_t plane = g.out_height * g.out_width;
   const std::int64_t all = ceil_div(plane, g.lanes);
@@ -51,10 +54,10 @@ Geometry flat_geometry(const Attributes& a, Geometry g, int vectors) {
   g.layout.tap = {0};
   if (g.mode == Mode::kDirect) {
     g.layout.channel_stride = plane;
-    g.cost.load = 1.3;
+    g.cost.output_channels = static_cast<double>(a.out);
   } else {
     g.layout.channel_stride = g.tile_floats();
-    g.cost.pack_channel = 4 + 6.0 * vectors;
+    g.cost.pack_channel = 4 + (g.lanes == 8 ? move(g.lanes) : 6.0) * vectors;
   }
   return g;
 }
@@ -77,7 +80,7 @@ Geometry columns_geometry(const Attributes& a, Geometry g, int vectors) {
   g.layout.channel_stride = taps * slot;
   for (std::int64_t t = 0; t < taps; ++t) g.layout.tap.push_back(static_cast<std::int32_t>(t * slot));
   const double pieces = static_cast<double>(std::min(g.out_height, rows));
-  const double row_cost = 2.5 * static_cast<double>(ceil_div(g.out_width, g.lanes)) + 1;
+  const double row_cost = move(g.lanes) * static_cast<double>(ceil_div(g.out_width, g.lanes)) + 1;
   g.cost.pack_channel = 10 + static_cast<double>(g.slot_row.size()) * (4 + row_cost) +
                         static_cast<double>(taps) * pieces * row_cost;
   return g;
@@ -101,9 +104,9 @@ Geometry rows_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, 
     }
   }
   const auto wide = static_cast<double>(row_vectors);
-  g.cost.pack_channel = 10 + static_cast<double>(slots) * (4 + 2.5 * wide * static_cast<double>(a.stride_w)) +
-                        static_cast<double>(a.kernel_w * slots) * (1 + 2.5 * wide);
-  g.cost.finish = 1.5;
+  g.cost.pack_channel = 10 + static_cast<double>(slots) * (4 + move(g.lanes) * wide * static_cast<double>(a.stride_w)) +
+                        static_cast<double>(a.kernel_w * slots) * (1 + move(g.lanes) * wide);
+  g.cost.finish = 1.9;
   return g;
 }
 
@@ -137,7 +140,7 @@ Geometry shift_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows,
       g.layout.group.push_back(static_cast<std::int32_t>(most_shift - j / a.stride_w));
     }
   }
-  const double moves = 2.5 * static_cast<double>(ceil_div(pitch, g.lanes));  // of a row
+  const double moves = move(g.lanes) * static_cast<double>(ceil_div(pitch, g.lanes));  // of a row
   const auto rows = static_cast<double>(slots);
   g.cost.pack_channel = 10 + rows * (2 + moves);
   if (a.stride_w > 1) {
@@ -145,7 +148,7 @@ Geometry shift_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows,
                            static_cast<double>(phases) * rows * (1 + moves);
   }
   if (pitch % g.lanes) g.cost.load = 1 + 0.7 * static_cast<double>(a.kernel_h / 2) / static_cast<double>(a.kernel_h);
-  g.cost.finish = pitch % g.lanes ? 4 : 1.5;
+  g.cost.finish = pitch % g.lanes ? 5 : 1.9;
   g.cost.shift = 1;
   return g;
 }
@@ -170,12 +173,8 @@ void candidates(const Attributes& a, const Geometry& shape, int most,
   };
   if (point) {
     const bool whole = shape.height * shape.width % shape.lanes == 0 && a.in * shape.height * shape.width < kMostFloats;
-    // Channels a multiple of 1 kB apart share few sets of the L1 cache: read in place they were up to 2.5 times slower.
-    const bool spread = shape.height * shape.width % 256 != 0;
-    const bool direct = whole && (a.mode == Mode::kDirect || (spread && a.mode != Mode::kFlat));
-    const bool flat = !direct || a.mode != Mode::kDirect;
-    if (direct) each_size(Mode::kDirect, flat_geometry);
-    if (flat) each_size(Mode::kFlat, flat_geometry);
+    if (whole && a.mode != Mode::kFlat) each_size(Mode::kDirect, flat_geometry);
+    if (!whole || a.mode != Mode::kDirect) each_size(Mode::kFlat, flat_geometry);
     return;
   }
   const auto each_height = [&](Mode mode, std::int64_t most_rows, std::int64_t pitch, const auto& make) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 namespace sparsepipe {
 
@@ -22,28 +23,52 @@ const Caches& caches() {
 
 namespace {
 
-// Cycles of one vector operation in the inner loop, measured (NOTES.md).
+// Cycles of one operation of the inner loop, measured (NOTES.md).
 struct Core {
-  double fma;             // with the broadcast weight of a block
+  double fma;             // of a vector, with the broadcast weight of a block
   double l1, l2, beyond;  // loading a vector of the tile from there
+  double entry;           // reading the offset and the weight of an entry
+  double least;           // an entry costs at least this: sums wait for one another
+  double row;             // mostly its mispredicted end
+  double group;           // of kernel positions of a row after its first: its end is mispredicted too
+  double partial;         // loading and storing a vector of sums between blocks of channels
+  double store;
+  // Tiles that take this share of the L2 cache are read from there, and so is a falling part of those up to 1 + `fade`
+  // times as large.
+  double l2_share, fade;
+  double page;            // an entry whose page is not among those that the core has at hand
 };
 
 const Core& core(int lanes) {
-  static constexpr Core kFull = {0.65, 0.85, 1.5, 2.3};
-  static constexpr Core kHalf = {1.0, 1.0, 2.2, 3.5};
+  static constexpr Core kFull = {0.65, 0.85, 1.5, 2.3, 0.8, 1.7, 28, 20, 1.3, 0.8, 0.7, 0, 1.7};
+  static constexpr Core kHalf = {1.0, 1.0, 2.2, 3.5, 0.8, 1.7, 28, 20, 1.3, 0.8, 0.7, 0, 1.7};
+  static constexpr Core kAvx2 = {0.56, 0.88, 1.5, 2.9, 0.65, 1.8, 20, 20, 1.1, 1.7, 0.4, 1, 1.9};
 #if defined(SPARSEPIPE_X86)
   // Zen 4 (of this family the one with AVX-512) takes two cycles for a vector of 512 bits.
   static const bool half = __builtin_cpu_is("amdfam19h");
   if (half && lanes == 16) return kHalf;
 #endif
-  return lanes == 4 ? kHalf : kFull;
+  return lanes == 4 ? kHalf : (lanes == 8 ? kAvx2 : kFull);
 }
 
-constexpr double kEntry = 0.8;   // reading the offset and the weight of an entry
-constexpr double kLeast = 1.7;   // an entry costs at least this: sums wait for one another
-constexpr double kRow = 28;      // a row: mostly its mispredicted end
-constexpr double kGroup = 20;    // a group of kernel positions of a row after its first: its end is mispredicted too
-constexpr double kPartial = 1.3; // loading and storing a vector of sums between blocks of channels
+constexpr double kL1Share = 0.9;     // of the L1 cache, that a tile may take to be read from there
+constexpr double kPageBytes = 4096;  // also the bytes of one way of the L1 cache: the addresses that share a set
+constexpr double kPages = 64;        // that the core has at hand (first-level TLB)
+constexpr double kLine = 64;
+
+// The part of a cache in which the tile of a plane may lie, where planes of `stride` bytes are read in place: those that
+// lie a multiple of a large power of two apart fall into the same few sets. In L2, too, where the sets depend on the
+// place of a page in memory otherwise.
+double spread(double stride, double run) {
+  const auto step = static_cast<double>(std::gcd(static_cast<std::int64_t>(stride), static_cast<std::int64_t>(kPageBytes)));
+  return std::min(1.0, std::ceil(run / kLine) * kLine / step);
+}
+
+// How much of what takes `bytes` does not fit into `size`.
+double outside(double bytes, double size, double fade) {
+  if (bytes <= size) return 0;
+  return fade > 0 ? std::min(1.0, (bytes / size - 1) / fade) : 1.0;
+}
 
 }  // namespace
 
@@ -53,19 +78,28 @@ Blocking best_blocking(const SparseWeight& weight, const TileLayout& layout, con
   const double rows = static_cast<double>(weight.rows);
   const double vectors = layout.vectors;
   const double sums = weight.block * vectors;
+  const bool in_place = cost.output_channels > 0;
+  const double stride = 4.0 * static_cast<double>(layout.channel_stride);
+  // Only what is read of a tile counts: gaps between the channels of a plane do not fill the cache.
+  const double run = layout.tap.size() == 1 ? 4.0 * vectors * lanes : stride;
+  const double sets = in_place ? spread(stride, run) : 1.0;
   Blocking best;
   for (std::int64_t blocks = 1;; blocks *= 2) {
     const std::int64_t channels = (layout.channels + blocks - 1) / blocks;
-    // Only what is read of a tile counts: gaps between the channels of a plane do not fill the cache.
-    const double floats = layout.tap.size() == 1 ? vectors * lanes : static_cast<double>(layout.channel_stride);
-    const double bytes = 4.0 * static_cast<double>(channels) * floats;
-    const double load = bytes <= 0.9 * caches().l1 ? c.l1 : (bytes <= 0.7 * caches().l2 ? c.l2 : c.beyond);
-    const double row = kRow + (blocks > 1 ? kPartial * sums : 0.0) + (layout.groups - 1) * (kGroup + cost.shift * sums);
-    const double entry = std::max(kLeast, kEntry + std::max(sums * c.fma, vectors * cost.load * load));
-    const double cycles = entries * entry + rows * (static_cast<double>(blocks) * row + cost.finish * sums) +
+    const auto used = static_cast<double>(channels);
+    const double far = outside(used * run / sets, kL1Share * caches().l1, 0);
+    const double farther = outside((used + cost.output_channels) * run / sets, c.l2_share * caches().l2, c.fade);
+    const double load = c.l1 + far * (c.l2 - c.l1) + farther * (c.beyond - c.l2);
+    // Half of the pages at hand are for what is written, and for the weight.
+    const double pages = in_place ? used * std::min(1.0, stride / kPageBytes) : 0;
+    const double miss = c.page * std::clamp(pages / kPages - 0.5, 0.0, 1.0);
+    const double row = c.row + (blocks > 1 ? c.partial * sums : 0.0) + (layout.groups - 1) * (c.group + cost.shift * sums);
+    const double entry = std::max(c.least, c.entry + std::max(sums * c.fma, vectors * cost.load * load)) + miss;
+    const double cycles = entries * entry +
+                          rows * (static_cast<double>(blocks) * row + cost.finish * c.store * sums) +
                           static_cast<double>(layout.channels) * cost.pack_channel;
     if (best.cycles == 0 || cycles < best.cycles) best = {channels, cycles};
-    if (channels <= 8 || load == c.l1) return best;
+    if (channels <= 8 || (far == 0 && farther == 0 && miss == 0)) return best;
   }
 }
 

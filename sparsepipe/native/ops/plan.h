@@ -26,9 +26,10 @@ struct TileLayout {
 // Rough costs in cycles.
 struct Cost {
   double pack_channel = 0;  // packing one channel of one tile
-  double load = 1;          // loading one vector of a tile that is in the L1 cache: 2 where it straddles lines
-  double finish = 0.8;      // storing one vector of the output
+  double load = 1;          // loading a vector of a tile, in times of an aligned load: 2 where all straddle lines
+  double finish = 1;        // storing a vector of the output, in times of an aligned store of a whole one
   double shift = 0;         // moving one vector of sums from a group of kernel positions to the next
+  double output_channels = 0;  // above 0 where the input is read in place: how many planes of its stride are written
 };
 
 struct Blocking {

@@ -107,7 +107,7 @@ class SparseLinear final : public Kernel {
         layout.tap = {0};
         Cost cost;
         cost.pack_channel = 8.0 * layout.vectors;
-        cost.finish = 8;
+        cost.finish = 10;
         const Blocking blocking = best_blocking(weight_, layout, cost, isa_.lanes);
         if (count > 1 && !same_order(weight_.block, alone, tiling(layout, blocking))) continue;
         const double cycles = makespan(weight_, layout, tiles, blocking.cycles, count).least();
