@@ -40,7 +40,7 @@ def files(result: Row) -> None:
     if given:
         click.echo(f"Inputs: {'; '.join(sorted(given))}.")
     _noise(result["results"])
-    verdicts(result.get("verdicts", []))
+    _verdicts(result.get("verdicts", []))
     _notes([(f"{row['file']}, {_setting(row)}", row["note"]) for row in result["results"]])
 
 
@@ -67,7 +67,7 @@ def peers(result: Row) -> None:
     for name, settings in result["peers"].items():
         click.echo(f"{name} was set to: {settings}.")
     _noise(result["results"])
-    verdicts(result["verdicts"])
+    _verdicts(result["verdicts"])
     _notes([(f"{row['file']}, {_setting(row)}", row["note"]) for row in result["results"]])
 
 
@@ -129,20 +129,6 @@ def suite(result: Row) -> None:
         click.echo(remark)
 
 
-def verdicts(found: Sequence[Row]) -> None:
-    """Whether the machine was quiet, and what is known of its clock and its heat, for each setting."""
-    for verdict in found:
-        if verdict["difference"] is None:
-            word = "noisy machine: too little was measured to compare two runs of the same file"
-        else:
-            word = (
-                f"{'noisy machine' if verdict['noisy'] else 'quiet machine'}: two runs of the same file differed by "
-                f"{verdict['difference']:.1%} (limit {verdict['limit']:.0%}), other processes disturbed "
-                f"{verdict['blocks_disturbed']} of their {verdict['blocks']} blocks"
-            )
-        click.echo(f"{_setting(verdict)}: {word}; {verdict['conditions']['note']}.")
-
-
 def edge(result: Row) -> None:
     """What `files` shows, and a row for each file with what a device asks for."""
     files(result)
@@ -183,6 +169,13 @@ def _limit(limit: Row | None) -> str | None:
 
 SHOW = {"edge": edge, "files": files, "--peers": peers, "--model": what_if, "--suite": suite}
 """Form of the command -> how its result is shown."""
+
+
+def _verdicts(found: Sequence[Row]) -> None:
+    from sparsepipe.reporting import verdicts
+
+    for verdict in found:
+        click.echo(verdicts.sentence(verdict))
 
 
 def _noise(rows: Sequence[Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -55,9 +56,13 @@ def _tables(source: Path, into: Path | None) -> None:
     from sparsepipe.stages import suite
 
     result = suite.read(source)
-    text = {"kernels": speed, "peers": peers}[result["suite"]].markdown(result)
     if result["suite"] == "peers":
-        peers.picture(result, source.with_suffix(".png"))
+        drawn = source.with_suffix(".png")
+        peers.picture(result, drawn)
+        place = into.parent if into else Path()
+        text = peers.markdown(result, link=Path(os.path.relpath(drawn, place)).as_posix())
+    else:
+        text = speed.markdown(result)
     if into is None:
         click.echo(text)
     else:

@@ -102,6 +102,17 @@ class Watch:
             return None
 
 
+def merged(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The `frequency_mhz`, `temperature_c` and `throttled` of several `Watch.summary` together, with their `note`."""
+    found: dict[str, Any] = {
+        key: _range([one[key][bound] for one in summaries if one[key] for bound in ("low", "high")])
+        for key in ("frequency_mhz", "temperature_c")
+    }
+    counts = [one["throttled"] for one in summaries if one["throttled"] is not None]
+    found["throttled"] = sum(counts) if counts else None
+    return {**found, "note": _note(found)}
+
+
 def _range(values: Sequence[float]) -> dict[str, float] | None:
     return {"low": min(values), "high": max(values)} if values else None
 

@@ -16,6 +16,8 @@ from sparsepipe.errors import ArtefactError
 Table = Mapping[str, Any]
 DENSE, INT8, SPARSE = "dense", "int8", "sparse"
 WALL, CPU = "wall", "cpu"
+OURS = "sparsepipe"
+"""What the names of runtimes with sparsepipe's kernels begin with."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Record:
     Attributes:
         network: its name; empty where a result has only one.
         label: of the file in its result.
-        kind: "dense", "int8" or "sparse".
+        kind: "dense", "int8" (dense int8) or "sparse".
         pattern: of the zeros; empty where it is not known.
         sparsity: share of zeros; None where it is not known.
         threads: of one operator.
@@ -42,6 +44,7 @@ class Record:
         first_call_ms: of the first call there.
         noisy: whether the machine was found noisy.
         note: what must be said of it; the reason where nothing could be measured.
+        runtime: what ran it where several runtimes stand beside each other, else empty.
     """
 
     network: str
@@ -62,6 +65,7 @@ class Record:
     first_call_ms: float | None = None
     noisy: bool = False
     note: str | None = None
+    runtime: str = ""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -160,7 +164,7 @@ def _runtimes(row: Table) -> Iterator[Record]:
     for measured in row["results"]:
         label = measured.get("runtime") or measured["file"]
         is_dense = measured["file"] == first
-        kind = DENSE if is_dense else INT8 if "int8" in label else SPARSE
+        kind = DENSE if is_dense else INT8 if "int8" in label and not label.startswith(OURS) else SPARSE
         name = f"dense beside {row['sparsity']:.4g}" if is_dense else f"{label} {row['sparsity']:.4g}"
         yield _process(row["title"], name, kind, "" if is_dense else label, row["sparsity"], measured)
 
@@ -185,6 +189,7 @@ def _process(network: str, label: str, kind: str, pattern: str, sparsity: float 
         first_call_ms=row["first_call_ms"],
         noisy=bool(row["noisy"]),
         note=row["note"],
+        runtime=str(row.get("runtime") or ""),
     )
 
 

@@ -144,8 +144,9 @@ class Said(logging.Handler):
         super().__init__(logging.WARNING)
         self.messages: list[str] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Said:
         logging.getLogger().addHandler(self)
+        return self
 
     def __exit__(self, *error: object) -> None:
         logging.getLogger().removeHandler(self)

@@ -9,17 +9,19 @@ from typing import Any
 from markupsafe import Markup
 
 from sparsepipe.benchmark import records as measured
-from sparsepipe.benchmark.records import CPU, DENSE, INT8, SPARSE, Record
-from sparsepipe.reporting import bench_plots, html, layer_table, roofline, units, views
+from sparsepipe.benchmark.records import CPU, DENSE, INT8, OURS, SPARSE, Record
+from sparsepipe.reporting import bench_plots, html, layer_table, roofline, units, verdicts, views
 from sparsepipe.reporting.contents import Estimate
 from sparsepipe.reporting.figures import Figure
 from sparsepipe.reporting.markdown import Table
 
 SCHEMA_VERSION = 1
-MOST_BARS = 16
+MOST_BARS, SHOWN = 16, 0.9
 HEADERS = (
     "network", "file", "threads", "batch", "clock", "latency", "p99", "speed-up", "memory", "size", "load", "accuracy",
 )  # fmt: skip
+OPTIONS = ("sparsity", "pattern", "precision", "peers", "threads", "batch", "seconds")
+"""Settings that are options of the command of the same name."""
 Row = Mapping[str, Any]
 
 
@@ -51,7 +53,7 @@ def page(
                 for record in measured.read(result, where=name)
             ]
         commands.append(_command(result))
-    found = [*notes, *_notes(rows)]
+    found = [*notes, *_notes(rows), *(sentence for result in sources.values() for sentence in _quiet(result))]
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "report",
@@ -142,8 +144,9 @@ def _with_interval(estimate: Row | None, value: Any, interval: Any) -> str:
 
 
 def _headline(rows: Sequence[Record]) -> str | None:
-    """The largest speed-up whose interval excludes 1, with where it was found."""
-    sure = [row for row in rows if row.kind == SPARSE and row.speedup and (row.speedup.get("low") or 0) > 1]
+    """The largest speed-up of sparsepipe whose interval excludes 1, with where it was found."""
+    ours = [row for row in rows if row.kind == SPARSE and (not row.runtime or row.runtime.startswith(OURS))]
+    sure = [row for row in ours if row.speedup and (row.speedup.get("low") or 0) > 1]
     if not sure:
         return None
     best = max(sure, key=lambda row: row.speedup["value"] if row.speedup else 0.0)
@@ -172,7 +175,7 @@ def _latencies(rows: Sequence[Record]) -> Iterator[Figure]:
         repeated = {row.label for row in known if row.kind != SPARSE} - {
             next((row.label for row in known if row.kind == kind), "") for kind in (DENSE, INT8)
         }
-        shown = [row for row in known if row.label not in repeated or " beside " not in row.label][:MOST_BARS]
+        shown = _fewer([row for row in known if row.label not in repeated or " beside " not in row.label])
         bars = [
             bench_plots.Bar(
                 row.label.partition(" beside ")[0],
@@ -187,6 +190,15 @@ def _latencies(rows: Sequence[Record]) -> Iterator[Figure]:
         svg = bench_plots.bars(bars, name=_slug("latency", number), alt=alt, x_label=axis)
         left = len(known) - len(shown)
         yield Figure(_title(key), Markup(svg), f"{left} more are in the table." if left else "")
+
+
+def _fewer(rows: Sequence[Record]) -> list[Record]:
+    """As many as a picture of bars holds: where there are more, those of the sparsity that is next to `SHOWN`."""
+    sparsities = {row.sparsity for row in rows if row.sparsity is not None}
+    if len(rows) > MOST_BARS and sparsities:
+        chosen = min(sparsities, key=lambda sparsity: abs(sparsity - SHOWN))
+        rows = [row for row in rows if row.sparsity in (None, chosen) or row.kind == DENSE]
+    return list(rows[:MOST_BARS])
 
 
 def _speedups(rows: Sequence[Record]) -> Iterator[Figure]:
@@ -250,7 +262,7 @@ def _memory(rows: Sequence[Record]) -> Iterator[Figure]:
             row for row in group if row.memory_bytes
         ]
         dense = next((row for row in group if row.kind == DENSE and row.memory_bytes), None)
-        known = [dense, *(row for row in known if row is not dense)][:MOST_BARS] if dense else known[:MOST_BARS]
+        known = _fewer([dense, *(row for row in known if row is not dense)] if dense else known)
         if not known:
             continue
         bars = [
@@ -280,6 +292,14 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     return found
 
 
+def _quiet(result: Row) -> list[str]:
+    """What a result says of the noise, the clock and the heat of its machine."""
+    if measured.kind_of(result) == "suite":
+        races = [verdict for row in result["rows"] for verdict in row.get("verdicts", [])]
+        return [verdicts.summary(races)] if races else []
+    return [verdicts.sentence(verdict) for verdict in result.get("verdicts", [])]
+
+
 def _environment(result: Row) -> Iterable[tuple[str, str]]:
     table = {**result.get("environment", {})}
     if result.get("settings"):
@@ -299,11 +319,22 @@ def _command(result: Row) -> str:
     elif kind == "suite":
         words = ["bench", "--suite", result.get("suite", "kernels")]
     else:
-        words = ["bench", *dict.fromkeys(row["file"] for row in result["results"])]
-    if kind == "suite":
-        settings = {key: value for key, value in settings.items() if key != "batch"}
-    for key in ("sparsity", "pattern", "threads", "batch", "seconds"):
+        names = (row["file"].removesuffix(f", {row.get('runtime')}") for row in result["results"])
+        words = ["bench", *dict.fromkeys(names)]
+    shown = OPTIONS
+    if profile := result.get("profile"):
+        words += ["--profile", profile]
+        limits = [row["limit"]["bytes"] for row in result["results"] if row["limit"]]
+        words += ["--memory-limit", str(limits[0])] if limits else []
+        shown = ("seconds",)
+    if settings.get("calibrate"):
+        words += ["--calibrate", settings["calibrate"]["name"]]
+    for name, shape in (settings.get("input") or {}).items():
+        words += ["--input", f"{name}={'x'.join(map(str, shape))}".removeprefix("=")]
+        shown = tuple(key for key in shown if key != "batch")
+    for key in shown:
         value = settings.get(key)
-        if value not in (None, [], ()):
-            words += [f"--{key}", ",".join(map(str, value)) if isinstance(value, list | tuple) else f"{value:g}"]
-    return shlex.join(["sparsepipe", *words])
+        if value not in (None, [], ()) and not (kind == "suite" and key == "batch"):
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{key}", ",".join(f"{one:g}" if isinstance(one, float) else str(one) for one in values)]
+    return shlex.join(["sparsepipe", *words, *["--no-pin"] * (settings.get("pin") is False and not profile)])

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsepipe.reporting import units
+from sparsepipe.artefact import digest_bytes
+from sparsepipe.benchmark.records import OURS
+from sparsepipe.reporting import units, verdicts
+from sparsepipe.reporting.contents import Estimate
 from sparsepipe.reporting.markdown import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
-BASELINE, OURS = "onnxruntime", "sparsepipe"
+BASELINE = "onnxruntime"
+MARK_KEY = "Description"
+"""Where a picture says what it shows, among the texts of a PNG file."""
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
 """Marker and line of a runtime, so that the picture needs no colour. Their numbers share no factor: 28 pairs differ."""
 PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.4
@@ -25,26 +31,19 @@ def tables(result: Row) -> list[Table]:
     """Speed in times of dense onnxruntime, and how far the outputs are off: a row for each network and runtime."""
     sparsities = sorted({row["sparsity"] for row in result["rows"]})
     heads = [f"{100 * sparsity:.4g}%" for sparsity in sparsities]
-    speeds, errors = [], []
+    rows = []
     for title, runtime, threads in _lines(result):
         cells = [_find(result, title, sparsity, runtime, threads) for sparsity in sparsities]
-        if runtime == BASELINE:
-            speeds.append([title, runtime, threads, *(_latency(cell) for cell in cells)])
-        else:
-            speeds.append([title, runtime, threads, *(_speedup(cell) for cell in cells)])
-            errors.append([title, runtime, threads, *(_fidelity(cell) for cell in cells)])
+        show = _latency if runtime == BASELINE else _speedup
+        rows.append([title, runtime, threads, *(show(cell) for cell in cells), *_fidelity(cells)])
     return [
         Table(
             "Times faster than dense fp32 onnxruntime in the same turns, with 95% intervals; of onnxruntime itself the "
-            "median latency. `!` marks a noisy measurement",
-            ["network", "runtime", "threads", *heads],
-            speeds,
-        ),
-        Table(
-            "Largest error of the outputs in times of the largest output of dense onnxruntime, and share of samples "
-            "with the same top-1 class",
-            ["network", "runtime", "threads", *heads],
-            errors,
+            "median latency, with its interval. `!` marks a noisy measurement. Of all sparsities, the largest error of "
+            "the outputs in times of the largest output of dense onnxruntime, and the smallest share of samples with "
+            "the same top-1 class",
+            ["network", "runtime", "threads", *heads, "error", "top-1 same"],
+            rows,
         ),
     ]
 
@@ -52,9 +51,6 @@ def tables(result: Row) -> list[Table]:
 def remarks(result: Row) -> list[str]:
     """How and on what it was measured, and what must be said about the figures."""
     environment = result["environment"]
-    verdicts = [verdict for row in result["rows"] for verdict in row["verdicts"]]
-    noisy = sum(verdict["noisy"] for verdict in verdicts)
-    known = [verdict["difference"] for verdict in verdicts if verdict["difference"] is not None]
     versions = sorted(
         {f"{one['runtime']} {one['version']}" for row in result["rows"] for one in row["runtimes"] if "version" in one}
     )
@@ -64,8 +60,7 @@ def remarks(result: Row) -> list[str]:
         f"{environment['cpu']} ({', '.join(environment['isa'])}), {', '.join(versions)}, "
         f"{result['settings']['seconds']:g} s for each runtime and setting, "
         f"{', '.join(dates) or 'nothing measured yet'}.",
-        f"The machine was noisy in {noisy} of {len(verdicts)} races"
-        + (f"; two processes of the same file differed by up to {max(known):.1%}." if known else "."),
+        verdicts.summary([verdict for row in result["rows"] for verdict in row["verdicts"]]),
     ]
     notes = {
         (one["runtime"], one["note"]): row["title"]
@@ -76,15 +71,21 @@ def remarks(result: Row) -> list[str]:
     return found + [f"{runtime} ({title}): {note}." for (runtime, note), title in notes.items()]
 
 
-def markdown(result: Row) -> str:
-    """All tables for a document."""
-    parts = [table.markdown() for table in tables(result)]
+def markdown(result: Row, *, link: str = "") -> str:
+    """All tables for a document, under the picture that `link` leads to, if any."""
+    parts = [f"![Times faster than dense onnxruntime by sparsity, in each runtime]({link})"] if link else []
+    parts += [table.markdown() for table in tables(result)]
     return "\n\n".join([*parts, "\n".join(f"- {remark}" for remark in remarks(result))])
 
 
 def picture(result: Row, path: Path) -> None:
-    """Write `figure` in the format that the name of the file asks for."""
-    figure(result).savefig(path, dpi=130)
+    """Write `figure` as PNG, with the `mark` of what it shows."""
+    figure(result).savefig(path, format="png", dpi=130, metadata={MARK_KEY: mark(result)})
+
+
+def mark(result: Row) -> str:
+    """A digest of the rows, which tells whether a picture was drawn from them."""
+    return digest_bytes(json.dumps(result["rows"], sort_keys=True).encode())
 
 
 def figure(result: Row) -> Figure:
@@ -125,7 +126,7 @@ def figure(result: Row) -> Figure:
                 color=f"C{number}",
                 marker=MARKERS[number % len(MARKERS)],
                 linestyle=DASHES[number % len(DASHES)],
-                linewidth=2.6 if runtime == OURS else 1.3,
+                linewidth=2.6 if runtime.startswith(OURS) else 1.3,
                 markersize=6,
                 capsize=3,
             )
@@ -164,7 +165,10 @@ def _find(result: Row, title: str, sparsity: float, runtime: str, threads: str) 
 
 def _latency(cell: Row | None) -> str:
     estimate = cell and cell["latency_ms"]["p50"]
-    return units.milliseconds(estimate["value"] if estimate else None)
+    if not cell or not estimate:
+        return units.MISSING
+    bounds = units.milliseconds_interval(Estimate(**estimate))
+    return f"{units.milliseconds(estimate['value'])} ({bounds}){'!' if cell['noisy'] else ''}"
 
 
 def _speedup(cell: Row | None) -> str:
@@ -174,9 +178,11 @@ def _speedup(cell: Row | None) -> str:
     return f"{gain['value']:.2f} ({gain['low']:.2f}–{gain['high']:.2f}){'!' if cell['noisy'] else ''}"
 
 
-def _fidelity(cell: Row | None) -> str:
-    facts = cell and cell["fidelity"]
-    if not facts or facts["max_relative_error"] is None:
-        return units.MISSING
-    agreement = facts["top1_agreement"]
-    return f"{facts['max_relative_error']:.1e}" + ("" if agreement is None else f", {agreement:.0%}")
+def _fidelity(cells: Sequence[Row | None]) -> tuple[str, str]:
+    known = [cell["fidelity"] for cell in cells if cell and cell["fidelity"]]
+    errors = [facts["max_relative_error"] for facts in known if facts["max_relative_error"] is not None]
+    shares = [facts["top1_agreement"] for facts in known if facts["top1_agreement"] is not None]
+    return (
+        f"{max(errors):.1e}" if errors else units.MISSING,
+        f"{min(shares):.0%}" if shares else units.MISSING,
+    )

@@ -33,6 +33,7 @@ log = logging.getLogger("sparsepipe")
 
 SCHEMA_VERSION = 1
 ONNXRUNTIME, SPARSEPIPE = "onnxruntime", "sparsepipe"
+INT8_OPERATORS = ("QuantizeLinear", "QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger")
 MAX_RELATIVE, MAX_RELATIVE_INT8 = 1e-3, 0.5
 """A runtime whose outputs are further from those of dense onnxruntime computes something else, and is not timed."""
 PREPARE_SECONDS = 600.0
@@ -51,26 +52,32 @@ class Peers(Bench):
 
 @dataclass(frozen=True)
 class Network:
-    """A file, and its weights as a dense model of standard operators.
+    """A file, and what its outputs are compared with.
 
     Attributes:
         label: what the file is called.
         path: the file as it was given.
-        model: dense.
+        model: its weights as a dense model of standard operators, which other runtimes get.
+        runtime: what rows call the file itself, run by onnxruntime; None where it is no more than `model`.
+        int8: whether it computes in int8.
     """
 
     label: str
     path: Path
     model: ModelProto
-    is_sparse: bool
+    runtime: str | None = None
+    int8: bool = False
 
     @classmethod
     def read(cls, path: Path, label: str) -> Network:
         import onnx
 
         model = load(path)
-        held = onnx.load(path, load_external_data=False)
-        return cls(label, path, model, any(node.domain == DOMAIN for node in held.graph.node))
+        nodes = onnx.load(path, load_external_data=False).graph.node
+        sparse = any(node.domain == DOMAIN for node in nodes)
+        int8 = any(node.op_type in INT8_OPERATORS for node in nodes)
+        own = f"{SPARSEPIPE if sparse else ONNXRUNTIME}{'-int8' * int8}"
+        return cls(label, path, model, own if sparse or int8 else None, int8)
 
 
 @dataclass
@@ -91,7 +98,8 @@ def measure(paths: Sequence[Path], config: Peers) -> dict[str, Any]:
     """Measure ONNX files in onnxruntime, with sparsepipe's kernels where a file has them, and in other runtimes.
 
     Every runtime gets the same inputs, and its outputs are compared with those of dense onnxruntime before anything is
-    timed. The other runtimes run the dense files; where all files are universal ones, the dense form of the first.
+    timed. The other runtimes run the dense fp32 files; where there are none, the dense form of the first file. int8
+    files are compared with the first fp32 network, where there is one.
 
     Returns:
         `baseline`, `results` (as `bench.measure`, each row with its `runtime` and its `fidelity`), `verdicts`,
@@ -109,6 +117,9 @@ def measure(paths: Sequence[Path], config: Peers) -> dict[str, Any]:
     if missing is not None or not paths:
         raise ArtefactError("There is no such ONNX file.", where=str(missing) if missing else "bench")
     networks = [Network.read(path, label) for path, label in zip(paths, bench.labels(paths), strict=True)]
+    fp32 = next((network.model for network in networks if not network.int8), None)
+    if fp32 is not None:
+        networks = [replace(network, model=fp32) if network.int8 else network for network in networks]
     with bar("Measuring", bench.rounds(config)) as running:
         return compare(networks, config, lambda count, note: running.advance(count, note=note))
 
@@ -187,7 +198,8 @@ def _entries(
     advance: Callable[[int, str], None],
 ) -> list[Entry]:
     """Everything that takes part at one batch size; the first is dense onnxruntime, the baseline."""
-    dense = [network for network in networks if not network.is_sparse] or networks[:1]
+    dense = [network for network in networks if network.runtime is None] or networks[:1]
+    works: dict[int, Work] = {}  # by network: some files hold the same one
     plain: list[Entry] = []
     others: list[Entry] = []
     for number, here in enumerate(networks):
@@ -195,14 +207,15 @@ def _entries(
         taking: dict[str, Peer | None] = {}
         if is_dense:
             taking[ONNXRUNTIME] = None
-        if here.is_sparse:
-            taking[SPARSEPIPE] = None
+        if here.runtime:
+            taking[here.runtime] = None
         if is_dense:
             taking |= peers
         place = folder / str(number)
         place.mkdir()
         try:
-            work = work_of(here.model, here.label, config, batch, place)
+            work = works.get(id(here.model)) or work_of(here.model, here.label, config, batch, place)
+            works[id(here.model)] = work
         except GraphError as error:  # as where its batch size is fixed at another one
             unfit = [
                 Entry(f"{here.label}, {name}", name, Contestant(here.path), (), place, failure=error.what.rstrip("."))
@@ -211,8 +224,9 @@ def _entries(
             plain, others = plain + unfit[: int(is_dense)], others + unfit[int(is_dense) :]
             continue
         for name, peer in taking.items():
-            path = here.path if name == SPARSEPIPE else work.source
+            path = here.path if name == here.runtime else work.source
             entry = Entry(f"{here.label}, {name}", name, Contestant(path, feeds=work.feeds), work.expected, work.checks)
+            entry.int8 = here.int8 and name == here.runtime
             if peer is not None:
                 advance(0, f"preparing {name}")
                 entry.int8 = peer.int8

@@ -1,4 +1,4 @@
-"""One row of the suite `peers`: a network with random zeros in every runtime, beside sparsepipe."""
+"""One row of the suite `peers`: a network with random zeros in every runtime, beside sparsepipe in several forms."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from sparsepipe.graph.finish import serialise
 from sparsepipe.graph.prune import prune
 from sparsepipe.runtime.inputs import inputs_of, random_inputs
 from sparsepipe.runtime.sessions import session
-from sparsepipe.stages.peers import Network, Peers, compare
-from sparsepipe.stages.peers_work import SEED
-from sparsepipe.stages.variants import export_sparse
+from sparsepipe.stages.peers import SPARSEPIPE, Network, Peers, compare
+from sparsepipe.stages.peers_work import SEED, random_calls
+from sparsepipe.stages.variants import export_sparse, export_sparse_int8
+
+BLOCKS = {f"{SPARSEPIPE}-4x1": ("4x1", False), f"{SPARSEPIPE}-int8-4x4": ("4x4", True)}
+"""Further forms of a row: runtime -> pattern of the zeros, and whether the file is int8."""
 
 
 def measure(
@@ -31,11 +34,12 @@ def measure(
 ) -> dict[str, Any]:
     """Measure the network `name` of `benchmark.networks`, whose dense form is `model`, at one sparsity.
 
-    The pruned weights go into a dense file, which onnxruntime and the peers run, and into a universal one for
-    sparsepipe; all of them take turns in one race.
+    Unstructured zeros go into a dense file, which onnxruntime and the peers run, and into a universal one for
+    sparsepipe. Blocks of zeros go into universal files of their own (`BLOCKS`), each compared with a dense fp32 form of
+    its own weights. All of them take turns in one race.
 
     Raises:
-        GraphError: the universal file computes something else than the dense one.
+        GraphError: a universal file computes something else than the dense one.
     """
     started = time.monotonic()
     network = networks.NETWORKS[name]
@@ -44,10 +48,19 @@ def measure(
     pruned, _ = prune(model, sparsity, "unstructured")
     dense = folder / f"{name}.onnx"
     dense.write_bytes(serialise(pruned, where=name))
-    feeds = random_inputs(inputs_of(session(dense, library=False)), network.input_shape[0], SEED)
-    variant = export_sparse(model, "unstructured", sparsity, folder / "universal", feeds)
-    pair = [Network(name, dense, pruned, False), Network(name, variant.path, pruned, True)]
-    result = compare(pair, config, lambda count, note: advance(count, f"{name} {sparsity:.4g}: {note}"))
+    inputs = inputs_of(session(dense, library=False))
+    feeds = random_inputs(inputs, network.input_shape[0], SEED)
+    variant = export_sparse(model, "unstructured", sparsity, folder / SPARSEPIPE, feeds)
+    compared = [Network(name, dense, pruned), Network(name, variant.path, pruned, SPARSEPIPE)]
+    for runtime, (pattern, int8) in BLOCKS.items():
+        advance(0, f"{name} {sparsity:.4g}: exporting for {runtime}")
+        if int8:
+            samples = random_calls(inputs, config.samples, SEED)
+            variant = export_sparse_int8(model, pattern, sparsity, folder / runtime, samples)
+        else:
+            variant = export_sparse(model, pattern, sparsity, folder / runtime, feeds)
+        compared.append(Network(name, variant.path, prune(model, sparsity, pattern)[0], runtime, int8))
+    result = compare(compared, config, lambda count, note: advance(count, f"{name} {sparsity:.4g}: {note}"))
     return {
         "network": name,
         "title": network.title,

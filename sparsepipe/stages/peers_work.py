@@ -17,7 +17,7 @@ from sparsepipe.graph.finish import serialise
 from sparsepipe.graph.resize import resize
 from sparsepipe.quantization.calibrate import calibration_rows
 from sparsepipe.recipe import check
-from sparsepipe.runtime.inputs import inputs_of, resolve
+from sparsepipe.runtime.inputs import Input, inputs_of, resolve
 from sparsepipe.runtime.samples import labelled_samples, random_samples
 from sparsepipe.runtime.sessions import run, session
 from sparsepipe.spec import ModelSpec
@@ -81,16 +81,21 @@ def _fixed(model: ModelProto, config: Peers, batch: int, path: Path) -> Path:
     return path
 
 
+def random_calls(inputs: Sequence[Input], samples: int, seed: int) -> Calls:
+    """Calls with about so many random samples, for inputs of fixed sizes; what int8 is calibrated on by default."""
+    return [dict(batch.inputs) for batch in random_samples(inputs, samples, _batch(inputs), seed, {})]
+
+
+def _batch(inputs: Sequence[Input]) -> int:
+    return next((entry.batch for entry in inputs if entry.batch), 1)
+
+
 def _samples(source: Path, model: ModelProto, config: Peers) -> tuple[Calls, Calls]:
     """Calls to calibrate with and calls to compare on, each with about `config.samples` samples."""
     taken = inputs_of(session(source, library=False))
-    size = next((entry.batch for entry in taken if entry.batch), 1)
     if config.calibrate is None:
-        made = [
-            [dict(batch.inputs) for batch in random_samples(taken, config.samples, size, seed, {})]
-            for seed in (SEED, SEED + 10**6)
-        ]
-        return made[0], made[1]
+        return random_calls(taken, config.samples, SEED), random_calls(taken, config.samples, SEED + 10**6)
+    size = _batch(taken)
     name = config.calibrate.name
     dataset = datasets.load(name, config.calibrate.options)
     entry = input_for(dataset, taken, where=name)

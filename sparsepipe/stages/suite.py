@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from sparsepipe.artefact import digest_file, read_json, write_json
 from sparsepipe.benchmark import networks
@@ -33,9 +33,10 @@ METHOD = (
     "process of its own, one running at a time, wall time; memory is resident memory above that before loading."
 )
 PEERS_METHOD = (
-    "Each runtime in a process of its own, one running at a time, in blocks in random order; wall time; random "
-    "unstructured zeros in random weights, so errors tell of arithmetic and not of a task; int8 is calibrated on "
-    "random values."
+    "Each runtime in a process of its own, one running at a time, in blocks in random order; wall time. Random weights "
+    "and zeros, so errors tell of arithmetic and not of a task: unstructured zeros, and blocks of output x input "
+    "channels where a runtime is named after them, each compared with dense fp32 onnxruntime on the same weights. int8 "
+    "is calibrated on random values."
 )
 COMPARABLE = ("cpu", "architecture", "isa", "versions", "kernel_library")
 """What rows must share to stand in one table."""
@@ -53,6 +54,7 @@ class PeersSuite(Peers):
     """Settings of the suite `peers`: which networks at which sparsities, in which runtimes."""
 
     seconds: Annotated[float, Field(gt=0)] = 2.0
+    samples: PositiveInt = 32
     sparsity: tuple[Fraction, ...] = (0.8, 0.9, 0.95, 0.98)
     networks: tuple[str, ...] = ("resnet50", "mobilenet-v1", "vgg19", "resnet50-cifar", "mlp", "encoder")
 
@@ -78,7 +80,7 @@ def peers(config: PeersSuite, out: Path | None = None, *, force: bool = False) -
     tell_licences(config)
     settings = "; ".join(f"{name}: {peer.settings}" for name, peer in chosen(config.peers).items())
     result = _empty(config, "peers", f"{PEERS_METHOD} Set to: {settings}.")
-    result["settings"]["peers"] = list(config.peers)
+    result["settings"] |= {"peers": list(config.peers), "samples": config.samples}
     if out is not None and out.exists() and not force:
         result["rows"] = _earlier(out, result)
     rows: dict[tuple[str, float], dict[str, Any]] = {(row["network"], row["sparsity"]): row for row in result["rows"]}
@@ -102,7 +104,7 @@ def peers(config: PeersSuite, out: Path | None = None, *, force: bool = False) -
 
 def _estimate(config: PeersSuite, rows: int, earlier: Sequence[Mapping[str, Any]]) -> str:
     """How long the suite `peers` will take, in a sentence or two: from its settings, and from rows that are there."""
-    runtimes = len(chosen(config.peers)) + 2
+    runtimes = len(chosen(config.peers)) + 2 + len(peers_row.BLOCKS)
     turns = (runtimes + 1) * len(config.threads) * config.seconds * rows  # dense onnxruntime runs twice
     least, most = turns * (1 + WARMUP_SHARE), turns * (EXTENSION + WARMUP_SHARE)
     text = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,22 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from sparsepipe.benchmark import harness, networks
 from sparsepipe.benchmark.client import WorkerProcess
 from sparsepipe.benchmark.peers import environments
+from sparsepipe.benchmark.peers.deepsparse import DeepSparse
 from sparsepipe.benchmark.peers.environments import Environment, NotInstalled
 from sparsepipe.benchmark.peers.registry import PEERS, Peer, chosen
+from sparsepipe.benchmark.worker import Said
 from sparsepipe.cli import report as report_verb
 from sparsepipe.cli.bench import command
 from sparsepipe.errors import ArtefactError, GraphError, RecipeError
+from sparsepipe.recipe import Export, check
+from sparsepipe.reporting import markdown
 from sparsepipe.reporting import peers as tables
-from sparsepipe.stages import peers, peers_row, suite
+from sparsepipe.stages import export, peers, peers_row, suite
 
 FAKES = """
 import os, time
@@ -125,9 +131,78 @@ def test_int8_is_calibrated_on_a_dataset_and_says_how_far_it_is_off(model: Path,
     assert json.loads((tmp_path / "out" / "bench.json").read_text())["results"] == result["results"]
 
 
+def test_int8_files_beside_an_fp32_one_are_compared_with_it(tmp_path: Path) -> None:
+    """Not with their own weights: what rounding costs would be hidden."""
+    random = np.random.default_rng(2)
+    weight = random.standard_normal((512, 512)).astype(np.float32)
+    weight *= np.kron(random.random((128, 128)) < 0.1, np.ones((4, 4)))
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["input", "weight"], ["output"], transB=1)],
+        "blocks",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 512])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", 512])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    source, data = tmp_path / "source.onnx", tmp_path / "data.npz"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), source)
+    values = random.standard_normal((64, 512)).astype(np.float32)
+    np.savez(data, x_train=values, y_train=np.arange(64), x_test=values, y_test=np.arange(64))
+    settings = {"targets": ("dense", "universal"), "precision": ("fp32", "int8"), "calibrate": f"npz:{data}"}
+    made = export.from_onnx(source, check(Export, settings, where="export"), tmp_path / "export")
+    paths = [made.file(file["name"]) for file in made.metric("files").values()]
+    result = peers.measure(paths[::-1], peers.Peers(peers=("good",), seconds=0.05, batch=(4,)))
+    rows = by_runtime(result)
+    assert list(rows) == ["onnxruntime", "sparsepipe-int8", "onnxruntime-int8", "sparsepipe", "good"]
+    assert result["baseline"] == f"{paths[0].name}, onnxruntime"
+    for name, row in rows.items():
+        assert row["samples"], row["note"]
+        error = row["fidelity"]["max_relative_error"]
+        assert 1e-3 < error < 0.1 if "int8" in name else error < 1e-5
+        assert row["fidelity"]["samples"] == 64
+
+
+def test_a_row_of_the_suite_has_sparsepipe_in_every_form_beside_dense_onnxruntime(tmp_path: Path) -> None:
+    config = suite.PeersSuite(peers=("onnxruntime-int8-qdq", "absent"), seconds=0.05, samples=3)
+    row = peers_row.measure("resnet20", networks.build("resnet20"), 0.9, config, tmp_path, lambda count, note: None)
+    rows = by_runtime(row)
+    ours = ["sparsepipe", "sparsepipe-4x1", "sparsepipe-int8-4x4"]
+    assert list(rows) == ["onnxruntime", "onnxruntime-int8-qdq", "absent", *ours]
+    for name, found in rows.items():
+        if name == "absent":
+            assert "some-package>=3" in found["note"]
+            continue
+        error = found["fidelity"]["max_relative_error"]
+        assert 1e-4 < error < 0.5 if "int8" in name else error < 1e-4
+        assert found["samples"] > 0
+        assert found["latency_ms"]["p50"]["low"] <= found["latency_ms"]["p50"]["high"]
+        assert found["speedup"]["low"] <= found["speedup"]["high"]
+    assert rows["sparsepipe"]["file_bytes"] < 0.3 * rows["onnxruntime"]["file_bytes"]
+    assert str(Path.home()) not in json.dumps(row)
+
+
 def test_the_worker_of_another_environment_imports_only_this_package() -> None:
     with WorkerProcess((sys.executable, "-I", str(environments.BOOTSTRAP))) as worker:
         assert worker.ask("stats", 30.0)["rss_bytes"] > 0
+
+
+@pytest.mark.parametrize(("supported", "said"), [(1.0, []), (0.25, ["its engine runs 25% of the operators"])])
+def test_deepsparse_says_how_much_of_a_network_its_own_engine_runs(
+    model: Path, monkeypatch: pytest.MonkeyPatch, supported: float, said: list[str]
+) -> None:
+    made: dict[str, Any] = {}
+
+    def engine(**settings: Any) -> Any:
+        made.update(settings)
+        return SimpleNamespace(fraction_of_supported_ops=supported)
+
+    monkeypatch.setitem(sys.modules, "deepsparse", SimpleNamespace(Engine=engine))
+    held = onnx.load(model)
+    held.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
+    onnx.save(held, model)
+    with Said() as heard:
+        DeepSparse().load(str(model), 2)
+    assert (made["batch_size"], made["num_cores"]) == (3, 2)
+    assert [message.partition(";")[0] for message in heard.messages] == said
 
 
 def test_what_pip_refuses_is_a_reason_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -145,6 +220,26 @@ def test_names_stand_for_peers() -> None:
         chosen(["tvm"])
 
 
+def drawn_from(picture: Path) -> str:
+    """The mark in a picture, as another program reads it."""
+    with Image.open(picture) as opened:
+        assert opened.format == "PNG"
+        return str(opened.info["Description"])
+
+
+def test_table_and_picture_of_the_readme_are_those_of_the_committed_figures() -> None:
+    """`sparsepipe report examples/benchmarks/peers.json --into README.md` makes them so."""
+    root = Path(__file__).resolve().parents[2]
+    figures = root / "examples" / "benchmarks" / "peers.json"
+    shown = markdown.block((root / "README.md").read_text(), figures.name, where="README.md")
+    if not figures.is_file():
+        assert shown == ""
+        return
+    result, picture = suite.read(figures), figures.with_suffix(".png")
+    assert shown == tables.markdown(result, link=picture.relative_to(root).as_posix())
+    assert drawn_from(picture) == tables.mark(result)
+
+
 def made_up(name: str, model: Any, sparsity: float, *_: Any) -> dict[str, Any]:
     """A row as `peers_row.measure` gives it: sparsepipe takes (1 - sparsity) * 10 ms, dense 8 ms, a peer is absent."""
 
@@ -160,7 +255,9 @@ def made_up(name: str, model: Any, sparsity: float, *_: Any) -> dict[str, Any]:
     return {
         "network": name, "title": name.upper(), "sparsity": sparsity, "measured": "2031-01-02T03:04:05+00:00",
         "results": [one("onnxruntime", 8.0), one("sparsepipe", (1 - sparsity) * 10), one("mnn", None, "not here")],
-        "verdicts": [{"noisy": True, "difference": 0.05}], "runtimes": [{"runtime": "onnxruntime", "version": "9.9"}],
+        "verdicts": [{"noisy": True, "difference": 0.05, "conditions": {
+            "frequency_mhz": {"low": 2000.0, "high": 2010.0 + sparsity}, "temperature_c": None, "throttled": None}}],
+        "runtimes": [{"runtime": "onnxruntime", "version": "9.9"}],
     }  # fmt: skip
 
 
@@ -191,12 +288,17 @@ def test_the_suite_goes_on_where_it_was_interrupted_and_writes_document_and_pict
     done = CliRunner().invoke(report_verb.command, [str(out), "--into", str(document)])
     assert done.exit_code == 0, done.output
     text = document.read_text()
-    assert "| MLP | sparsepipe | 1 | 8.00 (7.00–9.00) | 16.00 (14.00–18.00) |" in text
-    assert "| MLP | onnxruntime | 1 | 8.00\u202fms | 8.00\u202fms |" in text
-    assert "| MLP | sparsepipe | 1 | 2.0e-07, 50% | 2.0e-07, 50% |" in text
+    assert "| MLP | sparsepipe | 1 | 8.00 (7.00–9.00) | 16.00 (14.00–18.00) | 2.0e-07 | 50% |" in text
+    assert "| MLP | onnxruntime | 1 | 8.00\u202fms (8.00–8.00) | 8.00\u202fms (8.00–8.00) | 2.0e-07 | 50% |" in text
+    assert "| MLP | mnn | 1 | – | – | – | – |" in text
+    assert "![Times faster than dense onnxruntime by sparsity, in each runtime](peers.png)" in text
     assert "noisy in 4 of 4 races; two processes of the same file differed by up to 5.0%" in text
+    assert "a clock of 2011 MHz throughout, the system does not tell the temperature" in text
     assert "mnn (MLP): not here." in text
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert drawn_from(out.with_suffix(".png")) == tables.mark(suite.read(out))
+    changed = suite.read(out)
+    changed["rows"][0]["results"][1]["speedup"]["value"] = 1.0
+    assert drawn_from(out.with_suffix(".png")) != tables.mark(changed)
 
 
 def test_what_may_only_be_evaluated_is_run_when_it_is_named_and_its_licence_told(
@@ -280,12 +382,12 @@ def test_the_suite_says_how_long_it_takes_and_leaves_out_the_peers_that_are_not_
         done = CliRunner().invoke(command, [*call, "--sparsity", "0.9,0.95"])
     assert done.exit_code == 0, done.output
     assert asked == [("mnn", "openvino")] * 2
-    # Two rows, two thread counts, dense onnxruntime twice and three others: 20 times 2 s, or three times as long, and
-    # a tenth of 2 s each to warm up.
-    assert "2 rows in 4 runtimes: 44.0\u202fs to 2\u202fmin 04\u202fs of calls" in done.output
+    # Two rows, two thread counts, dense onnxruntime twice, three forms of sparsepipe and two others: 28 times 2 s, or
+    # three times as long, and a tenth of 2 s each to warm up.
+    assert "2 rows in 6 runtimes: 61.6\u202fs to 2\u202fmin 54\u202fs of calls" in done.output
     with caplog.at_level("INFO", "sparsepipe"):
         done = CliRunner().invoke(command, [*call, "--sparsity", "0.9,0.95,0.98"])
-    assert "1 row in 4 runtimes" in done.output
+    assert "1 row in 6 runtimes" in done.output
     assert "took 90.0\u202fs on average" in done.output
     for suite_name, option in (("kernels", "--peers"), ("peers", "--pattern")):
         refused = CliRunner().invoke(command, ["--suite", suite_name, option, "mnn"])

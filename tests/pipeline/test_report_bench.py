@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from sparsepipe.benchmark import records
+from sparsepipe.cli.bench import command
 from sparsepipe.errors import ArtefactError
 from sparsepipe.reporting import bench_page
 from sparsepipe.stages import bench_report
@@ -165,6 +167,38 @@ def test_what_was_measured_becomes_figures_notes_and_commands(written: tuple[Pat
     assert all(row["label"] in markdown for row in data["rows"])
 
 
+def test_the_command_of_a_result_is_one_that_the_command_line_takes(tmp_path: Path) -> None:
+    """With the names of the files, not of their rows, and all options that matter."""
+    (tmp_path / "m.onnx").touch()
+    file = str(tmp_path / "m.onnx")
+    settings = {"threads": [1, 2], "batch": [4], "seconds": 0.5, "pin": False, "input": {},
+                "peers": ["mnn", "openvino"],
+                "calibrate": {"name": "mnist5k", "options": {}}}  # fmt: skip
+    beside = files_result() | {
+        "results": [process(f"{file}, {name}", 8.0, 1.0, runtime=name) for name in ("onnxruntime", "mnn")],
+        "environment": {"settings": settings},
+        "verdicts": [{"threads": 2, "batch": 4, "difference": 0.2, "limit": 0.03, "noisy": True, "blocks": 40,
+                      "blocks_disturbed": 3, "conditions": {"note": "the clock varied"}}],
+    }  # fmt: skip
+    changes = {"calibrate": None, "peers": [], "pin": True, "input": {"": [1, 3, 8, 8]}}
+    edge = files_result() | {
+        "profile": "edge", "results": [process(file, 8.0, 1.0, limit={"bytes": 268435456})],
+        "environment": {"settings": settings | changes},
+    }  # fmt: skip
+    data = bench_page.page({"a": beside, "b": edge}, title="t")
+    first, second = ([*shlex.split(line)] for line in data["commands"])
+    assert first[:3] == second[:3] == ["sparsepipe", "bench", file]
+    taken = command.make_context("bench", first[2:]).params
+    assert taken["onnx"] == (tmp_path / "m.onnx",)
+    assert (taken["peers"], taken["threads"], taken["batch"]) == (("mnn", "openvino"), (1, 2), (4,))
+    assert (taken["calibrate"], taken["seconds"], taken["pin"]) == ("mnist5k", 0.5, False)
+    taken = command.make_context("bench", second[2:]).params
+    assert (taken["profile"], taken["memory_limit"], taken["threads"]) == ("edge", "268435456", ())
+    assert taken["input_"] == {"": (1, 3, 8, 8)}
+    assert any("noisy machine: two runs of the same file differed by 20.0%" in note for note in data["notes"])
+    assert any("the clock varied" in note for note in data["notes"])
+
+
 def test_accuracy_stands_against_latency() -> None:
     shares = {"dense.onnx": 0.9, HOSTILE: 0.88, "int8.onnx": 0.87}
     known = {name: {"value": share, "low": share - 0.01, "high": share + 0.01} for name, share in shares.items()}
@@ -185,18 +219,35 @@ def test_records_name_the_same_measurement_alike() -> None:
 def test_a_suite_of_runtimes_is_a_curve_for_each(tmp_path: Path) -> None:
     rows = [
         {"network": "n", "title": "Net", "sparsity": sparsity, "input": [1, 3],
-         "results": [process("dense.onnx", 8.0, 1.0), process("sparsepipe", 8 / gain, gain), process("mnn", 6.0, 1.3),
-                     process("onnxruntime-int8", 4.0, 2.0)]}
-        for sparsity, gain in ((0.9, 2.0), (0.95, 3.0))
+         "results": [process(name, 8 / gain, gain, runtime=name) for name, gain in (
+             ("onnxruntime", 1.0), ("sparsepipe", ours), ("mnn", 9.0), ("onnxruntime-int8", 2.0),
+             ("sparsepipe-int8-4x4", 1.5 * ours))]}
+        for sparsity, ours in ((0.9, 2.0), (0.95, 3.0))
     ]  # fmt: skip
     found = records.read({"rows": rows}, where="suite")
-    assert [record.kind for record in found[:4]] == ["dense", "sparse", "sparse", "int8"]
-    assert len({record.key for record in found}) == 8
+    assert [record.kind for record in found[:5]] == ["dense", "sparse", "sparse", "int8", "sparse"]
+    assert len({record.key for record in found}) == 10
     data = bench_page.page({"s": {"rows": rows}}, title="t")
     (figure,) = bench_page._speedups(found)
     assert "sparsepipe: 2.00× at 90%, 3.00× at 95%" in figure.caption
     assert "mnn" in figure.caption
     assert "Net" in bench_page.render(data)
+    headline = bench_page._headline(found)  # the best of sparsepipe, although another runtime is faster
+    assert headline is not None
+    assert headline.startswith("4.50× (4.05–4.95) times faster than its dense file: Net, sparsepipe-int8-4x4")
+
+
+def test_a_picture_of_many_bars_is_of_one_sparsity() -> None:
+    rows = [
+        {"network": "n", "title": "Net", "sparsity": sparsity, "input": [1, 3],
+         "results": [process("onnxruntime", 8.0, 1.0), *(process(f"peer{n}", 6.0, 1.3) for n in range(8))]}
+        for sparsity in (0.8, 0.9, 0.95)
+    ]  # fmt: skip
+    found = records.read({"rows": rows}, where="suite")
+    (figure,) = bench_page._latencies(found)
+    assert all(f"peer{number} 0.9:" in str(figure.svg) for number in range(8))
+    assert "0.8:" not in str(figure.svg)
+    assert figure.caption == "18 more are in the table."
 
 
 @pytest.mark.parametrize("result", [[], {}, {"rows": [{}]}, {"results": [{"file": "a"}]}])

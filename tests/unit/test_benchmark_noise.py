@@ -15,10 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 from scipy import stats
 
 from sparsepipe.benchmark import harness, results
-from sparsepipe.benchmark.conditions import Watch
+from sparsepipe.benchmark.conditions import Watch, merged
 from sparsepipe.benchmark.harness import Contestant, Setting
 from sparsepipe.benchmark.statistics import minimum_samples, percentile, tail
-from sparsepipe.cli import bench_tables
+from sparsepipe.reporting import verdicts
 from sparsepipe.stages.bench import judged
 
 
@@ -95,7 +95,7 @@ for line in sys.stdin:
 
 @pytest.mark.parametrize(("change", "noisy"), [(1.0, False), (1.02, False), (1.05, True), (0.95, True)])
 def test_two_processes_of_one_file_that_differ_by_more_than_3_percent_make_a_noisy_machine(
-    tmp_path: Path, change: float, noisy: bool, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, change: float, noisy: bool
 ) -> None:
     script, file = tmp_path / "fake.py", tmp_path / "model.onnx"
     script.write_text(FAKE)
@@ -106,8 +106,7 @@ def test_two_processes_of_one_file_that_differ_by_more_than_3_percent_make_a_noi
     assert len(measured) == 1
     assert verdict["difference"] == pytest.approx(max(change, 1 / change) - 1)
     assert verdict["noisy"] is noisy
-    bench_tables.verdicts([verdict])
-    assert ("noisy machine" in capsys.readouterr().out) is noisy
+    assert ("noisy machine" in verdicts.sentence(verdict)) is noisy
 
 
 def test_a_file_that_failed_says_nothing_of_the_machine_and_that_counts_as_noisy(tmp_path: Path) -> None:
@@ -147,6 +146,23 @@ def test_the_clock_and_the_heat_of_the_processors_that_were_used_are_noted(tmp_p
         "note": "the clock varied from 2400 to 3000 MHz, temperatures up to 81 °C, the processor slowed itself down "
         "for heat 2 times",
     }
+
+
+def test_clock_and_heat_of_several_settings_are_those_of_all(tmp_path: Path) -> None:
+    seen = []
+    for frequency, temperature in ((3_000_000, 45_000), (2_990_000, 61_000)):
+        machine(tmp_path, frequency, temperature, 7)
+        watch = Watch([0], tmp_path)
+        watch.look()
+        machine(tmp_path, frequency, temperature, 8)
+        seen.append(watch.summary())
+    found = merged([*seen, Watch(None, tmp_path / "nothing").summary()])
+    assert found["frequency_mhz"] == {"low": 2990.0, "high": 3000.0}
+    assert found["temperature_c"] == {"low": 45.0, "high": 61.0}
+    assert found["throttled"] == 2
+    assert found["note"].startswith("the system told a clock of 3000 MHz throughout, temperatures up to 61 °C")
+    unknown = merged([Watch(None, tmp_path / "nothing").summary()])
+    assert {key for key, value in unknown.items() if value is not None} == {"note"}
 
 
 def test_what_the_system_does_not_tell_is_said(tmp_path: Path) -> None:

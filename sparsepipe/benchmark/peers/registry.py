@@ -57,13 +57,13 @@ PEERS: dict[str, Peer] = {
         "onnxruntime int8 (QDQ)",
         f"{HERE}.onnxruntime_int8:Qdq",
         int8=True,
-        settings="static, QDQ, weights int8 per output channel, activations uint8",
+        settings="static, QDQ, weights int8 per output channel (7 bits on x86 without VNNI), activations uint8",
     ),
     "onnxruntime-int8-qoperator": Peer(
         "onnxruntime int8 (QOperator)",
         f"{HERE}.onnxruntime_int8:QOperator",
         int8=True,
-        settings="static, QOperator, weights int8 per output channel, activations uint8",
+        settings="static, QOperator, weights int8 per output channel (7 bits on x86 without VNNI), activations uint8",
     ),
     "openvino": Peer(
         "OpenVINO",
@@ -76,8 +76,9 @@ PEERS: dict[str, Peer] = {
         f"{HERE}.openvino:OpenVinoInt8",
         OPENVINO,
         int8=True,
-        settings="latency hint, one stream, quantised by NNCF with its default preset, precision left at its default: "
-        "with AMX its int8 layers run on AMX, and those that are not int8 in bfloat16",
+        settings="latency hint, one stream, quantised by NNCF with its default preset (weights of 7 bits on x86 "
+        "without VNNI), precision left at its default: with AMX its int8 layers run on AMX, and those that are not "
+        "int8 in bfloat16",
     ),
     "mnn": Peer(
         "MNN", f"{HERE}.mnn:Mnn", MNN, settings="precision high, which is fp32; zeros found by --detectSparseSpeedUp"
