@@ -19,7 +19,7 @@ OPEN_SHARE = 0.3
 """The others are named if so much of the time is left."""
 MOST = 3
 TILE = 128
-"""Outputs of a channel that the kernels keep in registers at once: eight vectors of 16."""
+"""So many outputs of a channel keep the kernels' registers busy on any instruction set: eight vectors of 16."""
 SHORT_ROW = 16
 
 DENSE_OPERATOR, MEMORY_BOUND, OVERHEAD = "dense operator", "memory bound", "overhead"
@@ -29,7 +29,7 @@ LEGEND = {
     MEMORY_BOUND: "moving its bytes takes longer than its arithmetic",
     OVERHEAD: "an operator costs so much here before it computes anything",
     ONE_ROW: "each weight is read for a single product, so reading weights is the work",
-    SMALL_MAP: f"few outputs share a weight, where the registers hold up to {TILE}",
+    SMALL_MAP: f"fewer than {TILE} outputs share a weight, so loading it weighs",
     SHORT_ROWS: "few nonzeros for each output, so that starting and storing a row weighs",
     PACKING: "the input is laid out for the window of the convolution first",
     UNSTRUCTURED: "each weight loads inputs of its own, which the weights of a 4x1 block share",

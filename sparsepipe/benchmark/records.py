@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsepipe.errors import ArtefactError
 
@@ -18,6 +18,8 @@ DENSE, INT8, SPARSE = "dense", "int8", "sparse"
 WALL, CPU = "wall", "cpu"
 OURS = "sparsepipe"
 """What the names of runtimes with sparsepipe's kernels begin with."""
+SKIPPING = ("mnn", "deepsparse")
+"""Other runtimes that leave out the products with zeros."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Record:
         noisy: whether the machine was found noisy.
         note: what must be said of it; the reason where nothing could be measured.
         runtime: what ran it where several runtimes stand beside each other, else empty.
+        source: the result that it stands in, where there are several.
     """
 
     network: str
@@ -66,6 +69,7 @@ class Record:
     noisy: bool = False
     note: str | None = None
     runtime: str = ""
+    source: str = ""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -118,14 +122,22 @@ def _files(result: Table) -> Iterator[Record]:
         yield _process("", row["file"], _kind_of_file(row, baseline), "", None, row)
 
 
+def _kind_of_runtime(name: str) -> str:
+    if name.startswith(OURS):
+        return SPARSE
+    return INT8 if "int8" in name else SPARSE if name in SKIPPING else DENSE
+
+
 def _kind_of_file(row: Table, baseline: str | None) -> str:
-    """By what the export says of itself; a file from elsewhere says nothing, so by its name."""
+    """By what runs it, or by what the export says of itself; a file from elsewhere says nothing, so by its name."""
+    if row.get("runtime"):
+        return _kind_of_runtime(row["runtime"])
     target, precision = row.get("target"), row.get("precision")
     if target == DENSE and precision == INT8:
         return INT8
     if row["file"] == baseline or target == DENSE:
         return DENSE
-    return INT8 if target is None and "int8" in str(row.get("runtime") or row["file"]) else SPARSE
+    return INT8 if target is None and "int8" in row["file"] else SPARSE
 
 
 def _what_if(result: Table) -> Iterator[Record]:
@@ -164,7 +176,7 @@ def _runtimes(row: Table) -> Iterator[Record]:
     for measured in row["results"]:
         label = measured.get("runtime") or measured["file"]
         is_dense = measured["file"] == first
-        kind = DENSE if is_dense else INT8 if "int8" in label and not label.startswith(OURS) else SPARSE
+        kind = DENSE if is_dense else _kind_of_runtime(label)
         name = f"dense beside {row['sparsity']:.4g}" if is_dense else f"{label} {row['sparsity']:.4g}"
         yield _process(row["title"], name, kind, "" if is_dense else label, row["sparsity"], measured)
 
@@ -197,9 +209,20 @@ READERS: Mapping[str, Callable[[Table], Iterator[Record]]] = {"files": _files, "
 """Kind of a result -> its records."""
 
 
-def groups(records: Sequence[Record]) -> dict[tuple[str, str, int, int], list[Record]]:
-    """(network, clock, threads, batch) -> the records that may be compared."""
-    found: dict[tuple[str, str, int, int], list[Record]] = {}
+class Group(NamedTuple):
+    """What records must share to be compared: two results may be of different machines, or of different times."""
+
+    source: str
+    network: str
+    clock: str
+    threads: int
+    batch: int
+
+
+def groups(records: Sequence[Record]) -> dict[Group, list[Record]]:
+    """The records that may be compared, in their order."""
+    found: dict[Group, list[Record]] = {}
     for record in records:
-        found.setdefault((record.network, record.clock, record.threads, record.batch), []).append(record)
+        key = Group(record.source, record.network, record.clock, record.threads, record.batch)
+        found.setdefault(key, []).append(record)
     return found

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from markupsafe import Markup
 
 from sparsepipe.benchmark import records as measured
-from sparsepipe.benchmark.records import CPU, DENSE, INT8, OURS, SPARSE, Record
+from sparsepipe.benchmark.records import CPU, DENSE, INT8, OURS, SPARSE, Group, Record
 from sparsepipe.reporting import bench_plots, html, layer_table, roofline, units, verdicts, views
 from sparsepipe.reporting.contents import Estimate
 from sparsepipe.reporting.figures import Figure
@@ -49,7 +50,7 @@ def page(
             profiles.append(dict(result))
         else:
             rows += [
-                {**record.as_dict(), "accuracy": (accuracy or {}).get(record.label)}
+                {**record.as_dict(), "source": name, "accuracy": (accuracy or {}).get(record.label)}
                 for record in measured.read(result, where=name)
             ]
         commands.append(_command(result))
@@ -99,7 +100,10 @@ def render(data: Row) -> str:
 
 def table(data: Row) -> Table:
     """A row for each record, in the order of the data."""
-    return Table("Measurements", HEADERS, [_cells(row) for row in data["rows"]])
+    rows = data["rows"]
+    if not _several(rows):
+        return Table("Measurements", HEADERS, [_cells(row) for row in rows])
+    return Table("Measurements", (*HEADERS, "source"), [[*_cells(row), _short(row["source"])] for row in rows])
 
 
 def markdown(data: Row) -> str:
@@ -156,10 +160,21 @@ def _headline(rows: Sequence[Record]) -> str | None:
     return f"{text} times faster than its dense file: {where}, {units.plural(best.threads, 'thread')}."
 
 
-def _title(key: tuple[str, str, int, int]) -> str:
-    network, clock, threads, batch = key
-    name = f"{network}: " if network else ""
-    return f"{name}{units.plural(threads, 'thread')}, batch {batch}, {'CPU' if clock == CPU else 'wall'} time"
+def _several(rows: Sequence[Row]) -> bool:
+    """Whether the rows stand in several results, so that they need to be told apart."""
+    return len({row["source"] for row in rows}) > 1
+
+
+def _title(key: Group, several: bool) -> str:
+    name = f"{key.network}: " if key.network else ""
+    text = (
+        f"{name}{units.plural(key.threads, 'thread')}, batch {key.batch}, {'CPU' if key.clock == CPU else 'wall'} time"
+    )
+    return f"{text} ({_short(key.source)})" if several else text
+
+
+def _short(source: str) -> str:
+    return "/".join(PurePath(source).parts[-2:])
 
 
 def _slug(kind: str, number: int) -> str:
@@ -167,15 +182,17 @@ def _slug(kind: str, number: int) -> str:
 
 
 def _latencies(rows: Sequence[Record]) -> Iterator[Figure]:
+    several = len({row.source for row in rows}) > 1
     for number, (key, group) in enumerate(measured.groups(rows).items()):
         known = [row for row in group if row.latency_ms]
         if not known:
             continue
+        shown = _fewer(known)
         # Of dense files that stand beside several sparse ones, one is enough for a picture.
-        repeated = {row.label for row in known if row.kind != SPARSE} - {
-            next((row.label for row in known if row.kind == kind), "") for kind in (DENSE, INT8)
+        repeated = {row.label for row in shown if row.kind != SPARSE} - {
+            next((row.label for row in shown if row.kind == kind), "") for kind in (DENSE, INT8)
         }
-        shown = _fewer([row for row in known if row.label not in repeated or " beside " not in row.label])
+        shown = [row for row in shown if row.label not in repeated or " beside " not in row.label][:MOST_BARS]
         bars = [
             bench_plots.Bar(
                 row.label.partition(" beside ")[0],
@@ -185,27 +202,29 @@ def _latencies(rows: Sequence[Record]) -> Iterator[Figure]:
             )
             for row in shown
         ]
-        alt = f"Latency, {_title(key)}. " + "; ".join(f"{bar.label}: {bar.text}" for bar in bars) + "."
-        axis = "CPU time of one call, ms (best decile)" if key[1] == CPU else "latency of one call, ms (median)"
+        title = _title(key, several)
+        alt = f"Latency, {title}. " + "; ".join(f"{bar.label}: {bar.text}" for bar in bars) + "."
+        axis = "CPU time of one call, ms (best decile)" if key.clock == CPU else "latency of one call, ms (median)"
         svg = bench_plots.bars(bars, name=_slug("latency", number), alt=alt, x_label=axis)
         left = len(known) - len(shown)
-        yield Figure(_title(key), Markup(svg), f"{left} more are in the table." if left else "")
+        yield Figure(title, Markup(svg), f"{left} more are in the table." if left else "")
 
 
 def _fewer(rows: Sequence[Record]) -> list[Record]:
-    """As many as a picture of bars holds: where there are more, those of the sparsity that is next to `SHOWN`."""
+    """Where there are more than a picture of bars holds, those of the sparsity that is next to `SHOWN`."""
     sparsities = {row.sparsity for row in rows if row.sparsity is not None}
     if len(rows) > MOST_BARS and sparsities:
         chosen = min(sparsities, key=lambda sparsity: abs(sparsity - SHOWN))
-        rows = [row for row in rows if row.sparsity in (None, chosen) or row.kind == DENSE]
-    return list(rows[:MOST_BARS])
+        return [row for row in rows if row.sparsity in (None, chosen)]
+    return list(rows)
 
 
 def _speedups(rows: Sequence[Record]) -> Iterator[Figure]:
+    several = len({row.source for row in rows}) > 1
     for number, (key, group) in enumerate(measured.groups(rows).items()):
         patterns: dict[str, list[Record]] = {}
         for row in group:
-            if row.kind == SPARSE and row.sparsity is not None and row.speedup:
+            if row.pattern and row.sparsity is not None and row.speedup:
                 patterns.setdefault(row.pattern, []).append(row)
         if not patterns:
             continue
@@ -217,7 +236,8 @@ def _speedups(rows: Sequence[Record]) -> Iterator[Figure]:
                     pattern, [row.sparsity or 0.0 for row in found], [row.speedup or {} for row in found]
                 )
             )
-        int8 = next((row.speedup["value"] for row in group if row.kind == INT8 and row.speedup), None)
+        plain = (row for row in group if row.kind == INT8 and not row.pattern)
+        int8 = next((row.speedup["value"] for row in plain if row.speedup), None)
         said = "; ".join(
             f"{line.label}: "
             + ", ".join(
@@ -226,16 +246,16 @@ def _speedups(rows: Sequence[Record]) -> Iterator[Figure]:
             )
             for line in lines
         )
-        alt = f"Speed-up over dense, {_title(key)}. {said}."
+        alt = f"Speed-up over dense, {_title(key, several)}. {said}."
         svg = bench_plots.speedups(lines, int8, name=_slug("speedup", number), alt=alt)
-        yield Figure(_title(key), Markup(svg), f"{said}.")
+        yield Figure(_title(key, several), Markup(svg), f"{said}.")
 
 
 def _pareto(rows: Sequence[Row]) -> Iterator[Figure]:
-    groups: dict[tuple[str, str, int, int], list[Row]] = {}
+    groups: dict[Group, list[Row]] = {}
     for row in rows:
         if row["accuracy"] and row["latency_ms"]:
-            groups.setdefault((row["network"], row["clock"], row["threads"], row["batch"]), []).append(row)
+            groups.setdefault(Group(*(row[name] for name in Group._fields)), []).append(row)
     for number, (key, group) in enumerate(groups.items()):
         at = [(row["latency_ms"]["value"], row["accuracy"]["value"]) for row in group]
         points = [
@@ -252,17 +272,20 @@ def _pareto(rows: Sequence[Row]) -> Iterator[Figure]:
             f"{point.label}: {units.percent(point.accuracy['value'])} in {units.milliseconds(point.latency['value'])}"
             for point in points
         )
-        alt = f"Accuracy against latency, {_title(key)}. {said}. Filled marks: no other is faster and as accurate."
-        yield Figure(_title(key), Markup(bench_plots.pareto(points, name=_slug("pareto", number), alt=alt)), alt)
+        title = _title(key, _several(rows))
+        alt = f"Accuracy against latency, {title}. {said}. Filled marks: no other is faster and as accurate."
+        yield Figure(title, Markup(bench_plots.pareto(points, name=_slug("pareto", number), alt=alt)), alt)
 
 
 def _memory(rows: Sequence[Record]) -> Iterator[Figure]:
+    several = len({row.source for row in rows}) > 1
     for number, (key, group) in enumerate(measured.groups(rows).items()):
         known = [row for row in group if row.memory_bytes and " beside " not in row.label] or [
             row for row in group if row.memory_bytes
         ]
         dense = next((row for row in group if row.kind == DENSE and row.memory_bytes), None)
-        known = _fewer([dense, *(row for row in known if row is not dense)] if dense else known)
+        known = _fewer(known)
+        known = ([dense, *(row for row in known if row is not dense)] if dense else known)[:MOST_BARS]
         if not known:
             continue
         bars = [
@@ -274,11 +297,12 @@ def _memory(rows: Sequence[Record]) -> Iterator[Figure]:
             )
             for row in known
         ]
-        alt = f"Resident memory, {_title(key)}. " + "; ".join(f"{bar.label}: {bar.text}" for bar in bars) + "."
+        title = _title(key, several)
+        alt = f"Resident memory, {title}. " + "; ".join(f"{bar.label}: {bar.text}" for bar in bars) + "."
         svg = bench_plots.bars(
             bars, name=_slug("memory", number), alt=alt, x_label="resident memory of the process, MB"
         )
-        yield Figure(_title(key), Markup(svg), "")
+        yield Figure(title, Markup(svg), "")
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:

@@ -13,7 +13,7 @@ from sparsepipe.reporting.svg import DENSE, INK, SPARSE, STYLE, SURFACE, new_fig
 Interval = Mapping[str, Any]
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "dense": {"facecolor": SURFACE, "edgecolor": DENSE, "hatch": "////", "label": "dense fp32"},
-    "int8": {"facecolor": SURFACE, "edgecolor": INK, "hatch": "....", "label": "dense int8"},
+    "int8": {"facecolor": SURFACE, "edgecolor": INK, "hatch": "xxxx", "label": "dense int8"},
     "sparse": {"facecolor": SPARSE, "edgecolor": SPARSE, "hatch": "", "label": "sparse"},
 }
 """Kind of file -> how its bar looks: by colour, and without colour by its hatch."""
@@ -96,7 +96,7 @@ def bars(rows: Sequence[Bar], *, name: str, alt: str, x_label: str) -> str:
 def speedups(lines: Sequence[Series], int8: float | None, *, name: str, alt: str) -> str:
     """Speed-up over dense by sparsity, a line with its own marker and dashes for each pattern; 1 is dense."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(440, 290)
+        figure, axes = new_figure(440, 240 + 17 * (len(lines) + 3) // 2)
         for number, line in enumerate(lines):
             values = [_bounds(estimate) for estimate in line.speedup]
             axes.errorbar(

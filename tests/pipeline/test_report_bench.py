@@ -226,6 +226,10 @@ def test_a_suite_of_runtimes_is_a_curve_for_each(tmp_path: Path) -> None:
     ]  # fmt: skip
     found = records.read({"rows": rows}, where="suite")
     assert [record.kind for record in found[:5]] == ["dense", "sparse", "sparse", "int8", "sparse"]
+    beside = [process("m.onnx", 8.0, 1.0, target="dense", runtime=name) for name in (
+        "onnxruntime", "openvino", "openvino-int8", "onnxruntime-int8-qdq", "mnn", "sparsepipe")]  # fmt: skip
+    kinds = [one.kind for one in records.read({"baseline": "m.onnx", "results": beside}, where="files")]
+    assert kinds == ["dense", "dense", "int8", "int8", "sparse", "sparse"]
     assert len({record.key for record in found}) == 10
     data = bench_page.page({"s": {"rows": rows}}, title="t")
     (figure,) = bench_page._speedups(found)
@@ -235,6 +239,16 @@ def test_a_suite_of_runtimes_is_a_curve_for_each(tmp_path: Path) -> None:
     headline = bench_page._headline(found)  # the best of sparsepipe, although another runtime is faster
     assert headline is not None
     assert headline.startswith("4.50× (4.05–4.95) times faster than its dense file: Net, sparsepipe-int8-4x4")
+
+
+def test_results_of_two_machines_are_not_drawn_into_one_picture(tmp_path: Path) -> None:
+    data = bench_page.page({"here/bench.json": files_result(), "there/bench.json": files_result()}, title="t")
+    text = bench_page.render(data)
+    assert Tables(text).tags.count("svg") == 2 * 2  # latency and memory of each
+    for name in ("here/bench.json", "there/bench.json"):
+        assert f"1 thread, batch 1, wall time ({name})" in text
+    head, *rows = Tables(text).tables["Measurements"]
+    assert [row[head.index("source")] for row in rows] == ["here/bench.json"] * 4 + ["there/bench.json"] * 4
 
 
 def test_a_picture_of_many_bars_is_of_one_sparsity() -> None:
