@@ -126,15 +126,22 @@ def pareto(points: Sequence[Point], *, name: str, alt: str) -> str:
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(440, 310)
         markers = {"dense": "s", "int8": "^", "sparse": "o"}
-        for point in points:
+        places = [(_bounds(point.latency)[0], 100 * point.accuracy["value"]) for point in points]
+        width = max(x for x, _ in places) or 1.0
+        height = max(100 * _bounds(point.accuracy)[2] for point in points) - min(y for _, y in places) or 1.0
+        for number, point in enumerate(points):
             x, y = _bounds(point.latency), tuple(100 * value for value in _bounds(point.accuracy))
+            near = [abs(x[0] - left) < 0.3 * width and abs(y[0] - up) < 0.1 * height for left, up in places[:number]]
             colour = {"dense": DENSE, "int8": INK, "sparse": SPARSE}[point.kind]
             axes.errorbar(
                 x[0], y[0], xerr=[[x[0] - x[1]], [x[2] - x[0]]], yerr=[[y[0] - y[1]], [y[2] - y[0]]],
                 color=colour, marker=markers[point.kind], markersize=8, elinewidth=1.2, capsize=3, zorder=3,
                 markerfacecolor=colour if point.best else SURFACE,
             )  # fmt: skip
-            axes.annotate(_clip(point.label, 24), (x[0], y[0]), xytext=(8, 7), textcoords="offset points", fontsize=10)
+            above = 7 - 14 * sum(near)  # below the labels of earlier points
+            axes.annotate(
+                _clip(point.label, 24), (x[0], y[0]), xytext=(8, above), textcoords="offset points", fontsize=10
+            )
         front = sorted((_bounds(point.latency)[0], 100 * point.accuracy["value"]) for point in points if point.best)
         if len(front) > 1:
             axes.plot(*zip(*front, strict=True), color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)

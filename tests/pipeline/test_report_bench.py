@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ pytest.importorskip("jinja2")
 from sparsepipe.benchmark import records
 from sparsepipe.cli.bench import command
 from sparsepipe.errors import ArtefactError
-from sparsepipe.reporting import bench_page
+from sparsepipe.reporting import bench_page, bench_plots
 from sparsepipe.stages import bench_report
 
 HOSTILE = "<script>alert(1)</script>.onnx"
@@ -207,6 +208,16 @@ def test_accuracy_stands_against_latency() -> None:
     assert len(figures) == 1
     assert all(text in figures[0].caption.replace("\u202f", "") for text in ("90.00%", "88.00%", "87.00%"))
     assert "Accuracy against latency" in bench_page.render(data)
+
+
+def test_labels_of_files_with_the_same_accuracy_stand_below_each_other() -> None:
+    shares = {name: {"value": 0.9, "low": 0.88, "high": 0.92} for name in ("one", "two", "far")}
+    points = [bench_plots.Point(name, "sparse", {"value": ms}, share, True)
+              for (name, share), ms in zip(shares.items(), (1.0, 1.01, 3.0), strict=True)]  # fmt: skip
+    svg = bench_plots.pareto(points, name="p", alt="a")
+    at = {found[2]: float(found[1]) for found in re.finditer(r'<text [^>]*?y="([\d.]+)"[^>]*>(\w+)<', svg)}
+    assert at["two"] - at["one"] > 8  # more than the letters are high
+    assert at["far"] == at["one"]
 
 
 def test_records_name_the_same_measurement_alike() -> None:
