@@ -16,6 +16,8 @@ from sparsepipe.benchmark.statistics import NOISE_LIMIT
 from sparsepipe.errors import ArtefactError
 
 SCHEMA_VERSION = 1
+BASELINES = ("", "onnxruntime")
+"""Runtimes whose dense file is what speed-ups are relative to."""
 SLOWER, FASTER, SAME, UNKNOWN, MISSING, NEW = "slower", "faster", "same", "not comparable", "missing", "new"
 
 
@@ -83,7 +85,8 @@ def _change(old: Record, new: Record | None) -> Change:
         return _named(old, MISSING, old=old.speedup)
     if old.latency_ms is not None and new.latency_ms is None:
         return _named(old, SLOWER, old=old.latency_ms, by="latency", note=f"it cannot be measured any more: {new.note}")
-    if old.speedup and new.speedup and old.kind != DENSE:
+    measured_beside_dense = old.kind != DENSE or old.runtime not in BASELINES
+    if old.speedup and new.speedup and measured_beside_dense:
         ratio = new.speedup["value"] / old.speedup["value"]
         verdict, note = _verdict(old.speedup, new.speedup, ratio)
         return _named(old, verdict, old=old.speedup, new=new.speedup, ratio=ratio, note=note)

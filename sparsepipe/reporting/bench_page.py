@@ -345,7 +345,7 @@ def _command(result: Row) -> str:
     else:
         names = (row["file"].removesuffix(f", {row.get('runtime')}") for row in result["results"])
         words = ["bench", *dict.fromkeys(names)]
-    shown = OPTIONS
+    shown: tuple[str, ...] = OPTIONS
     if profile := result.get("profile"):
         words += ["--profile", profile]
         limits = [row["limit"]["bytes"] for row in result["results"] if row["limit"]]

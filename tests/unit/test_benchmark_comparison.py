@@ -45,6 +45,18 @@ def test_the_same_result_is_the_same() -> None:
     assert verdicts(OLD) == {"dense.onnx": "not comparable", "a.onnx": "same", "b.onnx": "same"}
 
 
+def test_another_runtime_of_the_dense_file_is_compared_by_its_speedup() -> None:
+    """Only the dense file that speed-ups are relative to is not: its own is 1 whatever happens."""
+
+    def result(low: float, value: float, high: float) -> list[records.Record]:
+        first = row("m.onnx, onnxruntime", 8.0, 1, 1, 1) | {"runtime": "onnxruntime", "target": "dense"}
+        second = row("m.onnx, openvino", 4.0, low, value, high) | {"runtime": "openvino", "target": "dense"}
+        return records.read({"baseline": first["file"], "results": [first, second]}, where="r")
+
+    changes = comparison.compare(result(1.9, 2.0, 2.1), result(1.4, 1.5, 1.6))
+    assert [change.verdict for change in changes] == ["not comparable", "slower"]
+
+
 def test_a_slower_machine_is_no_slower_program() -> None:
     new = copy.deepcopy(OLD)
     for one in new["results"]:
