@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from sparsepipe.artefact import Artefact, read_json, write_json
 from sparsepipe.environment import describe_machine
 from sparsepipe.errors import RecipeError
-from sparsepipe.recipe import digest
+from sparsepipe.recipe import check, digest
 from sparsepipe.stages.train import differing
 
 SCHEMA_VERSION = 1
@@ -100,13 +100,14 @@ def of_training(path: Path, config: BaseModel) -> dict[str, Any] | None:
     """The row in a file, which must be that of a training by `config`; None where there is no file.
 
     Raises:
-        RecipeError: the row is of another recipe.
+        RecipeError: the row is of another recipe, or has settings that recipes have no more.
     """
     if not path.is_file():
         return None
     found = read(path)
-    now = config.model_dump(mode="json")
-    if keys := differing(found["config"], now):
+    # Through the model, so that a setting that recipes did not have yet counts as its default.
+    before = check(type(config), found["config"], where=str(path)).model_dump(mode="json")
+    if keys := differing(before, config.model_dump(mode="json")):
         raise RecipeError(
             f"The row is of another recipe; they differ in {', '.join(sorted(keys))}.",
             where=str(path),

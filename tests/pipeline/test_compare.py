@@ -156,6 +156,12 @@ def test_a_row_of_another_recipe_is_refused_and_kept(recipe: Path, tmp_path: Pat
     assert "set_s0.json" in str(done.exception)
     assert (tmp_path / "rows/set_s0.json").read_bytes() == before
     assert len(calls) == 1
+    # A setting that recipes did not have when the row was made had its default.
+    older = json.loads(before)
+    del older["config"]["train"]["ema"]
+    (tmp_path / "rows/set_s0.json").write_text(json.dumps(older))
+    assert CliRunner().invoke(sparsepipe, [*arguments, "--out", str(tmp_path / "four")]).exit_code == 0
+    assert len(calls) == 1
     (tmp_path / "rows/set_s0.json").write_text("{}")
     done = CliRunner().invoke(sparsepipe, [*arguments, "--out", str(tmp_path / "one")])
     assert "not the row of a training" in str(done.exception)
