@@ -60,6 +60,9 @@ struct QIsa {
   bool is_signed;                    // x is int8 (the kernel flips uint8 when it packs), not uint8
   bool (*supported)();
   void (*rows)(const QRowsArgs&, int block, int vectors);
+  // As rows, for the block row row_begin of one output and `count` positions that follow one another: its bytes come to
+  // stage, in whole vectors, and from there go to y as the runs say. Nothing is added.
+  void (*strip)(const QRowsArgs&, std::int64_t count, std::uint8_t* stage);
   // out[group * out_stride + 4 * i + c] = x[(4 * group + c) * stride + i] ^ flip for i < count; where the last group has
   // fewer than four channels, the others' bytes are any, and so are those up to the next multiple of a vector.
   void (*pack)(const std::uint8_t* x, std::int64_t stride, std::int64_t channels, std::int64_t count,

@@ -191,6 +191,28 @@ void rows(const QRowsArgs& a, int block, int vectors) {
   }
 }
 
+template <bool kPlain>
+SPARSEPIPE_INLINE void strip_of(const QRowsArgs& a, std::int64_t count, std::uint8_t* stage) {
+  constexpr int T = 4;  // a vector of bytes
+  const std::int64_t row = a.row_begin;
+  const auto* const entries = reinterpret_cast<const QEntry<1>*>(a.entries);
+  const QEntry<1>* const begin = entries + a.row_start[row];
+  const QEntry<1>* const end = entries + a.row_start[row + 1];
+  const vi bias = broadcast(a.requantize.bias[row]);
+  for (std::int64_t i = 0; i < count; i += kPositions) {
+    vi sum[1][T] = {{bias, bias, bias, bias}};
+    for (const QEntry<1>* e = begin; e != end; ++e) multiply<1, T>(sum, *e, a.x + i * kQuad);
+    vb bytes[1];
+    requantized<T, false, kPlain>(sum[0], a.requantize, row, nullptr, bytes);
+    *reinterpret_cast<loose_vb*>(stage + i) = bytes[0];
+  }
+  put_runs(a.runs, a.run_count, stage, a.y);
+}
+
+void strip(const QRowsArgs& a, std::int64_t count, std::uint8_t* stage) {
+  a.requantize.plain ? strip_of<true>(a, count, stage) : strip_of<false>(a, count, stage);
+}
+
 void pack(const std::uint8_t* x, std::int64_t stride, std::int64_t channels, std::int64_t count, std::uint8_t flip,
           std::uint8_t* out, std::int64_t out_stride) {
   const vb mask = broadcast(flip);
@@ -362,6 +384,7 @@ void requantize(const std::int32_t* sums, std::int64_t first, std::int64_t count
                          x_is_signed,                                                                         \
                          check,                                                                               \
                          SPARSEPIPE_NAMESPACE::rows,                                                          \
+                         SPARSEPIPE_NAMESPACE::strip,                                                         \
                          SPARSEPIPE_NAMESPACE::pack,                                                          \
                          SPARSEPIPE_NAMESPACE::fill,                                                          \
                          SPARSEPIPE_NAMESPACE::largest,                                                       \

@@ -28,15 +28,16 @@ constexpr std::int64_t kSlack = 2048;       // bytes behind packed data that a t
 constexpr std::size_t kWeight = 3;          // the input W
 
 struct Band {
-  std::int64_t first, rows;            // of the output
-  std::vector<QStageRow> copies;       // rows of the input that lie in the plane
-  std::vector<std::vector<Run>> runs;  // of each tile, from the first of these rows on
+  std::int64_t first, rows;       // of the output
+  std::int64_t positions;         // of these rows, each `pitch` wide
+  std::vector<QStageRow> copies;  // rows of the input that lie in the plane
+  std::vector<Run> runs;          // where the positions go, from the first of these rows on
 };
 
 struct Geometry {
-  std::int64_t pitch, positions, vectors, tiles;  // positions: of a band
-  std::int64_t phases, phase;                     // of columns; bytes of each in a stage plane
-  std::int64_t staged_rows;                       // of a stage plane
+  std::int64_t pitch, positions;  // positions: of the largest band
+  std::int64_t phases, phase;     // of columns; bytes of each in a stage plane
+  std::int64_t staged_rows;       // of a stage plane
   std::int64_t stage_planes, stage_bytes;
   std::int64_t quad_step;    // bytes of the stage between the rows of a quad
   std::int64_t group_bytes;  // packed
@@ -134,16 +135,11 @@ class QDepthwiseConv final : public Kernel {
     if (weight_.groups > (kMostFloats - kSlack) / g.group_bytes) {
       throw Error("stride, dilation and input are too large together");
     }
-    g.vectors = std::min<std::int64_t>(isa_.most_vectors[1], ceil_div(g.positions, isa_.lanes));
-    const std::int64_t width = g.vectors * isa_.lanes;
-    g.tiles = ceil_div(g.positions, width);
     for (std::int64_t first = 0; first < p.out_height; first += rows) {
-      Band band{first, std::min(rows, p.out_height - first), {}, {}};
+      Band band{first, std::min(rows, p.out_height - first), 0, {}, {}};
+      band.positions = (band.rows - 1) * g.pitch + p.out_width;
       list_copies(p, g, band);
-      const std::int64_t end = (band.rows - 1) * g.pitch + p.out_width;
-      for (std::int64_t begin = 0; begin < end; begin += width) {
-        band.runs.push_back(runs_of(begin, std::min(begin + width, end), g.pitch, p.out_width));
-      }
+      band.runs = runs_of(band.rows, g.pitch, p.out_width);
       g.bands.push_back(std::move(band));
     }
     return g;
@@ -171,19 +167,13 @@ class QDepthwiseConv final : public Kernel {
     }
   }
 
-  // Where positions [begin, end) of a band go in an output plane.
-  static std::vector<Run> runs_of(std::int64_t begin, std::int64_t end, std::int64_t pitch, std::int64_t out_width) {
+  // Where the positions of a band go in an output plane.
+  static std::vector<Run> runs_of(std::int64_t rows, std::int64_t pitch, std::int64_t out_width) {
+    if (pitch == out_width) return {{0, 0, static_cast<std::int32_t>(rows * out_width)}};
     std::vector<Run> runs;
-    for (std::int64_t row = begin / pitch; row * pitch < end; ++row) {
-      const std::int64_t first = std::max(begin, row * pitch), last = std::min(end, row * pitch + out_width);
-      if (last <= first) continue;
-      const std::int64_t to = row * out_width + first - row * pitch;
-      if (pitch == out_width && !runs.empty()) {
-        runs.back().count += static_cast<std::int32_t>(last - first);
-      } else {
-        runs.push_back({static_cast<std::int32_t>(first - begin), static_cast<std::int32_t>(to),
-                        static_cast<std::int32_t>(last - first)});
-      }
+    for (std::int64_t row = 0; row < rows; ++row) {
+      runs.push_back({static_cast<std::int32_t>(row * pitch), static_cast<std::int32_t>(row * out_width),
+                      static_cast<std::int32_t>(out_width)});
     }
     return runs;
   }
@@ -199,15 +189,16 @@ class QDepthwiseConv final : public Kernel {
     const std::uint8_t flip = quantization_->input_flip(isa_);
     std::uint8_t* const stage = bytes(scratch().stage, g.stage_bytes + kSlack);
     std::uint8_t* const packed = bytes(scratch().tile, weight_.groups * g.group_bytes + kSlack);
+    std::uint8_t* const out = bytes(scratch().out, g.positions + kSlack);
     kernels::QRowsArgs args{};
     args.entries = plan.weight.entries();
     args.row_start = plan.weight.row_start();
-    args.y_stride = p.out_height * p.out_width;
+    args.x = packed;
     args.requantize = requantize_;
-    const std::int64_t width = g.vectors * isa_.lanes;
     for (const Band& band : g.bands) {
       std::memset(stage, quantization_->padding(), static_cast<std::size_t>(g.stage_bytes));
-      const std::int64_t end = (band.rows - 1) * g.pitch + p.out_width;
+      args.runs = band.runs.data();
+      args.run_count = static_cast<std::int32_t>(band.runs.size());
       for (std::int64_t c = first; c < last; ++c) {
         isa_.fill(x + (origin + c) * p.height * p.width, band.copies.data(), static_cast<std::int32_t>(band.copies.size()),
                   static_cast<std::int32_t>(window_.stride_w), stage);
@@ -219,18 +210,8 @@ class QDepthwiseConv final : public Kernel {
           }
         }
         args.row_begin = c;
-        args.row_end = c + 1;
         args.y = y + ((origin + c) * p.out_height + band.first) * p.out_width;
-        std::int64_t begin = 0;
-        for (const std::vector<Run>& runs : band.runs) {
-          args.x = packed + begin * kQuad;
-          args.runs = runs.data();
-          args.run_count = static_cast<std::int32_t>(runs.size());
-          if (!runs.empty()) {
-            isa_.rows(args, 1, static_cast<int>(ceil_div(std::min(width, end - begin), isa_.lanes)));
-          }
-          begin += width;
-        }
+        isa_.strip(args, band.positions, out);
       }
     }
   }
