@@ -1,15 +1,14 @@
 """The int8 operators of domain ``sparsepipe``, version 1, as an ONNX file writes them: encoding, nodes, bodies.
 
 ``SparseQConv(X, x_scale, x_zero_point, values, deltas, w_scale, y_scale, y_zero_point, B?, residual?, residual_scale?,
-residual_zero_point?, sum_scale?, sum_zero_point?) -> Y`` and ``SparseQLinear(X, x_scale, x_zero_point, values, deltas,
-w_scale, y_scale, y_zero_point, B?) -> Y``. They are QLinearConv, and a linear layer of the same arithmetic, of a sparse
-weight: X, residual and Y are all uint8 or all int8, with a scale and a zero point each; the weight is int8 without a
-zero point, with one scale, or one for each output; B is int32, in units of x_scale * w_scale. All but X and residual
-are constants. The result of a product is rounded as QLinearConv does:
+residual_zero_point?, sum_scale?, sum_zero_point?) -> Y`` and ``SparseQLinear`` of the same inputs are QLinearConv, and
+a linear layer of the same arithmetic, of a sparse weight: X, residual and Y are all uint8 or all int8, with a scale and
+a zero point each; the weight is int8 without a zero point, with one scale, or one for each output; B is int32, in units
+of x_scale * w_scale. All but X and residual are constants. The result of a product is rounded as QLinearConv does:
 
     q = saturate(round_half_even(float32(sum) * (x_scale * w_scale / y_scale)) + y_zero_point)
 
-With a residual, q is the byte that the convolution alone would give, and
+With a residual, q is the byte that the product alone would give, and
 
     Y = saturate(round_half_even(fma(q, y_scale / sum_scale, fma(residual, residual_scale / sum_scale, fixed))))
     fixed = sum_zero_point - fma(y_scale / sum_scale, y_zero_point, residual_scale / sum_scale * residual_zero_point)
@@ -57,6 +56,7 @@ INPUTS = {
     ),
     "SparseQLinear": (
         "X", "x_scale", "x_zero_point", "values", "deltas", "w_scale", "y_scale", "y_zero_point", "B",
+        "residual", "residual_scale", "residual_zero_point", "sum_scale", "sum_zero_point",
     ),
     "QDepthwiseConv": ("X", "x_scale", "x_zero_point", "W", "w_scale", "y_scale", "y_zero_point", "B"),
     "QMaxPool": ("X",),
@@ -180,7 +180,8 @@ def sparse_qlinear(
         "out_features": weight_shape[0],
         **_shared(block, activation, limits),
     }
-    op_type = operator_name("SparseQLinear", activation)
+    residual = len(inputs) > INPUTS["SparseQLinear"].index("residual")
+    op_type = operator_name("SparseQLinear", activation, residual=residual)
     return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
 
@@ -275,7 +276,7 @@ def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
         nodes += _convolution("B" in present)
         zero_point = "y_zero_point"
         if "residual" in present:
-            nodes += _sum()
+            nodes += _sum("y0")
             zero_point = "sum_zero_point"
     elif base == "QDepthwiseConv":
         nodes = _convolution("B" in present)
@@ -285,6 +286,9 @@ def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
         nodes = _dense_weight(("out_features", "in_features"))
         nodes += _linear("B" in present)
         zero_point = "y_zero_point"
+        if "residual" in present:
+            nodes += _sum("y2")
+            zero_point = "sum_zero_point"
     nodes += _bounds(attributes["activation"], nodes[-1].output[0], zero_point)
     function = helper.make_function(DOMAIN, node.op_type, list(names), ["Y"], nodes, [helper.make_opsetid("", opset)])
     function.attribute.extend(sorted(attributes))
@@ -364,13 +368,13 @@ def _convolution(bias: bool) -> list[onnx.NodeProto]:
     return [_constant("w_zero_point", 0, np.int8), with_references(conv, window, AttributeProto.INTS)]
 
 
-def _sum() -> list[onnx.NodeProto]:
+def _sum(product: str) -> list[onnx.NodeProto]:
     node = helper.make_node
     return [
-        node("DequantizeLinear", ["y0", "y_scale", "y_zero_point"], ["y1"]),
+        node("DequantizeLinear", [product, "y_scale", "y_zero_point"], ["product1"]),
         node("DequantizeLinear", ["residual", "residual_scale", "residual_zero_point"], ["residual1"]),
-        node("Add", ["y1", "residual1"], ["y2"]),
-        node("QuantizeLinear", ["y2", "sum_scale", "sum_zero_point"], ["y3"]),
+        node("Add", ["product1", "residual1"], ["total"]),
+        node("QuantizeLinear", ["total", "sum_scale", "sum_zero_point"], ["sum"]),
     ]
 
 

@@ -101,9 +101,9 @@ def read(node: NodeProto, found: Index) -> QLayer:
 
 
 def fuse_sum(layer: QLayer, found: Index, shapes: Shapes) -> None:
-    """Take a sum with another quantised tensor of the same shape into a convolution, in place."""
+    """Take a sum with another quantised tensor of the same shape into a sparse layer, in place."""
     back = _only_user(layer.output.name, found)
-    if layer.base != "SparseQConv" or back is None or not is_standard(back, "DequantizeLinear"):
+    if layer.base not in ("SparseQConv", "SparseQLinear") or back is None or not is_standard(back, "DequantizeLinear"):
         return
     add = _only_user(back.output[0], found)
     if add is None or not is_standard(add, "Add"):

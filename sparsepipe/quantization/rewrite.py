@@ -157,8 +157,8 @@ def _taken(row: Choice, layer: QLayer, block: int, reason: str) -> Choice:
 def _replace(graph: GraphProto, node: NodeProto, choice: Choice, shapes: Shapes) -> NodeProto:
     found = index(graph)
     layer = read(node, found)
-    fuse_sum(layer, found, shapes)
     bias = fuse_bias(layer, found)
+    fuse_sum(layer, found, shapes)
     if bias is None and not layer.bias:  # nodes of one operator share its body, which has a bias or not
         bias = np.zeros(len(layer.weight), np.int32)
     if bias is not None:

@@ -25,9 +25,13 @@ def good(*, residual: bool = False, linear: bool = False, block: int = 4) -> int
     constants = {**int8_models.quantization(random, weight, np.uint8, True), "values": values, "deltas": deltas}
     constants["w_scale"] = np.full(8, 0.01, np.float32)
     if linear:
-        names = quantized.INPUTS["SparseQLinear"]
+        names = quantized.INPUTS["SparseQLinear"][: 14 if residual else 9]
+        feeds = {"X": np.ones((5, 54), np.uint8)}
+        if residual:
+            constants |= int8_models.residual_quantization(random, constants["y_scale"], np.uint8)
+            feeds["residual"] = np.ones((5, 8), np.uint8)
         node = quantized.sparse_qlinear(names, "Y", weight_shape=shape, block=block, name="the_node")
-        return int8_models.Layer(node, constants, {"X": np.ones((5, 54), np.uint8)}, weight)
+        return int8_models.Layer(node, constants, feeds, weight)
     feeds = {"X": np.ones((1, 6, 6, 6), np.uint8)}
     names = quantized.INPUTS["SparseQConv"][: 14 if residual else 9]
     if residual:
@@ -138,6 +142,7 @@ def test_constants(session: Any, case: str, linear: bool) -> None:
     refused(session, layer, word)
 
 
+@pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize(
     ("name", "value", "word"),
     [
@@ -150,8 +155,8 @@ def test_constants(session: Any, case: str, linear: bool) -> None:
         ("sum_zero_point", np.zeros(3, np.uint8), "sum_zero_point"),
     ],
 )
-def test_constants_of_the_sum(session: Any, name: str, value: Any, word: str) -> None:
-    layer = good(residual=True)
+def test_constants_of_the_sum(session: Any, name: str, value: Any, word: str, linear: bool) -> None:
+    layer = good(residual=True, linear=linear)
     layer.constants[name] = value
     refused(session, layer, word)
 
@@ -231,10 +236,11 @@ def test_input_smaller_than_the_kernel(session: Any) -> None:
         session(layer.model(body=False)).run(None, {"X": layer.feeds["X"][:, :, :2]})
 
 
-def test_residual_of_another_shape(session: Any) -> None:
-    layer = good(residual=True)
+@pytest.mark.parametrize("linear", [False, True])
+def test_residual_of_another_shape(session: Any, linear: bool) -> None:
+    layer = good(residual=True, linear=linear)
     native = session(layer.model(body=False))
-    for shape in [(1, 8, 6, 5), (1, 8, 6), (8, 6, 6), (2, 8, 6, 6), (1,)]:
+    for shape in [(1, 8, 6, 5), (1, 8, 6), (8, 6, 6), (2, 8, 6, 6), (1,), (5, 7), (4, 8), (1, 5, 8), ()]:
         with pytest.raises(Exception, match=r"the_node.*residual"):
             native.run(None, layer.feeds | {"residual": np.zeros(shape, np.uint8)})
 

@@ -81,6 +81,9 @@ struct QIsa {
   // The bytes of `count` sums of consecutive channels, from `first` on.
   void (*requantize)(const std::int32_t* sums, std::int64_t first, std::int64_t count, const Requantize&,
                      std::uint8_t* y);
+  // y[i] = the byte of the sum of the product's byte q[i] and residual[i], any of which y may be.
+  void (*add)(const std::uint8_t* q, const std::uint8_t* residual, std::int64_t count, const Requantize&,
+              std::uint8_t* y);
 };
 
 // The best one that the CPU runs, or the one that goes with SPARSEPIPE_ISA; never nullptr where select() is not.

@@ -369,6 +369,33 @@ void requantize(const std::int32_t* sums, std::int64_t first, std::int64_t count
   }
 }
 
+void add_bytes(const std::uint8_t* q, const std::uint8_t* residual, std::int64_t count, const Requantize& how,
+               std::uint8_t* y) {
+  const vi flip = broadcast(std::int32_t{how.flip});
+  const vf far = broadcast(65536.0f);
+  for (std::int64_t i = 0; i < count; i += kPositions) {
+    const std::int64_t n = count - i < kPositions ? count - i : kPositions;
+    const std::uint8_t *one = q + i, *other = residual + i;
+    alignas(64) std::uint8_t held[2][kPositions];
+    if (n < kPositions) {
+      *reinterpret_cast<vb*>(held[0]) = load_bytes(one, n);
+      *reinterpret_cast<vb*>(held[1]) = load_bytes(other, n);
+      one = held[0];
+      other = held[1];
+    }
+    vi result[4];
+    SPARSEPIPE_UNROLL
+    for (int t = 0; t < 4; ++t) {
+      const vf a = to_float((from_bytes(one + t * kLanes) ^ flip) - flip);  // flipped twice: the sign extended
+      const vf b = to_float((from_bytes(other + t * kLanes) ^ flip) - flip);
+      const vf v = multiply_add(a, broadcast(how.sum_ratio),
+                                multiply_add(b, broadcast(how.residual_ratio), broadcast(how.fixed)));
+      result[t] = rounded(v, -far, far);
+    }
+    store_bytes(y + i, limited(to_bytes(result[0], result[1], result[2], result[3], how.shift), how), n);
+  }
+}
+
 }  // namespace SPARSEPIPE_NAMESPACE
 }  // namespace
 }  // namespace sparsepipe::kernels
@@ -390,5 +417,6 @@ void requantize(const std::int32_t* sums, std::int64_t first, std::int64_t count
                          SPARSEPIPE_NAMESPACE::largest,                                                       \
                          SPARSEPIPE_NAMESPACE::lookup,                                                        \
                          SPARSEPIPE_NAMESPACE::vector,                                                        \
-                         SPARSEPIPE_NAMESPACE::requantize};                                                   \
+                         SPARSEPIPE_NAMESPACE::requantize,                                                    \
+                         SPARSEPIPE_NAMESPACE::add_bytes};                                                    \
   }

@@ -230,4 +230,13 @@ kernels::Requantize Quantization::requantize(const kernels::QIsa& isa) {
   return requantize_;
 }
 
+kernels::Requantize Quantization::product() const {
+  kernels::Requantize q = requantize_;
+  q.shift = static_cast<std::int32_t>(q.zero_point) - (type == abi::kUint8 ? 0 : -128);
+  q.low = 0;
+  q.high = 255;
+  q.plain = type == abi::kUint8 && is_small();
+  return q;
+}
+
 }  // namespace sparsepipe

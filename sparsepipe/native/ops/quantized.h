@@ -49,6 +49,8 @@ class Quantization {
   std::uint8_t padding() const { return static_cast<std::uint8_t>(x_zero_point_); }
   // The bias for inputs as `isa` sees them. Points into this object.
   kernels::Requantize requantize(const kernels::QIsa& isa);
+  // With a residual: of the product alone, as it is before it meets that. After requantize().
+  kernels::Requantize product() const;
 
  private:
   std::int32_t x_zero_point_ = 0;

@@ -11,7 +11,7 @@
 namespace sparsepipe {
 namespace {
 
-constexpr int kResidual = 4;  // of SparseConv and SparseLinear; of SparseQConv it is kQResidual
+constexpr int kResidual = 4;  // of SparseConv and SparseLinear; of those for int8 it is kQResidual
 
 using Make = std::unique_ptr<Kernel> (*)(const abi::Functions&, const Node&, const kernels::Isa&);
 
@@ -124,8 +124,8 @@ const std::vector<Family>& quantized_families() {
     for (int type : {abi::kUint8, abi::kInt8}) {
       std::vector<int> types{type, abi::kFloat, type, abi::kInt8, abi::kUndefined, abi::kFloat, abi::kFloat, type,
                              abi::kInt32};
-      made.push_back({"SparseQLinear", types, 8, type, make_sparse_qlinear, 0});
       types.insert(types.end(), {type, abi::kFloat, type, abi::kFloat, type});
+      made.push_back({"SparseQLinear", types, 8, type, make_sparse_qlinear, kQResidual});
       made.push_back({"SparseQConv", types, 8, type, make_sparse_qconv, kQResidual});
       const std::vector<int> dense{type, abi::kFloat, type, abi::kInt8, abi::kFloat, abi::kFloat, type, abi::kInt32};
       made.push_back({"QDepthwiseConv", dense, 7, type, make_qdepthwise_conv, 0});

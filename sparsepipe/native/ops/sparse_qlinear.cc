@@ -1,4 +1,4 @@
-// SparseQLinear: Y = activation(X W^T + B) on bytes, with a sparse W of [N, K] and X of [..., K], requantised.
+// SparseQLinear: Y = activation(X W^T + B + residual) on bytes, with a sparse W of [N, K] and X of [..., K], requantised.
 //
 // Four consecutive features of a row of X lie in four bytes already. One to three rows: matrix times vector, block by
 // block. More: these words are transposed to tiles of vectors over rows, as positions of a convolution.
@@ -39,8 +39,10 @@ class SparseQLinear final : public Kernel {
     in_ = node.integer("in_features", std::nullopt, 1, kMaxChannels);
     out_ = node.integer("out_features", std::nullopt, 1, kMaxChannels);
     weight_ = read_qweight(node, out_, in_, 1);
-    quantization_ = std::make_unique<Quantization>(node, weight_, out_, false);
-    requantize_ = quantization_->requantize(q);
+    adds_ = node.has_input(kQResidual);
+    quantization_ = std::make_unique<Quantization>(node, weight_, out_, adds_);
+    requantize_ = sum_ = quantization_->requantize(q);
+    if (adds_) requantize_ = quantization_->product();
   }
 
   void compute(const Call& call) override {
@@ -56,10 +58,16 @@ class SparseQLinear final : public Kernel {
     std::vector<std::int64_t> dims = x->dims;
     dims.back() = out_;
     product(dims);
+    const std::optional<Tensor> residual = adds_ ? call.input(kQResidual) : std::nullopt;
+    if (adds_ && (!residual || residual->type != quantization_->type || residual->dims != dims)) {
+      throw Error("input 'residual' must be a tensor of " + std::string(quantization_->type_name()) + " of shape " +
+                  shape_text(dims));
+    }
+    const auto* added = residual ? static_cast<const std::uint8_t*>(residual->data) : nullptr;
     auto* y = static_cast<std::uint8_t*>(call.output_data(dims));
     if (rows == 0) return;
     const auto* data = static_cast<const std::uint8_t*>(x->data);
-    if (rows <= kFewRows) return by_row(call, data, rows, y);
+    if (rows <= kFewRows) return by_row(call, data, rows, added, y);
     const int vectors = best_qvectors(weight_, q_, rows);
     const std::shared_ptr<const Plan> plan = plans_.get({vectors}, [&] {
       const std::int64_t width = static_cast<std::int64_t>(vectors) * q_.lanes;
@@ -69,7 +77,7 @@ class SparseQLinear final : public Kernel {
       std::vector<std::int64_t> bounds = packed.split(chunks);
       return std::make_shared<const Plan>(Plan{vectors, width, std::move(packed), std::move(bounds)});
     });
-    by_tile(call, *plan, data, rows, y);
+    by_tile(call, *plan, data, rows, added, y);
   }
 
  private:
@@ -83,7 +91,9 @@ class SparseQLinear final : public Kernel {
     for (std::int64_t i = 0; i < count; ++i) data[i] ^= mask;
   }
 
-  void by_row(const Call& call, const std::uint8_t* x, std::int64_t rows, std::uint8_t* y) {
+  // y may be the residual: the product's bytes stand elsewhere until they meet it.
+  void by_row(const Call& call, const std::uint8_t* x, std::int64_t rows, const std::uint8_t* residual,
+              std::uint8_t* y) {
     const std::shared_ptr<const Plan> plan = plans_.get({0}, [&] {
       PackedQWeight packed(weight_, kQuad, {0}, q_.wide);
       std::vector<std::int64_t> bounds = packed.split(qrow_chunks(weight_, 1, 2.0 * weight_.entries()));
@@ -103,7 +113,14 @@ class SparseQLinear final : public Kernel {
       const std::int64_t first = begin * weight_.block, count = (end - begin) * weight_.block;
       auto* sums = reinterpret_cast<std::int32_t*>(scratch().out.at_least(static_cast<std::size_t>(count) + 1));
       q_.vector(packed + row * padded, plan->weight.entries(), plan->weight.row_start(), begin, end, weight_.block, sums);
-      q_.requantize(sums, first, count, requantize_, y + row * out_ + first);
+      std::uint8_t* const to = y + row * out_ + first;
+      if (residual == nullptr) {
+        q_.requantize(sums, first, count, requantize_, to);
+      } else {
+        std::uint8_t* const bytes_of = bytes(scratch().stage, count);
+        q_.requantize(sums, first, count, requantize_, bytes_of);
+        q_.add(bytes_of, residual + row * out_ + first, count, sum_, to);
+      }
     });
   }
 
@@ -126,24 +143,25 @@ class SparseQLinear final : public Kernel {
     flip(to, (last - first) * width * kQuad);
   }
 
-  // `outputs` rows of `rows` bytes (pitch apart) to columns of y from `first` on.
-  void unpack(const std::uint8_t* out, std::int64_t pitch, std::int64_t outputs, std::int64_t rows, std::int64_t first,
+  // `outputs` rows of `rows` bytes (pitch apart) to columns of y, whose rows are `stride` apart.
+  void unpack(const std::uint8_t* out, std::int64_t pitch, std::int64_t outputs, std::int64_t rows, std::int64_t stride,
               std::uint8_t* y) const {
     std::int64_t o = 0;
-    if (out_ % kQuad == 0 && is_aligned(y + first)) {
+    if (stride % kQuad == 0 && is_aligned(y)) {
       const std::int64_t words = outputs / kQuad;
       std::uint8_t* packed = bytes(scratch().partial, words * pitch * kQuad);
       q_.pack(out, pitch, words * kQuad, pitch, 0, packed, pitch * kQuad);
-      isa_.transpose(reinterpret_cast<const float*>(packed), pitch, words, rows, reinterpret_cast<float*>(y + first),
-                     out_ / kQuad);
+      isa_.transpose(reinterpret_cast<const float*>(packed), pitch, words, rows, reinterpret_cast<float*>(y),
+                     stride / kQuad);
       o = words * kQuad;
     }
     for (; o < outputs; ++o) {
-      for (std::int64_t row = 0; row < rows; ++row) y[row * out_ + first + o] = out[o * pitch + row];
+      for (std::int64_t row = 0; row < rows; ++row) y[row * stride + o] = out[o * pitch + row];
     }
   }
 
-  void by_tile(const Call& call, const Plan& plan, const std::uint8_t* x, std::int64_t rows, std::uint8_t* y) const {
+  void by_tile(const Call& call, const Plan& plan, const std::uint8_t* x, std::int64_t rows, const std::uint8_t* residual,
+               std::uint8_t* y) const {
     const std::int64_t width = plan.width;
     const std::int64_t tiles = ceil_div(rows, width);
     const std::int64_t tile_bytes = weight_.groups * width * kQuad;
@@ -193,8 +211,17 @@ class SparseQLinear final : public Kernel {
         args.row_begin = row;
         args.row_end = std::min(end, row + step);
         q_.rows(args, weight_.block, vectors);
-        unpack(out, args.y_stride, (args.row_end - row) * weight_.block, rows_of(tile), row * weight_.block,
-               y + tile * width * out_);
+        const std::int64_t outputs = (args.row_end - row) * weight_.block;
+        const std::int64_t first = tile * width * out_ + row * weight_.block;
+        if (residual == nullptr) {
+          unpack(out, args.y_stride, outputs, rows_of(tile), out_, y + first);
+          continue;
+        }
+        std::uint8_t* const bytes_of = bytes(mine.stage, rows_of(tile) * kOutputGroup);
+        unpack(out, args.y_stride, outputs, rows_of(tile), kOutputGroup, bytes_of);
+        for (std::int64_t i = 0; i < rows_of(tile); ++i) {
+          q_.add(bytes_of + i * kOutputGroup, residual + first + i * out_, outputs, sum_, y + first + i * out_);
+        }
       }
     });
     if (chunks > 1) helpers_.saw(helped);
@@ -205,7 +232,8 @@ class SparseQLinear final : public Kernel {
   std::int64_t in_, out_;
   QWeight weight_;
   std::unique_ptr<Quantization> quantization_;
-  kernels::Requantize requantize_{};
+  kernels::Requantize requantize_{}, sum_{};  // of the product, and of its sum with the residual
+  bool adds_;
   PlanCache<Plan> plans_;
   mutable Helpers helpers_;
 };
