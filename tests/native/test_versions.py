@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -94,7 +95,7 @@ def int8_network() -> onnx.ModelProto:
         weights[name] *= kept.reshape(*kept.shape, *[1] * (weights[name].ndim - 2))
     nodes: list[onnx.NodeProto] = []
 
-    def add(op_type: str, *inputs: str, **attributes: object) -> str:
+    def add(op_type: str, *inputs: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(op_type, list(inputs), [f"t{len(nodes)}"], **attributes))
         return str(nodes[-1].output[0])
 
