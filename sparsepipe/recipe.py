@@ -95,6 +95,8 @@ class Augment(Section):
     """Mirror left-right with probability one half."""
     cutout: Annotated[int, Field(ge=0)] = 0
     """Side of a square, in pixels, set to zero at a random place."""
+    resized_crop: Fraction = 0.0
+    """Crop a random part of at least this share of the area and resize it to the old size; 0 for none."""
 
 
 class Optimizer(Section):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -111,3 +114,45 @@ def test_active_says_whether_there_is_anything_to_do() -> None:
     assert not Augmentation().active
     assert all(Augmentation(**{key: 1}).active for key in ("crop", "cutout"))  # type: ignore[arg-type]
     assert Augmentation(flip=True).active
+
+
+def test_a_resized_crop_shows_the_part_that_was_drawn() -> None:
+    augmentation = Augmentation(resized_crop=0.2)
+    images = torch.arange(16 * 16 * 2, dtype=torch.float32).reshape(1, 16, 16, 2).expand(3, -1, -1, -1)
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    parts = torch.stack([whole, torch.tensor([0.5, 0.25, 0.5, 0.5]), torch.tensor([0.0, 0.25, 1.0, 0.5])])
+    chosen = replace(draws(augmentation, 3), part=parts)
+    found = augmentation.apply(images, chosen)
+    torch.testing.assert_close(found[0], images[0])
+    for image, (rows, columns) in zip(
+        found[1:], [(slice(8, 16), slice(4, 12)), (slice(16), slice(4, 12))], strict=True
+    ):
+        part = images[:1, rows, columns].permute(0, 3, 1, 2)
+        expected = torch.nn.functional.interpolate(part, (16, 16), mode="bilinear", align_corners=False)
+        inner = slice(1, -1)  # at its edges the part takes in what is beside it
+        torch.testing.assert_close(image[inner, inner], expected[0].permute(1, 2, 0)[inner, inner])
+
+
+def test_parts_lie_inside_and_are_as_large_as_asked() -> None:
+    augmentation = Augmentation(resized_crop=0.08)
+    top, left, height, width = draws(augmentation, 4000).part.double().unbind(1)
+    assert min(top.min(), left.min()) >= 0
+    assert max((top + height).max(), (left + width).max()) <= 1 + 1e-6
+    area, aspect = height * width, width / height
+    assert 0.08 - 1e-6 <= area.min() < 0.1
+    assert area.max() > 0.95
+    # Uniform between 0.08 and 1 where it fits, which with the aspect ratio exp(x) means below exp(-|x|).
+    longest, smallest = math.log(4 / 3), 0.08
+    first, second = (-math.expm1(-power * longest) / (power * longest) for power in (1, 2))
+    mean = (second - smallest**2) / (2 * (first - smallest))
+    assert area.mean().item() == pytest.approx(mean, abs=0.01)
+    assert 0.75 - 1e-6 <= aspect.min() < 0.76
+    assert 1.31 < aspect.max() <= 4 / 3 + 1e-6
+    images = marked(8)
+    assert augmentation.apply(images, draws(augmentation, 8)).dtype == torch.uint8
+
+
+def test_other_augmentations_draw_the_same_with_and_without_a_resized_crop() -> None:
+    one, other = draws(Augmentation(crop=2), 16), draws(Augmentation(crop=2, resized_crop=0.5), 16)
+    assert torch.equal(one.top, other.top)
+    assert torch.equal(one.column, other.column)
