@@ -129,6 +129,20 @@ def test_evaluation_counts_every_sample_once_in_evaluation_mode() -> None:
     assert not model.training
 
 
+def test_of_two_classes_evaluation_also_tells_how_well_they_are_ranked() -> None:
+    data = split(50)
+    two = ArraySplit(data.inputs, (data.labels > 0).astype(np.int64))
+    batches = EvaluationBatches(source(two, CPU), NORMALISE, batch_size=7)
+    torch.manual_seed(3)
+    model = nn.Linear(4, 2)
+    with device.connected("cpu", "fp32") as fabric:
+        found = evaluate(fabric, model, batches).auc
+        assert evaluate(fabric, network(), validation()).auc is None  # three classes
+    scores = model(NORMALISE(torch.from_numpy(data.inputs))).diff(dim=1).detach().numpy().ravel()
+    positive, negative = scores[two.labels == 1], scores[two.labels == 0]
+    assert found == pytest.approx((positive[:, None] > negative).mean())
+
+
 def test_train_accuracy_is_that_of_the_steps_as_they_were_taken() -> None:
     class Fixed(nn.Module):
         """Always sure of class 0, whatever it learns."""
