@@ -44,7 +44,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [n, classes] of the features of two nodes side by side, [n, 2 F]."""
-        nodes = x.flatten(1).unflatten(1, (2, -1))
+        nodes = x.reshape(-1, 2, self.convolution.in_features)
         first, second = self.project(self.convolution(nodes).relu()).unbind(1)
         logits: Tensor = self.scorer(first * second)
         return logits
