@@ -1,6 +1,9 @@
-"""The study of methods on a CPU: which trainings there are, and how they are made.
+"""The study of methods on a CPU: which trainings there are, how they are made, and what they say.
 
     python examples/study/study.py run --jobs 2     # trains what has no row yet, in the order of PARTS
+    python examples/study/study.py files            # exports the networks trained here, and tests the files
+    python examples/study/study.py speed            # times the files of seed 0 in turns, on an idle machine
+    python examples/study/study.py report           # rebuilds the tables and figures of examples/RESULTS.md
 
 Each training that ends leaves a row in examples/results/study: a small JSON file with its recipe, commit, environment,
 accuracies and what happened in each epoch. What has a row is not trained again, so `run` goes on wherever it was
@@ -12,14 +15,21 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import sys
 from pathlib import Path
 
+import study_report
+
 from sparsepipe import comparison
+from sparsepipe.artefact import write_text
 from sparsepipe.comparison import Grid, Training
+from sparsepipe.reporting import markdown
 
 RECIPE = Path("examples/study/resnet8.toml")
 ROWS = Path("examples/results/study")
 OUT = Path("runs/study")
+FILES = Path("examples/results/study_files")
+DOCUMENT = Path("examples/RESULTS.md")
 
 DYNAMIC = ("dst-ee", "rigl", "set")
 ALL = (*DYNAMIC, "erk-static", "gmp")
@@ -38,41 +48,104 @@ def _methods(names: tuple[str, ...], sparsity: float, seeds: tuple[int, ...] = S
     return Grid(names, (sparsity,), seeds, {"method.c": (C,)})
 
 
-def _blocks(pattern: str, *sparsities: float) -> Grid:
-    return Grid(("dst-ee",), sparsities, SEEDS, {"method.c": (C,), "method.pattern": (pattern,)})
+def _blocks(pattern: str, *sparsities: float, seeds: tuple[int, ...] = SEEDS) -> Grid:
+    return Grid(("dst-ee",), sparsities, seeds, {"method.c": (C,), "method.pattern": (pattern,)})
 
 
 PARTS = (
     Grid(("dense",), (), (0,), {}),
     _sweep("1e-3", "1e-2", "1e-4", "1e-1", "1e-5", "1e-6"),
+    *(_blocks(pattern, sparsity, seeds=(0,)) for pattern, sparsity in (("4x4", 0.8), ("4x1", 0.95))),
     Grid(("dense",), (), SEEDS, {}),
     _methods(DYNAMIC, 0.98, PAIRED_SEEDS),
     _methods(ALL, 0.95),
     _methods(ALL, 0.9),
     _methods(ALL, 0.98),
-    _blocks("4x4", 0.8),
     _methods(("dst-ee",), 0.8),
+    _blocks("4x4", 0.8),
     _blocks("4x1", 0.9, 0.95),
 )
 """All trainings, the most valuable first."""
 
 
-def trainings(parts: tuple[Grid, ...] = PARTS) -> list[Training]:
+def trainings() -> list[Training]:
     """All trainings of the parts, each once, in their order."""
     found: dict[str, Training] = {}
-    for grid in parts:
+    for grid in PARTS:
         for training in comparison.plan(RECIPE, grid, (), OUT):
             found.setdefault(training.folder.name, training)
     return list(found.values())
 
 
-def run(jobs: int) -> None:
-    """Train what has no row."""
+def run(jobs: int) -> int:
+    """Train what has no row; the number of trainings that failed."""
+    failures = 0
     waiting = [each for each in trainings() if each.finished(RECIPE, ROWS) is None]
     print(f"{len(waiting)} trainings to go", flush=True)
     for index, found, error in comparison.train(RECIPE, waiting, jobs, kept=ROWS):
         said = f"validation {found['metrics']['validation_accuracy']:.2%}" if found else error
         print(f"{datetime.datetime.now():%H:%M:%S} {waiting[index].folder.name}: {said}", flush=True)
+        failures += found is None
+    return failures
+
+
+def files() -> None:
+    """Export and test the networks that a table of files shows, as far as they were trained here."""
+    import study_files
+
+    shown = [each for each in trainings() if any(_is(each, *network[:3]) for network in study_report.FILES)]
+    print(*study_files.accuracies(shown, FILES), sep="\n")
+
+
+def speed(seconds: float) -> None:
+    """Time the files of seed 0 that `files` exported, the dense one in fp32 first."""
+    import study_files
+
+    found = {}
+    for method, sparsity, pattern, key in study_report.FILES:
+        for training in trainings():
+            path = training.folder / "export" / f"model.{key}.onnx"
+            if training.seed == 0 and _is(training, method, sparsity, pattern) and path.is_file():
+                found[study_report.file_label(method, sparsity, pattern, key)] = path
+    print(study_files.speed(found, FILES, seconds))
+
+
+def _is(training: Training, method: str, sparsity: float, pattern: str) -> bool:
+    """Whether a training is of this network, with the study's c."""
+    setting = training.setting
+    others = dict(setting.others)
+    wanted = (method, sparsity, pattern, C)
+    return (
+        setting.method,
+        setting.sparsity or 0.0,
+        others.get("method.pattern", "unstructured"),
+        others.get("method.c", C),
+    ) == wanted
+
+
+def report(kept: Path = ROWS, exported: Path = FILES, document: Path = DOCUMENT) -> list[Path]:
+    """Rebuild the tables in a document, between the lines that name them, and the figures in the folder of the rows.
+
+    Returns:
+        The files that were written.
+    """
+    from study_figures import FIGURES  # needs matplotlib, which training does not
+
+    results = study_report.Results(kept, exported, float(C))
+    blocks = {name: block(results) for name, block in study_report.BLOCKS.items()}
+    written = []
+    for name, (draw, alt) in FIGURES.items():
+        path = kept.with_name(f"{kept.name}_{name}.svg")
+        if (drawn := draw(results)) is not None:
+            write_text(path, drawn)
+            written.append(path)
+        link = f"![{alt}]({path.relative_to(document.parent)})"
+        blocks[f"study: figure {name}"] = link if drawn else "There are too few rows for a figure yet."
+    text = document.read_text(encoding="utf-8")
+    for name, block in blocks.items():
+        text = markdown.with_block(text, name, block, where=str(document))
+    write_text(document, text)
+    return [document, *written]
 
 
 def main() -> None:
@@ -80,8 +153,19 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="train what has no row yet")
     running.add_argument("--jobs", type=int, default=2, help="trainings at once, one thread each")
+    commands.add_parser("report", help="rebuild tables and figures from the rows")
+    commands.add_parser("files", help="export the networks that were trained here, and test the files")
+    timing = commands.add_parser("speed", help="time the files of seed 0 on an idle machine")
+    timing.add_argument("--seconds", type=float, default=6.0, help="measuring time for each file")
     options = parser.parse_args()
-    run(options.jobs)
+    if options.command == "run":
+        sys.exit(1 if run(options.jobs) else 0)
+    elif options.command == "files":
+        files()
+    elif options.command == "speed":
+        speed(options.seconds)
+    else:
+        print(*report(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,221 @@
+"""The figures of examples/RESULTS.md about the study: standalone SVG, dark on white, told apart by shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from study_report import METHODS, REFERENCE, SPARSITIES, Results, Run, bonus, files, layer_gradients, mean, sweep
+
+from sparsepipe.reporting.comparison import MARKERS, NARROW, STYLES
+from sparsepipe.reporting.svg import DENSE, INK, SPARSE, STYLE, new_figure, standalone, to_svg
+
+PAIRED_SPARSITY = 0.98
+
+
+def accuracy(results: Results) -> str | None:
+    """Test accuracy against sparsity."""
+    found = {method: {s: runs for s in SPARSITIES if (runs := results.by_seed(method, s))} for method in METHODS}
+    if not any(found.values()):
+        return None
+
+    def draw(axes: Axes) -> None:
+        for number, (method, by_sparsity) in enumerate(found.items()):
+            estimates = [mean(runs, "test_accuracy") for runs in by_sparsity.values()]
+            # Side by side, so that intervals can be told apart.
+            shift = 0.0012 * (number - (len(found) - 1) / 2)
+            _points(axes, [s + shift for s in by_sparsity], [e for e in estimates if e], method, number, STYLES)
+        if dense := mean(results.by_seed("dense"), "test_accuracy"):
+            axes.axhline(dense["value"], color=DENSE, linewidth=1.6, linestyle=(0, (1, 1)), label="dense")
+        axes.xaxis.set_major_formatter(_per_cent(0))
+        axes.set_xticks(SPARSITIES)
+        axes.set_xlabel("sparsity")
+        axes.set_ylabel("test accuracy")
+
+    return _drawn(draw, "accuracy")
+
+
+def exploration(results: Results) -> str | None:
+    """Test accuracy of each run against the exploration rate that it reached."""
+    groups = {
+        (method, sparsity): runs
+        for sparsity in SPARSITIES
+        for method in METHODS
+        if method != "gmp" and (runs := results.by_seed(method, sparsity))
+    }
+    if not groups:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for method, sparsity in groups:
+            runs = groups[method, sparsity].values()
+            number = METHODS.index(method)
+            axes.plot(
+                [run.metrics["exploration_rate"] for run in runs],
+                [run.metrics["test_accuracy"] for run in runs],
+                linestyle="none",
+                marker=MARKERS[number],
+                markersize=6 + 2 * SPARSITIES.index(sparsity),
+                markerfacecolor="none",
+                markeredgewidth=1.3,
+                color=SPARSE if method == REFERENCE else INK,
+                label=f"{method}, {100 * sparsity:g}{NARROW}%",
+            )
+        axes.set_xlabel("exploration rate: share of the weights that were active at any time")
+        axes.set_ylabel("test accuracy")
+
+    return _drawn(draw, "exploration")
+
+
+def paired(results: Results) -> str | None:
+    """Differences of DST-EE and the others at one sparsity, seed by seed."""
+    own = results.by_seed(REFERENCE, PAIRED_SPARSITY)
+    others = {
+        method: runs
+        for method in METHODS[1:]
+        if (runs := results.by_seed(method, PAIRED_SPARSITY)) and own.keys() & runs
+    }
+    if not others:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for place, runs in enumerate(others.values()):
+            seeds = sorted(own.keys() & runs)
+            values = [own[s].metrics["test_accuracy"] - runs[s].metrics["test_accuracy"] for s in seeds]
+            spread = [place + 0.05 * (index - (len(seeds) - 1) / 2) for index in range(len(seeds))]
+            axes.plot(values, spread, linestyle="none", marker="o", markerfacecolor="none", color=INK, markersize=6)
+            if minus := results.minus(runs, PAIRED_SPARSITY):
+                half = (minus["high"] or minus["value"]) - minus["value"]
+                axes.errorbar(
+                    minus["value"], place + 0.33, xerr=half, marker="D", color=SPARSE, capsize=4, markersize=7
+                )
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.set_yticks(range(len(others)), [f"minus {method}" for method in others])
+        axes.set_ylim(-0.5, len(others) - 0.3)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+.1f}"))
+        axes.set_xlabel(f"test accuracy of {REFERENCE} minus the other's, points; circles: seeds, diamond: mean, 95%")
+
+    return _drawn(draw, "paired")
+
+
+def by_c(results: Results) -> str | None:
+    """Validation accuracy and exploration rate against c, and where the bonus meets the gradients."""
+    found = sweep(results)
+    if len(found) < 2:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, top = new_figure(720, 460)
+        figure.delaxes(top)
+        above, below = figure.subplots(2, 1, sharex=True)
+        x = [run.c or 0.0 for run in found]
+        for axes, key, label, number in (
+            (above, "validation_accuracy", "validation accuracy", 0),
+            (below, "exploration_rate", "exploration rate", 1),
+        ):
+            axes.plot(x, [run.metrics[key] for run in found], color=SPARSE, marker=MARKERS[number], linewidth=1.4)
+            axes.set_ylabel(label)
+            low, high = _meeting(found)
+            axes.axvspan(low, high, facecolor="none", edgecolor=INK, hatch="//", alpha=0.35, linewidth=0)
+            axes.set_xscale("log")
+            axes.set_xticks(x, [f"{c:.0e}".replace("e-0", "e-") for c in x])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.tick_params(length=3)
+        above.yaxis.set_major_formatter(_per_cent(1))
+        below.set_xlabel(
+            "c; hatched: bonus of a never-active weight = mean abs gradient, from the least layer to the largest"
+        )
+        return _svg(figure, "c")
+
+
+def latency(results: Results) -> str | None:
+    """Accuracy in onnxruntime against latency, file by file."""
+    found = [each for each in files(results) if each.timed and each.timed["latency_ms"]["p50"]]
+    if not found:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for number, each in enumerate(found):
+            assert each.timed is not None
+            p50, dense = each.timed["latency_ms"]["p50"], each.label.startswith("dense")
+            x, y = p50["value"], each.accuracy["value"]
+            axes.errorbar(
+                x,
+                y,
+                xerr=[[x - (p50["low"] or x)], [(p50["high"] or x) - x]],
+                yerr=(each.accuracy["high"] or y) - y,
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=8,
+                markerfacecolor="none" if each.label.endswith("int8") else None,
+                color=DENSE if dense else SPARSE,
+                linestyle="none",
+                capsize=3,
+                label=each.label,
+            )
+        axes.set_xlim(left=0)
+        axes.set_xlabel("median latency of one image, ms, 1 thread (left is faster); hollow: int8")
+        axes.set_ylabel("test accuracy in onnxruntime")
+
+    return _drawn(draw, "latency")
+
+
+def _meeting(found: Sequence[Run]) -> tuple[float, float]:
+    """The c at which the bonus equals the mean gradient of the layer with the least, and with the largest."""
+    run = found[0]
+    assert run.c is not None
+    scales = [value * run.c / bonus(run, 0) for each in found for value in layer_gradients(each).values()]
+    return min(scales), max(scales)
+
+
+def _points(
+    axes: Axes,
+    x: Sequence[float],
+    estimates: Sequence[Mapping[str, Any]],
+    label: str,
+    number: int,
+    styles: Sequence[Any],
+) -> None:
+    axes.errorbar(
+        x,
+        [each["value"] for each in estimates],
+        yerr=[(each["high"] or each["value"]) - each["value"] for each in estimates],
+        label=label,
+        color=SPARSE if label == REFERENCE else INK,
+        marker=MARKERS[number],
+        markersize=6,
+        linestyle=styles[number % len(styles)],
+        linewidth=1.4,
+        capsize=3,
+    )
+
+
+def _per_cent(digits: int) -> FuncFormatter:
+    return FuncFormatter(lambda value, _: f"{100 * value:.{digits}f}{NARROW}%")
+
+
+def _drawn(draw: Callable[[Axes], None], name: str) -> str:
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(720, 400)
+        draw(axes)
+        if name != "paired":
+            axes.yaxis.set_major_formatter(_per_cent(1))
+            axes.yaxis.set_major_locator(MaxNLocator(8))
+            figure.legend(loc="outside upper left", ncols=4, handlelength=3.2)
+        return _svg(figure, name)
+
+
+def _svg(figure: Figure, name: str) -> str:
+    return standalone(to_svg(figure, name, FIGURES[name][1]))
+
+
+FIGURES: dict[str, tuple[Callable[[Results], str | None], str]] = {
+    "accuracy": (accuracy, "Test accuracy of each method against sparsity"),
+    "exploration": (exploration, "Test accuracy of each run against its exploration rate"),
+    "paired": (paired, f"DST-EE minus other methods at {100 * PAIRED_SPARSITY:g}%, seed by seed"),
+    "c": (by_c, "Validation accuracy and exploration rate of DST-EE against c"),
+    "latency": (latency, "Test accuracy of each file against its latency"),
+}
+"""Each by the end of its file's name, with what it shows; they give None before there are rows to draw."""

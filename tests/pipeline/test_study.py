@@ -1,0 +1,220 @@
+"""The study in examples/: its tables say what its rows say, and its grid goes on from rows alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from scipy import stats
+
+pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
+
+from sparsepipe import jobs
+from sparsepipe.cli.main import sparsepipe
+from sparsepipe.comparison import Grid
+from sparsepipe.jobs import Done
+
+ROOT = Path(__file__).parents[2]
+
+RECIPE = """
+name = "tiny"
+model = {name = "resnet8", width = 8, stem_stride = 2}
+data = "digits"
+method = {name = "dst-ee", sparsity = 0.95, update_every = 2, drop_fraction = 0.3, stop_at = 0.75}
+[train]
+epochs = 2
+batch_size = 64
+threads = 1
+"""
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, run from the root of the repository."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "examples/study"))
+    import study
+
+    return study
+
+
+@pytest.fixture
+def tiny(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script with a small grid on embedded data."""
+    pytest.importorskip("sklearn")
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    shutil.copy(study.DOCUMENT, tmp_path / "RESULTS.md")
+    monkeypatch.setattr(study, "RECIPE", tmp_path / "tiny.toml")
+    monkeypatch.setattr(study, "ROWS", tmp_path / "rows")
+    monkeypatch.setattr(study, "FILES", tmp_path / "files")
+    monkeypatch.setattr(study, "OUT", tmp_path / "runs")
+    monkeypatch.setattr(study, "C", "1e6")
+    monkeypatch.setattr(study.study_report, "INPUT_SHAPE", (1, 8, 8))
+    grids = (
+        Grid(("dst-ee",), (0.95,), (0,), {"method.c": ("1e-3",)}),
+        Grid(("dst-ee", "rigl"), (0.95,), (0, 1), {"method.c": ("1e6",)}),
+        Grid(("dense",), (), (0,), {}),
+    )
+    monkeypatch.setattr(study, "PARTS", grids)
+    return study
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Trainings run in this process; the list has the arguments of each."""
+    made: list[list[str]] = []
+
+    def in_this_process(commands: Sequence[Sequence[str]], at_once: int) -> Iterator[Done]:
+        for index, arguments in enumerate(commands):
+            made.append(list(arguments))
+            done = CliRunner().invoke(sparsepipe, list(arguments))
+            assert done.exit_code == 0, done.output
+            yield Done(index, 0, "")
+
+    monkeypatch.setitem(jobs.BACKENDS, "local", in_this_process)
+    return made
+
+
+def table(document: str, name: str) -> list[dict[str, str]]:
+    """The rows of the table that stands at a place of a document."""
+    block = document.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")
+    ]
+    return [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(found) for found in re.findall(r"[+-]?\d+\.?\d*", cell.replace("−", "-"))]
+
+
+def by_setting(folder: Path) -> dict[tuple[str, float, str, str], dict[int, dict[str, Any]]]:
+    """Method, sparsity, c and pattern -> seed -> row, read without the code of the study."""
+    found: dict[tuple[str, float, str, str], dict[int, dict[str, Any]]] = {}
+    for path in folder.glob("*.json"):
+        row = json.loads(path.read_text())
+        method = row["config"]["method"]
+        dense = method["name"] == "dense"
+        key = (
+            method["name"],
+            0.0 if dense else method["sparsity"],
+            str(method.get("c", "")),
+            method.get("pattern", "unstructured"),
+        )
+        found.setdefault(key, {})[row["config"]["seed"]] = row
+    return found
+
+
+def check_methods(document: str, rows: Path, c: str) -> int:
+    """Every figure of the table of methods against numpy and scipy; returns how many lines it has."""
+    found = by_setting(rows)
+    lines = table(document, "study: methods")
+    for line in lines:
+        sparsity = numbers(line["sparsity"])[0] / 100 if line["method"] != "dense" else 0.0
+        own = found[line["method"], sparsity, str(float(c)) if line["method"] == "dst-ee" else "", "unstructured"]
+        accuracy = np.array([row["metrics"]["test_accuracy"] for row in own.values()])
+        assert int(line["seeds"]) == len(own)
+        assert numbers(line["test accuracy"])[0] == pytest.approx(100 * accuracy.mean(), abs=0.0051)
+        if len(own) > 1:
+            low, high = stats.ttest_1samp(accuracy, 0).confidence_interval(0.95)
+            assert numbers(line["test accuracy"])[1] == pytest.approx(50 * (high - low), abs=0.0051)
+        if line["DST-EE minus it"] == "–":
+            continue
+        reference = found["dst-ee", sparsity, str(float(c)), "unstructured"]
+        seeds = sorted(own.keys() & reference.keys())
+        first, second = (
+            np.array([runs[seed]["metrics"]["test_accuracy"] for seed in seeds]) for runs in (reference, own)
+        )
+        shown = numbers(line["DST-EE minus it"])
+        assert shown[0] == pytest.approx(100 * (first - second).mean(), abs=0.0051)
+        assert shown[-1] == len(seeds)
+        if len(seeds) > 1:
+            low, high = stats.ttest_rel(first, second).confidence_interval(0.95)
+            assert shown[1] == pytest.approx(50 * (high - low), abs=0.0051)
+    return len(lines)
+
+
+def test_the_tables_of_the_results_are_what_the_rows_give(study: ModuleType, tmp_path: Path) -> None:
+    document = tmp_path / "RESULTS.md"
+    shutil.copy(study.DOCUMENT, document)
+    shutil.copytree(study.ROWS, tmp_path / "results/study")
+    study.report(tmp_path / "results/study", study.FILES, document)
+    committed = study.DOCUMENT.read_text()
+    assert document.read_text() == committed
+    assert check_methods(committed, study.ROWS, study.C) >= 1
+    drawn = {path.name for path in (tmp_path / "results").glob("*.svg")}
+    assert {path.name for path in study.ROWS.parent.glob(f"{study.ROWS.name}_*.svg")} == drawn
+    for name in re.findall(r"\((results/[^)]*\.svg)\)", committed):
+        assert (study.DOCUMENT.parent / name).is_file(), name
+
+
+def test_every_row_is_of_a_training_that_the_study_lists(study: ModuleType) -> None:
+    listed = {training.folder.name: training for training in study.trainings()}
+    for path in study.ROWS.glob("*.json"):
+        assert path.stem in listed, f"no part of the study has {path.stem}"
+        row = listed[path.stem].finished(study.RECIPE, study.ROWS)  # raises where the row is of another recipe
+        assert row["commit"]
+        assert row["machine"]["cpu"]
+        assert row["metrics"]["cpu_seconds"] > 0
+
+
+def test_a_grid_goes_on_from_rows_alone(tiny: ModuleType, tmp_path: Path, calls: list[list[str]]) -> None:
+    tiny.run(1)
+    assert len(calls) == 6
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "rows/rigl_0.95_s1.json").unlink()
+    tiny.run(1)
+    assert len(calls) == 7
+    assert "method.name=rigl" in calls[-1]
+    assert "seed=1" in calls[-1]
+    document = tmp_path / "RESULTS.md"
+    written = tiny.report(tmp_path / "rows", tmp_path / "files", document)
+    assert check_methods(document.read_text(), tmp_path / "rows", "1e6") == 3
+    assert {path.name for path in written} == {
+        "RESULTS.md",
+        "rows_accuracy.svg",
+        "rows_exploration.svg",
+        "rows_c.svg",
+    }
+    before = document.read_bytes()
+    tiny.report(tmp_path / "rows", tmp_path / "files", document)
+    assert document.read_bytes() == before
+    # A bonus far above all gradients grows what was never active first, which is what reaches the bound.
+    line = next(each for each in table(document.read_text(), "study: methods") if each["method"] == "dst-ee")
+    rate, bound = numbers(line["exploration rate (bound)"])
+    assert rate == pytest.approx(bound, abs=0.03)
+    assert rate > 2 * 0.05
+    assert [row["c"] for row in table(document.read_text(), "study: c")] == ["1e-3", "1e+06"]
+
+
+@pytest.mark.usefixtures("decided_by_size")
+def test_networks_end_as_files_with_their_accuracy(tiny: ModuleType, tmp_path: Path, calls: list[list[str]]) -> None:
+    tiny.run(1)
+    tiny.files()
+    made = json.loads((tmp_path / "files/dense_s0.json").read_text())
+    row = json.loads((tmp_path / "rows/dense_s0.json").read_text())
+    assert set(made["files"]) == {"dense", "universal", "dense.int8", "universal.int8"}
+    dense = made["files"]["dense"]
+    assert dense["accuracy"]["value"] == pytest.approx(row["metrics"]["test_accuracy"], abs=0.003)
+    assert dense["bytes"] == (tmp_path / "runs/dense_s0/export/model.dense.onnx").stat().st_size
+    sparse = json.loads((tmp_path / "files/dst-ee_0.95_c=1e6_s0.json").read_text())["files"]["universal"]
+    assert sparse["bytes"] < dense["bytes"]
+    tiny.speed(0.1)
+    document = tmp_path / "RESULTS.md"
+    tiny.report(tmp_path / "rows", tmp_path / "files", document)
+    lines = {line["file"]: line for line in table(document.read_text(), "study: files")}
+    assert list(lines) == ["dense fp32", "dense int8", "95% unstructured fp32"]
+    assert numbers(lines["dense fp32"]["test accuracy in onnxruntime"])[0] == pytest.approx(
+        100 * dense["accuracy"]["value"], abs=0.0051
+    )
+    assert all("ms" in line["median latency"] for line in lines.values())
+    assert (tmp_path / "rows_latency.svg").is_file()
