@@ -213,6 +213,22 @@ class DropGrow(SparseFromStart):
         return [torch.tensor([number], device=each.device) for number, each in zip(numbers, dropped, strict=True)]
 
 
+class GrowByGradient(DropGrow):
+    """What grows has the largest |dL/dw|, the dense gradient of the step of the update."""
+
+    def grow_score(self, network: Network, name: str, step: int) -> Tensor:
+        return scores.gradient(network.gradients[name])
+
+
+class GrowAtRandom(DropGrow):
+    """What grows is chosen at random; no dense gradient is needed."""
+
+    grows_by_gradient = False
+
+    def grow_score(self, network: Network, name: str, step: int) -> Tensor:
+        return scores.random(network.weights[name].parameter, network.seed, name, step)
+
+
 def _grown(turnover: Turnover, missing: Tensor) -> Tensor:
     """The free groups of highest score, then, where these are too few, what was just dropped."""
     at_once = torch.minimum(missing, turnover.free.sum(dim=1))

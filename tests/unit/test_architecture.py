@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,6 +65,24 @@ def test_rooms_know_nothing_of_stages_recipes_or_the_command_line(room: str) -> 
 def test_sparsity_imports_no_other_room() -> None:
     for path in files("sparsity"):
         assert imported_rooms(path) <= {"sparsity", "errors"}, path
+
+
+def test_no_method_or_modifier_knows_another_one() -> None:
+    homes = ("sparsepipe.sparsity.methods.", "sparsepipe.sparsity.modifiers.")
+    for path in [*files("sparsity/methods"), *files("sparsity/modifiers")]:
+        if path.stem not in ("combined", "registry"):
+            known = {name for name in imports(path) if name.startswith(homes)}
+            assert all(name.startswith(f"{homes[1]}combined") for name in known), path
+
+
+def test_every_method_names_its_source_in_its_file() -> None:
+    from sparsepipe.sparsity.modifiers.registry import MODIFIERS
+    from sparsepipe.sparsity.registry import METHODS
+
+    for info in [*METHODS.values(), *MODIFIERS.values()]:
+        text = (ROOT / info.home.partition(":")[0].replace(".", "/")).with_suffix(".py").read_text()
+        for source in re.findall(r"\d{4}\.\d{4,5}|10\.\d{4}/[\w.-]+", info.source):
+            assert source in text, (info.name, source)
 
 
 def test_integrations_import_only_sparsity() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsepipe.sparsity.methods.set import SET
+from sparsepipe.sparsity.drop_grow import GrowAtRandom
 
 
-class DSR(SET):
+class DSR(GrowAtRandom):
     """Drop the lowest magnitudes of the whole network, grow at random, most in layers where most survived.
 
     The paper drops below a threshold that it adjusts until about the wanted number falls; here exactly that number

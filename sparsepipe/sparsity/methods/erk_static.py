@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sparsepipe.sparsity.methods.static import Static
+from sparsepipe.sparsity.method import SparseFromStart
 
 
-class ERKStatic(Static):
+class ERKStatic(SparseFromStart):
     """Train inside random masks of ERK densities; good random pruning is a strong baseline (arXiv 2202.02643)."""
 
     name = "erk-static"

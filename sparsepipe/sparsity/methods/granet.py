@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsepipe.sparsity import options
-from sparsepipe.sparsity.methods.rigl import RigL
+from sparsepipe.sparsity.drop_grow import GrowByGradient
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.schedule import cubic
 
 
-class GraNet(RigL):
+class GraNet(GrowByGradient):
     """Start at `initial_sparsity`, prune by magnitude along a cubic schedule, and at each pruning drop and grow, too.
 
     s(t) = s_f + (s_i - s_f)(1 - t/t_p)^3, with s_i the initial and s_f the final sparsity, reached exactly at

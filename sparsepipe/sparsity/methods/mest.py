@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsepipe.errors import RecipeError
 from sparsepipe.sparsity import options, scores
-from sparsepipe.sparsity.methods.set import SET
+from sparsepipe.sparsity.drop_grow import GrowAtRandom
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.schedule import halved
 from sparsepipe.sparsity.selection import top_k
@@ -16,7 +16,7 @@ from sparsepipe.sparsity.selection import top_k
 VARIANTS = ("em", "em&s")
 
 
-class MEST(SET):
+class MEST(GrowAtRandom):
     """Drop the lowest |w| + gradient_weight |dL/dw|, grow at random: no gradient of an inactive weight is needed.
 
     `em` (elastic mutation) keeps the number of weights. `em&s` (and soft memory bound) trains with more than the

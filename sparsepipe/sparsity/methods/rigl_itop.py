@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsepipe.sparsity.methods.rigl import RigL
+from sparsepipe.sparsity.drop_grow import GrowByGradient
 
 
-class RigLITOP(RigL):
+class RigLITOP(GrowByGradient):
     """Grow by |gradient|, seldom, half of the active weights at first and until training ends.
 
     In-time over-parameterization: what counts is how many different weights were active at any time, and that each

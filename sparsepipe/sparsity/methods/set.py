@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from sparsepipe.sparsity import scores
-from sparsepipe.sparsity.drop_grow import DropGrow
-from sparsepipe.sparsity.network import Network
+from sparsepipe.sparsity.drop_grow import GrowAtRandom
 
 
-class SET(DropGrow):
-    """Grow at random; needs no dense gradient."""
+class SET(GrowAtRandom):
+    """Drop the lowest |w|, grow at random; needs no dense gradient.
+
+    The paper drops the smallest positive and the largest negative weights, 0.3 of them after each epoch; the defaults
+    here are those of `DropGrow`.
+    """
 
     name = "set"
-    grows_by_gradient = False
-
-    def grow_score(self, network: Network, name: str, step: int) -> Tensor:
-        return scores.random(network.weights[name].parameter, network.seed, name, step)

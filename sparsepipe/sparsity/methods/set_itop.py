@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsepipe.sparsity.methods.set import SET
+from sparsepipe.sparsity.drop_grow import GrowAtRandom
 
 
-class SETITOP(SET):
+class SETITOP(GrowAtRandom):
     """Grow at random, seldom, half of the active weights at first and until training ends; see `RigLITOP`.
 
     Args:

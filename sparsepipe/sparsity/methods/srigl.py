@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from sparsepipe.sparsity import options
-from sparsepipe.sparsity.methods.rigl import RigL
+from sparsepipe.sparsity.drop_grow import GrowByGradient
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.pattern import ConstantFanIn, Pattern
 from sparsepipe.sparsity.selection import top_k
 from sparsepipe.sparsity.target import Layer
 
 
-class SRigL(RigL):
+class SRigL(GrowByGradient):
     """Every neuron keeps equally many weights, and one that has few worth keeping loses all of them, for good.
 
     In each layer with n active weights in neurons of fan-in k, K = fraction n. Salient are the n - K active weights of

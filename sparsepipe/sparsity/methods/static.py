@@ -1,4 +1,4 @@
-"""Static sparse training: random masks that never change."""
+"""Static sparse training: random masks that never change (a baseline of arXiv 1911.11134)."""
 
 from __future__ import annotations
 
