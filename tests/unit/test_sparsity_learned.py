@@ -16,7 +16,7 @@ from sparsepipe.errors import RecipeError
 from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.methods.autosparse import STR, AutoSparse, AutoSparseTopK, annealed, annealed_relu
 from sparsepipe.sparsity.methods.directional import Directional, StructuredDirectional
-from sparsepipe.sparsity.methods.l0_constrained import L0Constrained, active, gate
+from sparsepipe.sparsity.methods.l0_constrained import L0Constrained, active, gate, mean
 from sparsepipe.sparsity.methods.xrda import XRDA
 from sparsepipe.sparsity.proximal import group_soft_threshold, soft_threshold
 from sparsepipe.sparsity.sparsifier import Sparsifier
@@ -162,20 +162,57 @@ def test_multipliers_climb_by_the_violation_and_restart_where_the_constraint_hol
     assert seen == {True, False}
 
 
+def test_the_mean_of_a_gate_is_that_of_its_draws() -> None:
+    noise = torch.rand(400_000, generator=torch.Generator().manual_seed(0))
+    for log_alpha in (-4.0, -1.6, 0.0, 2.5):
+        drawn = float(gate(torch.tensor(log_alpha), noise).mean())
+        assert float(mean(torch.tensor([log_alpha]))) == pytest.approx(drawn, abs=2e-3)
+
+
+@pytest.mark.parametrize("gates", ["unstructured", "structured"])
+@pytest.mark.parametrize("constraint", ["model", "layer"])
+def test_top_k_meets_the_target_with_the_gates_that_are_open_most_often(constraint: str, gates: str) -> None:
+    model = network()
+    optimizer = sgd(model.parameters())
+    method = L0Constrained(sparsity=0.8, constraint=constraint, gates=gates, gate_lr=0.3, finish="top-k")
+    sparsifier = Sparsifier(model, optimizer, method, total_steps=40)
+    train(model, optimizer, range(40))
+    open_ = {name: value.detach().clone() for name, value in sparsifier._network.variables.items()}
+    median_alone = sum(int((gate(value, None) > 0).sum()) for value in open_.values())
+    masks = sparsifier.freeze()
+    group = {name: masks[name].numel() // value.numel() for name, value in open_.items()}
+    for names in [[name] for name in open_] if constraint == "layer" else [[*open_]]:
+        size = sum(masks[name].numel() for name in names)
+        kept = sum(masks.nnz_of(name) for name in names)
+        assert abs(kept - 0.2 * size) <= (0.5 if gates == "unstructured" else max(group[name] for name in names) / 2)
+        chosen = [masks[name].expand_as(masks[name]) for name in names]
+        lowest = min(float(open_[n].expand_as(m)[m].min()) for n, m in zip(names, chosen, strict=True) if m.any())
+        highest = max(float(open_[n].expand_as(m)[~m].max()) for n, m in zip(names, chosen, strict=True))
+        assert highest <= lowest
+    assert gates == "structured" or masks.nnz != median_alone
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("dual_lr", "gate_lr"), [(0.05, 0.02), (0.05, 0.05), (0.2, 0.05), (0.2, 0.1), (1.0, 0.1)])
+@pytest.mark.parametrize(
+    ("dual_lr", "gate_lr", "finish"),
+    [
+        *((0.05, 0.02, "median"), (0.05, 0.05, "median"), (0.2, 0.05, "median"), (0.2, 0.1, "median")),
+        *((1.0, 0.1, "median"), (0.2, 0.1, "top-k")),
+    ],
+)
 def test_the_expected_density_meets_the_target_for_learning_rates_over_a_range_of_twenty(
-    dual_lr: float, gate_lr: float
+    dual_lr: float, gate_lr: float, finish: str
 ) -> None:
     model, sparsifier = fit(
-        L0Constrained(sparsity=0.8, dual_lr=dual_lr, gate_lr=gate_lr),
+        L0Constrained(sparsity=0.8, dual_lr=dual_lr, gate_lr=gate_lr, finish=finish),
         epochs=60,
         sizes=(64, 128, 10),
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
         cosine=False,
     )
     assert sparsifier.metrics()["expected_density"] == pytest.approx(0.2, abs=0.01)
-    assert sparsifier.freeze().sparsity > 0.8
+    sparsity = sparsifier.freeze().sparsity
+    assert sparsity > 0.8 if finish == "median" else sparsity == pytest.approx(0.8, abs=1e-4)
     assert accuracy(model) > 94.5
 
 

@@ -30,6 +30,15 @@ def active(log_alpha: Tensor) -> Tensor:
     return 1 - torch.sigmoid(TAU * math.log(-GAMMA / ZETA) - log_alpha).clamp(EPS, 1 - EPS)
 
 
+def mean(log_alpha: Tensor, nodes: int = 64) -> Tensor:
+    """E z, the integral of P(z > t) = sigm(log_alpha - tau logit((t - gamma) / (zeta - gamma))) over [0, 1]."""
+    total = torch.zeros_like(log_alpha)
+    for node in range(nodes):
+        level = ((node + 0.5) / nodes - GAMMA) / (ZETA - GAMMA)
+        total += torch.sigmoid(log_alpha - TAU * math.log(level / (1 - level)))
+    return total / nodes
+
+
 class L0Constrained(Emergent):
     """Weights times hard-concrete gates; the expected density of the gates is constrained, not penalised.
 
@@ -38,7 +47,8 @@ class L0Constrained(Emergent):
     Gradient descent on w and log_alpha, gradient ascent lambda <- max(0, lambda + dual_lr (density - target)). Training
     draws the gates; evaluation uses their medians, which `freeze` multiplies into the weights. Expected density comes
     within about 0.01 of the target where the training is long enough for the learning rates; the weights that are left
-    are fewer, as a gate that is seldom open is closed in the median. Both are logged.
+    are fewer, as a gate that is seldom open is closed in the median. Both are logged. `finish = "top-k"` meets the
+    target exactly instead: it keeps the gates that are open most often, with their mean if the median is closed.
 
     Args:
         sparsity: 1 - the expected density of the gated layers.
@@ -53,6 +63,7 @@ class L0Constrained(Emergent):
         kp: of `nupi`.
         nu: share of the old mean in xi, of `nupi`.
         l2: wd.
+        finish: `median`, or `top-k`, which `freeze` alone applies: until then evaluation uses the medians.
         limit: log_alpha stays in [-limit, limit]. The paper's ln 100 = 4.6 allows no density below 0.047.
         **shared: the options of `Emergent`.
 
@@ -75,6 +86,7 @@ class L0Constrained(Emergent):
         kp: float = 10.0,
         nu: float = 0.9,
         l2: float = 0.0,
+        finish: str = "median",
         limit: float = 10.0,
         **shared: Any,
     ) -> None:
@@ -89,6 +101,7 @@ class L0Constrained(Emergent):
         self.kp = options.number("kp", kp)
         self.nu = options.number("nu", nu, high=1, below=True)
         self.l2 = options.number("l2", l2)
+        self.finish = options.choice("finish", finish, ("median", "top-k"))
         self.limit = options.positive("limit", limit)
         lowest = float(active(torch.tensor(-self.limit)))
         if 1 - self.sparsity < lowest:
@@ -145,14 +158,27 @@ class L0Constrained(Emergent):
             log_alpha.clamp_(-self.limit, self.limit)
 
     def effective(self, network: Network, name: str) -> Tensor:
-        return self.transform_weight(network, name, network.weights[name].parameter, 0, False)
+        weight, log_alpha = network.weights[name].parameter, network.variables[name]
+        median = gate(log_alpha, None)
+        if "kept" in network.memory:
+            median = torch.where(median > 0, median, mean(log_alpha)) * network.memory["kept"][name]
+        return weight * median.to(weight.dtype)
+
+    def finalize(self, network: Network) -> None:
+        if self.finish == "top-k":
+            layers = [[name] for name in network.variables] if self.constraint == "layer" else [[*network.variables]]
+            network.memory["kept"] = {
+                name: kept for names in layers for name, kept in self._top(network, names).items()
+            }
+        super().finalize(network)
 
     def metrics(self, network: Network, step: int) -> dict[str, Any]:
         worst = max(float(violation) for violation in self._violations(network).values())
         return {**super().metrics(network, step), "expected_density": worst + 1 - self.sparsity}
 
     def describe(self) -> dict[str, Any]:
-        own = ("sparsity", "constraint", "gates", "drop_init", "gate_lr", "dual_lr", "dual", "kp", "nu", "l2", "limit")
+        rates = ("drop_init", "gate_lr", "dual_lr", "dual", "kp", "nu", "l2")
+        own = ("sparsity", "constraint", "gates", *rates, "finish", "limit")
         return {**super().describe(), **{key: getattr(self, key) for key in own}}
 
     def _gate_shape(self, network: Network, name: str) -> tuple[int, ...]:
@@ -161,6 +187,20 @@ class L0Constrained(Emergent):
             return weight.shape
         kept = 0 if weight.convolution != weight.transposed else 1
         return tuple(size if axis == kept else 1 for axis, size in enumerate(weight.shape))
+
+    def _top(self, network: Network, names: list[str]) -> dict[str, Tensor]:
+        """For each of the layers which gates are open most often, as many as come closest to the target together."""
+        gates = [network.variables[name].detach() for name in names]
+        order = torch.cat([each.flatten() for each in gates]).argsort(descending=True, stable=True)
+        weights = [network.weights[name].parameter.numel() for name in names]
+        sizes = torch.cat(
+            [each.new_full((each.numel(),), size / each.numel()) for each, size in zip(gates, weights, strict=True)]
+        )[order].double()
+        wanted = round((1 - self.sparsity) * sum(weights))
+        kept = torch.empty_like(order, dtype=torch.bool)
+        kept[order] = sizes.cumsum(0) - sizes / 2 < wanted
+        parts = torch.split(kept, [each.numel() for each in gates])
+        return {name: part.reshape(each.shape) for name, part, each in zip(names, parts, gates, strict=True)}
 
     def _constraints(self, network: Network) -> list[str]:
         return list(network.variables) if self.constraint == "layer" else ["model"]
