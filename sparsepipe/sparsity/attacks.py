@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+from sparsepipe.sparsity.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class InputSpace:
 
 
 def pgd(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     inputs: Tensor,
     labels: Tensor,
     *,
@@ -51,12 +53,12 @@ def pgd(
 ) -> Tensor:
     """Inputs within `epsilon` (l-infinity) of these for which the loss is high (arXiv 1706.06083).
 
-    `x <- clip(x + step_size * sign(d CE(model(x), y) / dx))`, clipped to the ball and to the range of inputs. The model
+    `x <- clip(x + step_size * sign(d CE(model(x), y) / dx))`, clipped to the ball and to the range of inputs. A model
     is in evaluation mode meanwhile, so that batch statistics do not move. No parameter's `.grad` is touched. The random
     start draws from torch's global generator of the inputs' device.
 
     Args:
-        model: gives logits [n, classes].
+        model: gives logits [n, classes]. Several are attacked together, by the sum of their losses.
         inputs: [n, ...], floating point.
         labels: [n], int64.
         epsilon: radius, in values of `space`.
@@ -69,25 +71,17 @@ def pgd(
     low, high = space.bounds(inputs)
     radius, stride = epsilon / unit, step_size / unit
     least, most = torch.maximum(inputs - radius, low), torch.minimum(inputs + radius, high)
+    models = [model] if isinstance(model, nn.Module) else list(model)
     found = inputs.detach()
     if random_start:
         found = found + (2 * torch.rand_like(found) - 1) * radius
-    with evaluating(model), torch.enable_grad():
+    with ExitStack() as stack, torch.enable_grad():
+        for each in models:
+            stack.enter_context(evaluating(each))
         for _ in range(steps):
             found = torch.minimum(torch.maximum(found, least), most).detach().requires_grad_()
             # The sum, so that the size of a sample's gradient does not depend on the others.
-            (gradient,) = torch.autograd.grad(cross_entropy(model(found), labels, reduction="sum"), [found])
+            losses = [cross_entropy(each(found), labels, reduction="sum") for each in models]
+            (gradient,) = torch.autograd.grad(torch.stack(losses).sum(), [found])
             found = found.detach() + stride * gradient.sign()
     return torch.minimum(torch.maximum(found, least), most).detach()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; afterwards each module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

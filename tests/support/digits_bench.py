@@ -57,6 +57,7 @@ def fit(
     weight_decay: float = 5e-4,
     after_step: Callable[[nn.Module, Sparsifier], None] = lambda model, sparsifier: None,
     modifiers: Sequence[Modifier] = (),
+    samples: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> tuple[nn.Module, Sparsifier]:
     """Train to the end; the sparsifier is not frozen."""
     model = perceptron(*sizes, seed=seed)
@@ -67,7 +68,9 @@ def fit(
         else torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     )
     steps = len(y) // batch
-    sparsifier = Sparsifier(model, used, method, total_steps=steps * epochs, seed=seed, modifiers=modifiers)
+    sparsifier = Sparsifier(
+        model, used, method, total_steps=steps * epochs, seed=seed, modifiers=modifiers, samples=samples
+    )
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         order = torch.randperm(len(y), generator=generator)
@@ -78,7 +81,8 @@ def fit(
             part = order[index * batch : (index + 1) * batch]
             used.zero_grad()
             inputs, labels = sparsifier.transform_batch(x[part], y[part])
-            cross_entropy(model.train()(inputs), labels).backward()
+            loss = cross_entropy(model.train()(inputs), labels)
+            (loss + sparsifier.batch_loss(inputs)).backward()
             used.step()
             after_step(model, sparsifier)
     return model, sparsifier

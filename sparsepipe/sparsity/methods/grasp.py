@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsepipe.sparsity import options, scores
 from sparsepipe.sparsity.before import BeforeTraining
+from sparsepipe.sparsity.curvature import hessian_times
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.samples import Samples
 
@@ -39,15 +39,9 @@ class GraSP(BeforeTraining):
     def masks_of(self, network: Network, samples: Samples) -> dict[str, Tensor]:
         tensors = network.tensors
         flow = self.gradients(network, samples, self.temperature)
-        products = {name: torch.zeros_like(weight) for name, weight in tensors.items()}
-        for loss in samples.losses(self.temperature):
-            found = torch.autograd.grad(loss, list(tensors.values()), create_graph=True, allow_unused=True)
-            pairs = [(flow[name], each) for name, each in zip(tensors, found, strict=True) if each is not None]
-            along = torch.stack([(known * each).sum() for known, each in pairs]).sum()
-            second = torch.autograd.grad(along, list(tensors.values()), allow_unused=True)
-            for name, each in zip(tensors, second, strict=True):
-                if each is not None:
-                    products[name] += each
+        losses = samples.losses(self.temperature)
+        found = hessian_times(losses, list(tensors.values()), [flow[name] for name in tensors])
+        products = dict(zip(tensors, found, strict=True))
         samples.average(list(products.values()))
         return self.chosen(
             network,
