@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparsepipe.sparsity.curvature import hessian_times, joined, lanczos, separated
 from sparsepipe.sparsity.method import SparseFromStart
 from sparsepipe.sparsity.sparsifier import Sparsifier
 from sparsepipe.training.batches import Batch, TrainingBatches
@@ -22,6 +23,10 @@ STATIONARY = 1e-3
 """A gradient whose norm is this share of the first one's counts as zero."""
 PLATEAU = 0.01
 """A loss that falls by less than this share in the second half of the steps has stopped falling."""
+SADDLE = 0.1
+"""A Hessian whose least eigenvalue is below minus this share of its largest one is that of a saddle, not a minimum."""
+PRODUCTS = 20
+"""With the Hessian, to find its extreme eigenvalues."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Fit:
         loss: mean cross-entropy over the sample.
         gradient_norm: of that loss by the weights that are not masked, relative to its norm before training.
         plateau: whether the loss did not fall any more in the second half of the steps.
+        negative_curvature: minus the least eigenvalue of the Hessian of that loss, by the weights that are not masked,
+            relative to the largest one; looked at only where training failed and seems to have converged, 0 elsewhere.
         steps: optimizer steps taken.
         nonzero: parameters that are not masked, biases and normalisation included.
     """
@@ -43,6 +50,7 @@ class Fit:
     loss: float
     gradient_norm: float
     plateau: bool
+    negative_curvature: float
     steps: int
     nonzero: int
 
@@ -53,8 +61,8 @@ class Fit:
 
     @property
     def converged(self) -> bool:
-        """Whether longer training promises nothing: the gradient is gone, or the loss has stopped falling."""
-        return self.gradient_norm < STATIONARY or self.plateau
+        """Whether longer training promises nothing: the gradient is gone or the loss stopped falling, at no saddle."""
+        return (self.gradient_norm < STATIONARY or self.plateau) and self.negative_curvature < SADDLE
 
 
 def fit(
@@ -69,7 +77,7 @@ def fit(
     rate: Rate,
     label_smoothing: float = 0.0,
 ) -> Fit:
-    """Train for `steps`, or until all of `sample` is classified as labelled, or the gradient has vanished.
+    """Train for `steps`, or until all of `sample` is classified as labelled, or the gradient has vanished in a minimum.
 
     A fit before the last step counts where the network has its target sparsity by then: a network that is still denser
     has more parameters than it will be left with.
@@ -101,7 +109,7 @@ def fit(
             optimizer.zero_grad()
             changed, targets = sparsifier.transform_batch(inputs, labels)
             loss = functional.cross_entropy(model(changed), targets, label_smoothing=label_smoothing)
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss + sparsifier.batch_loss(changed)).backward()
             optimizer.step()
             step += 1
             if step % every == 0 and step < steps:
@@ -111,7 +119,9 @@ def fit(
                 sparse = settled or (masked_from_start and _on_target(sparsifier))
                 vanished = settled and seen.norm < STATIONARY * first.norm
                 if sparse and (seen.correct == seen.samples or vanished):
-                    return _fit(model, sparsifier, seen, first.norm, losses, step, steps)
+                    ended = _fit(model, sparsifier, sample, seen, first.norm, losses, step, steps)
+                    if ended.complete or ended.converged:
+                        return ended
                 model.train()
             if step == steps:
                 break
@@ -120,7 +130,7 @@ def fit(
     sparsifier.freeze()
     seen = _look(model, sparsifier, sample, gradient=True)
     losses.append((step, seen.loss))
-    return _fit(model, sparsifier, seen, first.norm, losses, step, steps)
+    return _fit(model, sparsifier, sample, seen, first.norm, losses, step, steps)
 
 
 @dataclass(frozen=True)
@@ -166,6 +176,26 @@ def _norm(model: nn.Module, sparsifier: Sparsifier) -> float:
     return math.sqrt(squares)
 
 
+def _negative_curvature(model: nn.Module, sparsifier: Sparsifier, sample: Iterable[Batch]) -> float:
+    """Minus the least eigenvalue of the Hessian over the whole sample, relative to the largest; 0 if there is none."""
+    model.eval()
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parameters = [parameter for _, parameter in named]
+    free = joined(
+        sparsifier.masks[name].double() if name in sparsifier.masks else torch.ones_like(parameter)
+        for name, parameter in named
+    )
+
+    def product(vector: Tensor) -> Tensor:
+        losses = (functional.cross_entropy(model(inputs), labels, reduction="sum") for inputs, labels in sample)
+        return free * joined(hessian_times(losses, parameters, separated(free * vector, parameters)))
+
+    start = torch.rand(len(free), generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
+    values, _ = lanczos(product, free * start.to(free.device), PRODUCTS)
+    largest = float(values.abs().max())
+    return max(0.0, -float(values[0]) / largest) if largest else 0.0
+
+
 def _on_target(sparsifier: Sparsifier) -> bool:
     assert isinstance(sparsifier.method, SparseFromStart)
     # Exact counts round to whole weights or groups, layer by layer.
@@ -175,6 +205,7 @@ def _on_target(sparsifier: Sparsifier) -> bool:
 def _fit(
     model: nn.Module,
     sparsifier: Sparsifier,
+    sample: Iterable[Batch],
     seen: _Look,
     first_norm: float,
     losses: list[tuple[int, float]],
@@ -185,12 +216,16 @@ def _fit(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     early = [loss for at, loss in losses if at <= steps / 2]
     late = [loss for at, loss in losses if at > steps / 2]
+    gradient_norm = seen.norm / first_norm if first_norm else 0.0
+    plateau = bool(early and late) and min(late) > (1 - PLATEAU) * min(early)
+    failed = seen.correct < seen.samples and (gradient_norm < STATIONARY or plateau)
     return Fit(
         correct=seen.correct,
         samples=seen.samples,
         loss=seen.loss,
-        gradient_norm=seen.norm / first_norm if first_norm else 0.0,
-        plateau=bool(early and late) and min(late) > (1 - PLATEAU) * min(early),
+        gradient_norm=gradient_norm,
+        plateau=plateau,
+        negative_curvature=_negative_curvature(model, sparsifier, sample) if failed else 0.0,
         steps=step,
         nonzero=parameters - (masks.size - masks.nnz),
     )

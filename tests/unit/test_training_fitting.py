@@ -70,8 +70,22 @@ def test_contradicting_labels_converge_to_the_loss_of_chance_without_being_fit()
     assert ended.correct == 30
     assert ended.converged
     assert ended.gradient_norm < 1e-3
+    assert ended.negative_curvature < 1e-6  # logistic regression is convex
     assert ended.steps < 2000  # a vanished gradient ends it
     assert ended.loss == pytest.approx(np.log(2), abs=1e-4)
+
+
+def test_a_saddle_is_no_failure_of_the_network_though_its_gradient_is_gone() -> None:
+    """Both layers at zero: no gradient at all, and curvature of both signs, equal in size."""
+    inputs, labels = gaussian(30, 5)
+    model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.Linear(4, 2, bias=False))
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    ended, _ = train(model, inputs, labels, 30)
+    assert ended.gradient_norm == 0
+    assert ended.loss == pytest.approx(np.log(2), abs=1e-6)
+    assert ended.negative_curvature == pytest.approx(1, abs=1e-3)
+    assert not ended.converged
 
 
 def test_too_few_steps_are_no_failure_of_the_network() -> None:
