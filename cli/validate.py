@@ -150,6 +150,8 @@ def _show(results: list[dict[str, Any]]) -> None:
 def _show_attacks(attacks: list[dict[str, Any]]) -> None:
     network = attacks[0]["network"]
     rows = [["PyTorch", "white-box", network]]
+    if joint := attacks[0]["joint"]:
+        rows.append(["PyTorch", f"on {attacks[0]['branches']} branches together", joint])
     rows += [[file["file"], "transferred", file["accuracy"]] for attack in attacks for file in attack["files"]]
     first = attacks[0]
     common.print_table(

@@ -24,7 +24,7 @@ from sparsepipe.models import registry as models
 from sparsepipe.progress import bar
 from sparsepipe.sparsity import registry as methods
 from sparsepipe.sparsity.modifiers import registry as modifiers
-from sparsepipe.stages.assembly import EVALUATION_BATCH, check_fit, rate_of, sparsifier_of
+from sparsepipe.stages.assembly import EVALUATION_BATCH, check_fit, modifiers_of, rate_of, sparsifier_of, steps_of
 from sparsepipe.stages.attack import input_space
 from sparsepipe.stages.train import TrainConfig, network_source
 from sparsepipe.training import device, optimizers
@@ -183,14 +183,14 @@ def train(config: TrainConfig, samples: NestedSamples, count: int, steps: int) -
             source, normalise, Augmentation(), batch_size=config.train.batch_size, seed=config.seed
         )
         method = methods.create(config.method.name, config.method.options)
-        total = max(1, round(steps * method.epochs_multiplier))
+        modified = modifiers_of(config, input_space(samples.preprocessing, samples.dataset.input_shape))
+        total = steps_of(method, modified, steps)
         warmup = min(total - 1, round(config.schedule.warmup / config.train.epochs * total))
         scored = list(itertools.islice(training.epoch(0), method.samples_needed))
-        space = input_space(samples.preprocessing, samples.dataset.input_shape)
         ended = fit(
             model,
             optimizer,
-            sparsifier_of(config, model, optimizer, method, total, scored, space),
+            sparsifier_of(config, model, optimizer, method, total, scored, modified),
             training,
             EvaluationBatches(source, normalise, batch_size=EVALUATION_BATCH),
             steps=total,

@@ -18,8 +18,8 @@ from sparsepipe.sparsity.target import Layer, Target
 class Method:
     """A method of sparse training. It holds options only; what changes is in the `Network` that each hook is given.
 
-    `Sparsifier` calls the hooks without gradient tracking, but for `extra_loss`. Steps count from 1. Every hook but
-    `transform_batch`, `on_epoch_end` and `epochs_multiplier` works in any loop; these three need one that asks.
+    `Sparsifier` calls the hooks without gradient tracking, but for the two losses. Steps count from 1. Every hook but
+    `transform_batch`, `batch_loss`, `on_epoch_end` and `epochs_multiplier` works in any loop; these need one that asks.
 
     Within a step the order is: forward passes with `transform_weight`; at the optimizer's step the chain rule through
     it and the gradient of `extra_loss`; gradients kept for `needs_gradients` and `owned`; the optimizer; the optimizer
@@ -29,12 +29,15 @@ class Method:
     name: ClassVar[str]
     """As in the registry."""
 
+    local_memory: ClassVar[tuple[str, ...]] = ()
+    """Kinds of `network.memory` that are not the same on all processes of a distributed training."""
+
     epochs_multiplier: float = 1.0
     """How many times longer than the recipe says to train."""
 
     @property
     def samples_needed(self) -> int:
-        """Training batches that `attach` finds in `network.samples`."""
+        """Training batches that `attach` and `finalize` find in `network.samples`."""
         return 0
 
     @property
@@ -47,6 +50,10 @@ class Method:
 
     def needs_gradients(self, network: Network, step: int) -> bool:
         """Whether `network.gradients` must hold the dense gradients of `step` in `after_step`."""
+        return False
+
+    def needs_local_gradients(self, network: Network) -> bool:
+        """Whether `network.local_gradients` must hold what this process alone found; asked once, after `attach`."""
         return False
 
     def transforms(self, network: Network) -> Collection[str]:
@@ -81,6 +88,21 @@ class Method:
     ) -> tuple[Tensor, Tensor]:
         """The batch of `step` to train on in the place of this one; for loops that ask `Sparsifier.transform_batch`."""
         return inputs, labels
+
+    def observed(self, network: Network) -> Collection[str]:
+        """Names of the modules whose outputs `batch_loss` is given; asked once, after `attach`."""
+        return ()
+
+    def batch_loss(self, network: Network, inputs: Tensor, outputs: Mapping[str, Tensor], step: int) -> Tensor | None:
+        """A loss of a batch that joins that of the loop; for loops that ask `Sparsifier.batch_loss`.
+
+        Args:
+            network: what is trained.
+            inputs: of the forward pass that was just made.
+            outputs: of the `observed` modules in that pass.
+            step: the step to come.
+        """
+        return None
 
     def after_step(self, network: Network, step: int) -> None:
         """Called after optimizer step `step`, with inactive weights at zero."""

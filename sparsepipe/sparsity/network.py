@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
+from sparsepipe.errors import ModelError
 from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.masks import MaskSet
 from sparsepipe.sparsity.optimizer import states
-from sparsepipe.sparsity.samples import Samples
+from sparsepipe.sparsity.samples import Loss, Samples
 from sparsepipe.sparsity.target import Layer
 from sparsepipe.sparsity.weights import Weight
 
@@ -33,16 +36,28 @@ class Network:
     weights: dict[str, Weight]
     optimizer: Optimizer
     total_steps: int
+    """Of one stage: of the whole training, unless a modifier repeats it."""
     seed: int
+    stage: int = 0
+    """Trainings of the method that are over."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Weights that no method may mask, and why."""
     masks: MaskSet = field(init=False)
     base_lrs: list[float] = field(init=False)
     """Of the optimizer's groups, before any schedule."""
+    loss: Loss = cross_entropy
+    """Of outputs and labels, for what computes one itself."""
     samples: Samples | None = None
     """Training batches and their loss, where the method asked for them."""
     layers: dict[str, Layer] = field(default_factory=dict)
     """The method's plan for each weight."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """Dense gradients of the current step, where the method asked for them."""
+    local_gradients: dict[str, Tensor] = field(default_factory=dict)
+    """Dense gradients of this process's own batches since the last step, where the method asked for them; multiplied
+    with the scale of the loss, if there is one."""
+    processes: int = 1
+    """That train this network together."""
     averages: dict[str, Tensor] = field(default_factory=dict)
     """Running averages of dense gradients, for methods that keep them; saved and restored with the rest."""
     memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -57,6 +72,7 @@ class Network:
     """The same weights in other models, as averages of this one, which are kept as sparse."""
     history: MaskHistory | None = None
     """What happened to the masks, where somebody wants to know."""
+    _revived: dict[str, tuple[dict[str, Tensor], nn.Module]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.masks = MaskSet.dense(self.tensors)
@@ -95,9 +111,53 @@ class Network:
         self.masks.change(self.weights[name].parameter, name, mask)
         self._zero(name, weight=changed, state=changed)
 
+    def leave_out(self, names: Collection[str], reason: str) -> None:
+        """Keep weights from the method, before it is attached.
+
+        Raises:
+            ModelError: none is left.
+        """
+        self.left_out |= {name: reason for name in self.weights if name in names}
+        self.weights = {name: weight for name, weight in self.weights.items() if name not in names}
+        if not self.weights:
+            raise ModelError(f"There is no weight to mask but {', '.join(map(repr, self.left_out))}: {reason}.")
+        self.masks = MaskSet.dense(self.tensors)
+
+    def restart(self, kept: tuple[str, ...]) -> None:
+        """Be as before any method was attached: no masks, a fresh optimizer, nothing remembered.
+
+        Args:
+            kept: how the kinds of `memory` begin that stay.
+        """
+        for name in list(self.masks.counters):
+            self.masks.make_dense(self.weights[name].parameter, name)
+        self.masks.rounds = 0
+        self.masks.reasons.clear()
+        for table in (self.layers, self.gradients, self.averages, self.variables):
+            table.clear()
+        self.memory = {kind: tensors for kind, tensors in self.memory.items() if kind.startswith(kept)}
+        self.own_optimizer = None
+        self.reset_optimizer()
+
     def snapshot(self, kind: str) -> None:
         """Keep the model as it is now."""
         self.snapshots[kind] = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+
+    def revived(self, kind: str) -> nn.Module:
+        """The model as it was at a snapshot, in evaluation mode: a copy that is made once, and not to be changed.
+
+        Raises:
+            ModelError: the model cannot be copied.
+        """
+        state, model = self._revived.get(kind, (None, None))
+        if model is None or state is not self.snapshots[kind]:
+            try:
+                model = deepcopy(self.model)
+            except Exception as error:  # the user's code may raise anything
+                raise ModelError(f"The model cannot be copied ({type(error).__name__}: {error}).") from error
+            model.load_state_dict(self.snapshots[kind])
+            self._revived[kind] = self.snapshots[kind], model.eval().requires_grad_(False)
+        return model
 
     def reset_optimizer(self) -> None:
         """Zero all floating-point state of the optimizer: momentum, moments, and the step counts of Adam."""

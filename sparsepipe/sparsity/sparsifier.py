@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -21,6 +22,7 @@ from sparsepipe.sparsity.masks import MaskSet
 from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.modifiers.combined import Combined, Modifier
 from sparsepipe.sparsity.network import Network
+from sparsepipe.sparsity.observation import Observer
 from sparsepipe.sparsity.optimizer import let_hooks_run, within_own_step, without_wrapper
 from sparsepipe.sparsity.replicas import Replicas, refuse_sharded
 from sparsepipe.sparsity.samples import Loss, Samples
@@ -46,14 +48,16 @@ class Sparsifier:
         model: the module whose `named_parameters()` name the masks, or what `torch.compile`, DDP or Fabric made of it.
         optimizer: any `torch.optim.Optimizer`; weights that it does not train are left as they are.
         method: for example `DSTEE(sparsity=0.95)`.
-        total_steps: optimizer steps of the whole training; the schedules span them.
+        total_steps: optimizer steps of the whole training; the schedules span them. A multiple of the number of
+            trainings that a modifier makes of one.
         seed: of everything random in the masks.
         process_group: the processes of `torch.distributed` that train this network together; all, if it is None. They
             get the model and the seed of the first of them, and from then on choose the same masks.
         check_every: mask updates between two comparisons of the masks over the processes; the first update is always
             compared. Single processes compare nothing.
-        samples: training batches for methods that score weights before training (snip, grasp, synflow); all are used.
-        loss: of outputs and labels, for these methods.
+        samples: training batches for methods that score weights (snip, grasp, synflow) or look at the Hessian; all are
+            used, and they are kept until `freeze`.
+        loss: of outputs and labels, for these methods and for modifiers that compute one themselves.
         modifiers: what else changes the training, for example `[Adversarial(epsilon=0.1)]`; in this order.
         state: go on from this `state_dict()`, with a model and an optimizer that are loaded already.
 
@@ -102,8 +106,16 @@ class Sparsifier:
         self._check_every = options.count("check_every", check_every)
         with torch.no_grad():
             seed = self._replicas.share(self._model, seed)
-        steps = options.count("total_steps", total_steps)
-        self._network = Network(self._model, weights, optimizer, steps, seed)
+        self._total_steps = options.count("total_steps", total_steps)
+        stages = self._method.stages
+        if self._total_steps % stages:
+            raise RecipeError(
+                f"'total_steps' must be a multiple of {stages}, for {stages} trainings one after another; not "
+                f"{self._total_steps}.",
+                where="modifiers",
+            )
+        self._network = Network(self._model, weights, optimizer, self._total_steps // stages, seed)
+        self._network.loss, self._network.processes = loss, self._replicas.count
         if batches := list(samples):
             self._network.samples = Samples(self._model, batches, loss, self._replicas.average)
         self._loop_lrs: list[Any] = []
@@ -115,14 +127,15 @@ class Sparsifier:
         self._expected_nonzero: dict[str, int] = {}
         with torch.no_grad():
             if state is None:
-                self._method.attach(self._network)
+                self._method.begin(self._network)
             else:
                 with self._network.preserved():
-                    self._method.attach(self._network)
+                    self._method.begin(self._network)
                 self.load_state_dict(state)
                 saved.check_weights_are_loaded(self._network)
-            self._network.samples = None
             self._replicas.compare(self._network, self.step)
+        self._local_hooks = self._keep_local_gradients() if self._method.needs_local_gradients(self._network) else []
+        self._observer = Observer(self._model, self._method.observed(self._network))
         self._transformed = tuple(self._method.transforms(self._network))
         self._forward = self._forward_weights(model) if self._transformed else None
         self._take_place()
@@ -142,14 +155,19 @@ class Sparsifier:
         return self._network.masks
 
     @property
+    def left_out(self) -> Mapping[str, str]:
+        """Names of weights that could have masks but have none, and why."""
+        return self._network.left_out
+
+    @property
     def masks_final(self) -> bool:
         """Whether the masks will not change any more and the target sparsity is reached."""
-        ended = self._frozen and self.step >= self._network.total_steps
-        return ended or self._method.masks_final(self._network, self.step)
+        ended = self._frozen and self.step >= self._total_steps
+        return ended or self._final(self._method, self.step)
 
     def masks_final_after(self, step: int) -> bool:
         """Whether the masks will be final once `step` steps are taken; False where the method cannot tell."""
-        return self.method.masks_final(self._network, step)
+        return self._final(self.method, step)
 
     @property
     def history(self) -> MaskHistory | None:
@@ -183,11 +201,20 @@ class Sparsifier:
 
         The Sparsifier sets it for the step and puts the loop's back; loops may log it.
         """
-        return self._method.lr_scale(self._network, step)
+        return self._method.lr_scale(self._network, self._within_stage(step))
 
     def transform_batch(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """For methods and modifiers that train on other batches than they get: call it before each forward pass."""
-        return self._method.transform_batch(self._network, self._model, inputs, labels, self.step + 1)
+        return self._method.transform_batch(self._network, self._model, inputs, labels, self._next_step)
+
+    def batch_loss(self, inputs: Tensor) -> Tensor | float:
+        """For modifiers with a loss of their own: call it after each forward pass, and add it to the loop's loss.
+
+        Args:
+            inputs: of that pass.
+        """
+        loss = self._method.batch_loss(self._network, inputs, self._observer.outputs, self._next_step)
+        return 0.0 if loss is None else loss
 
     def on_epoch_end(self, epoch: int) -> None:
         """For loops that have epochs: call it after each (`epoch` from 0)."""
@@ -197,7 +224,7 @@ class Sparsifier:
     def metrics(self) -> dict[str, Any]:
         """Sparsity, exploration rate, drop fraction and the density of each layer, as they are now."""
         with torch.no_grad():
-            own = self._method.metrics(self._network, self.step)
+            own = self._method.metrics(self._network, self._within_stage(self.step))
         return {
             "sparsity": self.mask_set.sparsity,
             "exploration_rate": self.mask_set.exploration_rate(),
@@ -219,6 +246,12 @@ class Sparsifier:
         Raises:
             ModelError: it lacks one of the masked weights, or the method computes with other weights than these.
         """
+        if self._method.stages > 1:
+            raise ModelError(
+                f"An average over {self._method.stages} trainings, one after another, is one of different networks.",
+                where="follow",
+                advice="Train without an average of the weights (train.ema = 0).",
+            )
         if self.method.transforms(self._network):
             raise ModelError(
                 f"The method {self.method.name} computes with other weights than the model holds, so an average of "
@@ -245,12 +278,13 @@ class Sparsifier:
         with torch.no_grad():
             if not self._frozen:
                 self._method.finalize(self._network)
+                self._network.samples = None
                 self._frozen = True
             self._network.mask_weights()
             self._network.mask_copies()
         self._leave()
-        if not self.masks_final and self.step < self._network.total_steps:
-            steps, sparsity = f"{self.step} of {self._network.total_steps}", f"{self.mask_set.sparsity:.2%}"
+        if not self.masks_final and self.step < self._total_steps:
+            steps, sparsity = f"{self.step} of {self._total_steps}", f"{self.mask_set.sparsity:.2%}"
             log.warning(
                 "Fixed the masks after step %s, before %s is done: %s sparse.", steps, self.method.name, sparsity
             )
@@ -274,13 +308,59 @@ class Sparsifier:
         saved.refuse_other(state, self._network, self._method)
         saved.restore(state, self._network)
         self.step = int(state["step"])
+        self._network.stage = self._stage_of(self.step + 1)
         self._expected_nonzero = dict(state["nonzero"])
+
+    def local_state(self) -> dict[str, Any]:
+        """What this process alone remembers, where several train together: beside `state_dict`, which all share."""
+        return saved.local(self._network, self._method.local_kinds)
+
+    def load_local_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from `local_state()` of the process of the same number, after `load_state_dict`."""
+        saved.restore_memory(state, self._network)
+
+    def _keep_local_gradients(self) -> list[Any]:
+        """Follow the gradients of the weights as they leave the backward pass, before processes average them."""
+        found = self._network.local_gradients
+
+        def keep(name: str, gradient: Tensor) -> None:
+            found[name] = found[name] + gradient if name in found else gradient.detach().clone()
+
+        return [
+            tensor.register_hook(partial(keep, name))
+            for name, tensor in self._network.tensors.items()
+            if tensor.requires_grad
+        ]
+
+    @property
+    def _next_step(self) -> int:
+        """The optimizer step to come, as methods count it."""
+        return self._within_stage(self.step + 1)
+
+    def _stage_of(self, step: int) -> int:
+        """The stage that an optimizer step belongs to."""
+        return min(max(step - 1, 0) // self._network.total_steps, self._method.stages - 1)
+
+    def _within_stage(self, step: int) -> int:
+        return step - self._stage_of(step) * self._network.total_steps
+
+    def _final(self, method: Method, step: int) -> bool:
+        last = self._stage_of(step) == self._method.stages - 1
+        return last and method.masks_final(self._network, self._within_stage(step))
+
+    def _end_step(self) -> None:
+        """Go on to the next stage, where this step was the last of one."""
+        if self._stage_of(self.step + 1) == self._network.stage:
+            return
+        self._method.next_stage(self._network)
+        if self.history is not None:
+            self._network.history = MaskHistory(self.mask_set, self.step)
 
     def _forward_weights(self, model: nn.Module) -> ForwardWeights:
         network = self._network
 
         def transform(name: str, weight: Tensor, training: bool) -> Tensor:
-            return self._method.transform_weight(network, name, weight, self.step + 1, training)
+            return self._method.transform_weight(network, name, weight, self._next_step, training)
 
         return ForwardWeights(model, {name: network.weights[name] for name in self._transformed}, transform)
 
@@ -298,7 +378,8 @@ class Sparsifier:
 
     def _warn_of_added(self, optimizer: Optimizer) -> None:
         self._groups = len(optimizer.param_groups)
-        added = [name for name in maskable(self._model, optimizer) if name not in self._network.weights]
+        known = {*self._network.weights, *self._network.left_out}
+        added = [name for name in maskable(self._model, optimizer) if name not in known]
         if added:
             log.warning(
                 "%s: added to the optimizer after the Sparsifier was made, so dense and not counted. For a sparse one, "
@@ -309,6 +390,9 @@ class Sparsifier:
     def _leave(self) -> None:
         self._at_work.discard(self)
         for hook in self._hooks:
+            hook.remove()
+        self._observer.remove()
+        for hook in self._local_hooks:
             hook.remove()
         if self._forward is not None:
             self._forward.remove()
@@ -344,6 +428,7 @@ class Sparsifier:
             with torch.no_grad():
                 self._network.mask_weights()
             self._prepared = False
+            self._network.local_gradients.clear()
             loss = closure()
             if not self._prepared:
                 self._take_gradients(scale=None)
@@ -373,8 +458,8 @@ class Sparsifier:
             self._expected_nonzero = {}
         network = self._network
         network.gradients.clear()
-        gradients.complete(self._method, network, self._transformed, self.step + 1, scale)
-        if self._method.needs_gradients(network, self.step + 1):
+        gradients.complete(self._method, network, self._transformed, self._next_step, scale)
+        if self._method.needs_gradients(network, self._next_step):
             for name in network.masks.counters:
                 gradient = network.weights[name].parameter.grad
                 if gradient is not None:
@@ -401,11 +486,13 @@ class Sparsifier:
             self._network.step_own()
             self._network.mask_weights()
             rounds = self.mask_set.rounds
-            self._method.after_step(self._network, self.step)
+            self._method.after_step(self._network, self._within_stage(self.step))
             if self.mask_set.rounds > rounds:
                 if self.history is not None:
                     self.history.end_round(self.step, self._network.gradients)
                 if rounds % self._check_every == 0:
                     self._replicas.compare(self._network, self.step)
+            self._end_step()
         self._put_lr_back(optimizer)
         self._network.gradients.clear()
+        self._network.local_gradients.clear()

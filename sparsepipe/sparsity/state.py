@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -74,18 +74,9 @@ def restore(state: Mapping[str, Any], network: Network) -> None:
 @torch.no_grad()
 def _restore_own(state: Mapping[str, Any], network: Network) -> None:
     """What the method keeps beside masks and averages."""
-    weights = network.tensors
-    device = next(iter(weights.values())).device
-    network.memory = {
-        kind: {
-            # A tensor of a weight's shape gets its layout, so that sums come out in the same order as before.
-            name: torch.empty_like(weights[name], dtype=value.dtype).copy_(value)
-            if name in weights and weights[name].shape == value.shape
-            else value.to(device, copy=True)
-            for name, value in tensors.items()
-        }
-        for kind, tensors in state["memory"].items()
-    }
+    device = next(iter(network.tensors.values())).device
+    network.memory.clear()
+    restore_memory(state["memory"], network)
     for name, value in state["variables"].items():
         network.variables[name].copy_(value)
     if network.own_optimizer is not None:
@@ -95,6 +86,26 @@ def _restore_own(state: Mapping[str, Any], network: Network) -> None:
         for kind, tensors in state["snapshots"].items()
     }
     network.base_lrs = [float(lr) for lr in state["base_lrs"]]
+
+
+def local(network: Network, kinds: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """Copies of the kinds of memory that are this process's own."""
+    return {kind: _copies(network.memory[kind]) for kind in kinds if kind in network.memory}
+
+
+@torch.no_grad()
+def restore_memory(state: Mapping[str, Mapping[str, Tensor]], network: Network) -> None:
+    """Let the network remember these kinds, in the place of what it had of them."""
+    weights = network.tensors
+    device = next(iter(weights.values())).device
+    for kind, tensors in state.items():
+        network.memory[kind] = {
+            # A tensor of a weight's shape gets its layout, so that sums come out in the same order as before.
+            name: torch.empty_like(weights[name], dtype=value.dtype).copy_(value)
+            if name in weights and weights[name].shape == value.shape
+            else value.to(device, copy=True)
+            for name, value in tensors.items()
+        }
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from sparsepipe.sparsity.attacks import InputSpace
 from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.modifiers import registry as modifiers
+from sparsepipe.sparsity.modifiers.combined import Modifier
 from sparsepipe.sparsity.sparsifier import Sparsifier
 from sparsepipe.stages import qat
 from sparsepipe.stages.attack import input_space
@@ -81,6 +83,16 @@ def rate_of(config: TrainConfig, total: int, warmup: int) -> rates.Rate:
     return rates.create(schedule.name, total=total, warmup=warmup, milestones=schedule.milestones, gamma=schedule.gamma)
 
 
+def modifiers_of(config: TrainConfig, space: InputSpace) -> list[Modifier]:
+    """The modifiers of a recipe; `space` is that of the inputs that they change."""
+    return [modifiers.create(each.name, each.options, inputs=space) for each in config.modifiers]
+
+
+def steps_of(method: Method, modified: Sequence[Modifier], asked: int) -> int:
+    """Steps or epochs of the whole training, where the recipe asks for so many."""
+    return max(1, round(asked * method.epochs_multiplier)) * math.prod(each.stages for each in modified)
+
+
 def sparsifier_of(
     config: TrainConfig,
     model: nn.Module,
@@ -88,7 +100,7 @@ def sparsifier_of(
     method: Method,
     total: int,
     scored: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    space: InputSpace,
+    modified: Sequence[Modifier],
 ) -> Sparsifier:
     """The method and modifiers of a recipe at work on a network.
 
@@ -99,7 +111,7 @@ def sparsifier_of(
         method: as the recipe names it.
         total: optimizer steps.
         scored: the training batches that the method chooses masks by before training.
-        space: of the inputs that modifiers change.
+        modified: from `modifiers_of`.
     """
     return Sparsifier(
         model,
@@ -108,7 +120,7 @@ def sparsifier_of(
         total_steps=total,
         seed=config.seed,
         samples=scored,
-        modifiers=[modifiers.create(each.name, each.options, inputs=space) for each in config.modifiers],
+        modifiers=modified,
     )
 
 
@@ -142,14 +154,14 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
         world=fabric.world_size,
     )
     method = methods.create(config.method.name, config.method.options)
-    epochs = max(1, round(settings.epochs * method.epochs_multiplier))
+    modified = modifiers_of(config, input_space(dataset.preprocessing, dataset.input_shape))
+    epochs = steps_of(method, modified, settings.epochs)
     total = batches.steps * epochs
     rate = rate_of(config, total, round(config.schedule.warmup * batches.steps))
     macs = flops.count_macs(model, dataset.input_shape)
     validation = evaluation(held_out, normalise, fabric)
     scored = list(islice(batches.epoch(0, 0), method.samples_needed)) if method.samples_needed else []
-    space = input_space(dataset.preprocessing, dataset.input_shape)
-    sparsifier = sparsifier_of(config, model, optimizer, method, total, scored, space)
+    sparsifier = sparsifier_of(config, model, optimizer, method, total, scored, modified)
     loop = Loop(
         fabric,
         model,

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from sparsepipe.artefact import Artefact, find
 from sparsepipe.benchmark.statistics import wilson
+from sparsepipe.formats.tensors import read_tensors
 from sparsepipe.progress import track
 from sparsepipe.runtime.inputs import rename
 from sparsepipe.runtime.network import OnnxNetwork
 from sparsepipe.runtime.samples import Samples
 from sparsepipe.sparsity.attacks import InputSpace, pgd
+from sparsepipe.sparsity.modifiers.bort import BRANCH
 from sparsepipe.spec import Preprocessing
 from sparsepipe.stages.reference import Network, TorchNetwork
 
@@ -31,6 +35,27 @@ def input_space(preprocessing: Preprocessing, input_shape: Sequence[int]) -> Inp
     return InputSpace(preprocessing.mean, preprocessing.std)
 
 
+def branches(source: Artefact, network: TorchNetwork) -> list[torch.nn.Module]:
+    """The other branches of the training that a network comes from, where it was trained in branches.
+
+    Args:
+        source: the folder of the network, beside that of its training.
+        network: one of the branches.
+
+    Raises:
+        ArtefactError: a file is missing or damaged, or the network was made from another training.
+    """
+    trained = find(source.folder.absolute().parent, "train")
+    found = []
+    for name in trained.manifest.outputs if trained else ():
+        if trained and name.startswith(BRANCH):
+            branch = deepcopy(network.module)
+            state = read_tensors(trained.file(name)).tensors
+            branch.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in state.items()})
+            found.append(branch)
+    return found
+
+
 def robustness(
     attack: Attack,
     network: TorchNetwork,
@@ -38,6 +63,7 @@ def robustness(
     samples: Samples,
     preprocessing: Preprocessing,
     seed: int,
+    branches: Sequence[torch.nn.Module] = (),
 ) -> dict[str, Any]:
     """Accuracy on inputs that PGD made against `network`, of the network (white-box) and of files (transferred).
 
@@ -48,21 +74,23 @@ def robustness(
         samples: with labels; all are attacked.
         preprocessing: of these samples.
         seed: of the random starts.
+        branches: that are attacked together with the network in a second attack, of which the result is `joint`.
 
     Raises:
         ModelError: the network fails.
     """
-    networks: list[Network] = [network, *files]
-    correct, total = [0] * len(networks), 0
     step_size = attack.step_size or 2.5 * attack.epsilon / attack.steps
-    with torch.random.fork_rng([]):
+
+    def survivors(targets: Sequence[torch.nn.Module], networks: Sequence[Network]) -> list[dict[str, Any]]:
+        """The accuracy of each network on inputs made against all targets together."""
+        correct = [0] * len(networks)
         torch.manual_seed(seed)
         for batch in track(samples, "Attacking", len(samples)):
             ((name, values),) = batch.inputs.items()
             assert batch.labels is not None
             labels = np.pad(batch.labels, (0, len(values) - batch.count), mode="edge")
             found = pgd(
-                network.module,
+                targets,
                 torch.from_numpy(np.ascontiguousarray(values)),
                 torch.from_numpy(labels.astype(np.int64)),
                 epsilon=attack.epsilon,
@@ -74,16 +102,20 @@ def robustness(
             for index, each in enumerate(networks):
                 logits = batch.outputs(each.run(rename(attacked, samples.inputs, each.inputs)))[0]
                 correct[index] += int((logits.argmax(1) == batch.labels).sum())
-            total += batch.count
-    accuracies = [{**asdict(wilson(each, total)), "correct": each, "samples": total} for each in correct]
+        total = samples.count
+        return [{**asdict(wilson(each, total)), "correct": each, "samples": total} for each in correct]
+
+    with torch.random.fork_rng([]):
+        own, *others = survivors([network.module], [network, *files])
+        joint = survivors([network.module, *branches], [network])[0] if branches else None
     return {
         "name": attack.name,
         "epsilon": attack.epsilon,
         "steps": attack.steps,
         "step_size": step_size,
-        "network": accuracies[0],
-        "files": [
-            {"file": file.name, "accuracy": accuracy} for file, accuracy in zip(files, accuracies[1:], strict=True)
-        ],
+        "network": own,
+        "joint": joint,
+        "branches": len(branches) + 1,
+        "files": [{"file": file.name, "accuracy": accuracy} for file, accuracy in zip(files, others, strict=True)],
         "note": NOTE,
     }

@@ -57,6 +57,8 @@ class Reference:
     network: Network
     spec: ModelSpec | None
     note: str | None = None
+    source: Artefact | None = None
+    """That holds the network, where it is one in PyTorch."""
 
 
 class TorchNetwork:
@@ -150,7 +152,7 @@ def from_artefact(artefact: Artefact, export: Artefact | None, trusted_model: st
     spec = ModelSpec.read(artefact.file(SPEC_FILE))
     if find_spec("torch") is None:
         return Reference(OnnxNetwork(dense_file(export, artefact.folder)), spec, NO_TORCH)
-    return Reference(TorchNetwork(load_network(artefact, trusted_model), spec.input_shape), spec)
+    return Reference(TorchNetwork(load_network(artefact, trusted_model), spec.input_shape), spec, source=artefact)
 
 
 def from_path(path: Path, trusted_model: str | None) -> Reference:

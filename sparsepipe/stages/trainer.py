@@ -115,7 +115,8 @@ def _tell_what_stays_dense(training: Assembly) -> None:
         names = ", ".join(name for name, given in masks.reasons.items() if given == reason)
         log.info("These layers stay dense (%s): %s.", reason, names)
     parameters = dict(training.loop.model.named_parameters())
-    unmasked = [name for name, value in parameters.items() if value.ndim >= 2 and name not in masks]
+    known = {*masks, *training.sparsifier.left_out}
+    unmasked = [name for name, value in parameters.items() if value.ndim >= 2 and name not in known]
     if unmasked:
         share = sum(parameters[name].numel() for name in unmasked) / sum(map(torch.numel, parameters.values()))
         log.warning(

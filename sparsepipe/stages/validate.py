@@ -194,7 +194,7 @@ def _validate(candidates: Sequence[OnnxNetwork], reference: Reference, config: V
         for trial in trials:
             trial.add(batch, expected, samples)
     rows = [_row(trial, network, samples.inputs, config) for trial in trials]
-    attacked = {} if config.attack is None else {"attack": _attacked(config, network, candidates, material)}
+    attacked = {} if config.attack is None else {"attack": _attacked(config, reference, candidates, material)}
     return {
         **attacked,
         "passed": all(row["passed"] for row in rows),
@@ -207,14 +207,15 @@ def _validate(candidates: Sequence[OnnxNetwork], reference: Reference, config: V
 
 
 def _attacked(
-    config: ValidateConfig, network: Network, candidates: Sequence[OnnxNetwork], material: _Material
+    config: ValidateConfig, reference: Reference, candidates: Sequence[OnnxNetwork], material: _Material
 ) -> dict[str, Any]:
     """Accuracy under an attack.
 
     Raises:
-        ArtefactError: there is no PyTorch network to attack.
+        ArtefactError: there is no PyTorch network to attack, or a file of another branch of it is damaged.
         DataError: no labels are known.
     """
+    network = reference.network
     if not isinstance(network, TorchNetwork):
         raise ArtefactError(
             "An attack follows the gradients of the PyTorch network, which an ONNX file has not.",
@@ -227,7 +228,15 @@ def _attacked(
     from sparsepipe.stages import attack  # it needs torch
 
     assert config.attack is not None
-    return attack.robustness(config.attack, network, candidates, material.samples, material.preprocessing, config.seed)
+    return attack.robustness(
+        config.attack,
+        network,
+        candidates,
+        material.samples,
+        material.preprocessing,
+        config.seed,
+        branches=attack.branches(reference.source, network) if reference.source else (),
+    )
 
 
 def _ways_to_run(path: Path) -> list[OnnxNetwork]:

@@ -225,6 +225,7 @@ class Loop:
         own = {
             "losses": self._losses.cpu(),
             "correct": self._correct.cpu(),
+            "sparsifier": self.sparsifier.local_state(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self._fabric.device) if self._on_cuda else None,
         }
@@ -257,6 +258,7 @@ class Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         self._lay_out_optimizer_state()
         self.sparsifier.load_state_dict(state["sparsifier"])
+        self.sparsifier.load_local_state(own["sparsifier"])
         if self.average:
             self.average.load_state_dict(state["average"])
         if self.quantisation:
@@ -298,7 +300,7 @@ class Loop:
         self._losses[position] = loss.detach()
         if loss.device.type == "cpu" or position % FINITE_CHECK_EVERY == 0:
             self._check_finite(self.step // self._training.steps)
-        self._fabric.backward(loss)
+        self._fabric.backward(loss + self.sparsifier.batch_loss(inputs))
         taken = self.sparsifier.step
         self._optimizer.step()
         if self.average and self.sparsifier.step > taken:  # not one that the scaler of the loss skipped

@@ -110,3 +110,43 @@ def test_a_training_with_other_modifiers_is_another_one(folder: Path, tmp_path: 
     assert json.loads(before)["config"]["modifiers"] == written["modifiers"]
     other = ("train", folder / "recipe.toml", "--out", tmp_path / "run", "--modifier", "adversary")
     assert "There is no modifier 'adversary'" in refused(*other)
+
+
+def test_branches_go_through_the_chain_and_are_attacked_alone_and_together(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(
+        """
+data = "digits"
+model = {name = "mlp", hidden = 2, width = 32}
+method = {name = "rigl", sparsity = 0.8, update_every = 20}
+modifiers = [
+    {name = "adversarial", epsilon = 0.05, begin = 0.0, schedule = false, steps = 2},
+    {name = "bort", branches = 3},
+]
+train = {epochs = 3, threads = 1}
+"""
+    )
+    run = tmp_path / "run"
+    call("train", tmp_path / "recipe.toml", "--out", run)
+    metrics = json.loads((run / "train" / "manifest.json").read_text())["metrics"]
+    assert metrics["epoch_selected"] == 9  # three branches of three epochs; adversarial ones keep the last
+    assert set(metrics["snapshots"]) == {"branch-0", "branch-1"}
+    served = load_file(run / "train" / "model.safetensors")
+    for kind, scores in metrics["snapshots"].items():
+        branch = load_file(run / "train" / f"{kind}.safetensors")
+        assert np.array_equal(branch["hidden.0.weight"], served["hidden.0.weight"])
+        assert not np.array_equal(branch["hidden.1.weight"] != 0, served["hidden.1.weight"] != 0)
+        assert scores["sparsity"] == metrics["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    call("freeze", run)
+    call("export", run, "--set", "export.targets=['dense','portable']")
+    files = [run / "export" / f"model.{target}.onnx" for target in ("dense", "portable")]
+    arguments = ("validate", *files, "--against", run, "--attack", "pgd", "--epsilon", EPSILON)
+    result = json.loads(call(*arguments, "--json").stdout)
+    assert result["passed"]
+    for each in result["results"]:
+        attack = each["attack"]
+        assert attack["branches"] == 3
+        clean = each["candidates"][0]["reference_accuracy"]["correct"]
+        # An attack on three branches at once is a weaker one on each of them.
+        assert attack["network"]["correct"] <= attack["joint"]["correct"] + 3
+        assert attack["joint"]["correct"] < clean
+    assert "on 3 branches together" in call(*arguments).stdout

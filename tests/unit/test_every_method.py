@@ -23,6 +23,12 @@ STEPS, EPOCH = 40, 4
 SHARED: dict[str, Any] = {"sparsity": 0.8, "update_every": 3}
 OPTIONS: dict[str, dict[str, Any]] = {
     "dst-ee": {"c": 0.01},
+    "autosparse": {"threshold_init": -3.0},
+    "str": {"threshold_init": -3.0},
+    "xrda": {"lam": 1e-4},
+    "directional": {"c": 0.3},
+    "structured-directional": {"c": 0.8},
+    "l0-constrained": {"gate_lr": 0.3, "dual_lr": 2.0},
 }
 """What a method needs beside the shared options to do something in so short a training."""
 
@@ -32,6 +38,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dst-ee stepped": ("dst-ee", {"c_schedule": "stepped", "c_decay_every": 5, "exclude_just_dropped": True}),
     "mest em&s": ("mest", {"variant": "em&s"}),
     "granet global": ("granet", {"distribution": "global"}),
+    "srigl without ablation": ("srigl", {"ablation": False}),
+    "acdc longer": ("acdc", {"epochs_multiplier": 2.0}),
+    "gap parallel": ("gap", {"parallel": True, "partitions": 2, "rounds": 2}),
+    "lottery from the start": ("lottery", {"rewind_to": 0.0}),
+    "l0 layer structured": ("l0-constrained", {"constraint": "layer", "gates": "structured", "gate_lr": 0.3}),
+    "l0 nupi top-k": ("l0-constrained", {"dual": "nupi", "gate_lr": 0.3, "finish": "top-k"}),
+    "xrda stepped": ("xrda", {"schedule": "stepped", "lam": 1e-4}),
+    "directional projected": ("directional", {"project": 4, "c": 0.3}),
+    "structured-directional projected": ("structured-directional", {"project": 4, "c": 0.8}),
 }
 """Other kinds of a method that are worth the whole test: label -> method and options."""
 
@@ -92,6 +107,7 @@ def test_masks_are_bools_of_weights_alone_and_meet_the_target(label: str) -> Non
         assert torch.equal(parameters[name] * mask, parameters[name])
     for name in set(parameters) - set(masks):  # norms and biases
         assert bool((parameters[name] != 0).all()), name
+    assert (masks.sparsity > 0.01) is (label != "dense")
     if label != "dense" and registry.METHODS[VARIANTS[label][0]].exact:
         counted = masks.nnz
         if method_of(label).target.distribution == "uniform":  # the first convolution stays dense

@@ -125,6 +125,14 @@ def test_the_state_of_the_first_process_resumes_all(results: Results) -> None:
     assert results[2]["resumed"] is True
 
 
+def test_each_process_extrapolates_by_its_own_gradient_and_resumes_with_it(results: Results) -> None:
+    """Against the recursion w_k = w - rate lr zeta_k, g = mean of the gradients at w_k, written out in one process."""
+    for found in results[2]["extrapolated"].values():
+        assert found["moved"] > 0.01
+        assert found["difference"] < 1e-6
+    assert results[2]["resumed, extrapolated"] is True
+
+
 @pytest.fixture
 def _one_process_group(tmp_path: Path) -> Iterator[None]:
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)

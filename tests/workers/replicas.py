@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sparsepipe
 from sparsepipe import launch
 from sparsepipe.errors import ModelError
+from sparsepipe.sparsity.modifiers.extrapolation import Extrapolation
 from sparsepipe.sparsity.sparsifier import Sparsifier
 
 STEPS, BATCH = 24, 6
@@ -176,6 +177,43 @@ def frozen(make_method: Callable[[], Any]) -> dict[str, Any]:
     }
 
 
+def extrapolated(local: bool) -> dict[str, float]:
+    """Training at points of each process's own, beside the recursion written out for all of them in one process."""
+    rate, lr = 2.0, 0.05
+    model = network(100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    modifier = Extrapolation(rate=rate, local=local)
+    Sparsifier(model, optimizer, sparsepipe.Dense(), total_steps=STEPS, modifiers=[modifier])
+    train(DistributedDataParallel(model), optimizer, mine, STEPS)
+    oracle = network(100)
+    state = {name: value.detach().clone() for name, value in oracle.named_parameters()}
+    past: list[dict[str, Tensor]] = [{} for _ in range(world)]
+    for step in range(STEPS):
+        inputs, labels = samples(step)
+        for number in range(world):
+            shifted = {
+                name: (value - rate * lr * past[number].get(name, torch.zeros(()))).requires_grad_()
+                if value.ndim > 1
+                else value.clone().requires_grad_()
+                for name, value in state.items()
+            }
+            logits = torch.func.functional_call(oracle, shifted, (inputs[number::world],))
+            loss = functional.cross_entropy(logits, labels[number::world])
+            past[number] = dict(zip(shifted, torch.autograd.grad(loss, list(shifted.values())), strict=True))
+        mean = {name: torch.stack([own[name] for own in past]).mean(0) for name in state}
+        state = {name: value - lr * mean[name] for name, value in state.items()}
+        if not local:
+            past = [mean] * world
+    found = dict(model.named_parameters())
+    return {
+        "difference": max(float((value - found[name]).detach().abs().max()) for name, value in state.items()),
+        "moved": max(
+            float((value - start).abs().max())
+            for value, start in zip(state.values(), network(100).state_dict().values(), strict=True)
+        ),
+    }
+
+
 def accumulated() -> dict[str, Any]:
     """Two micro-batches for each step, of which DDP averages the sum only in the second."""
     model = network(100)
@@ -255,22 +293,32 @@ def other_options() -> None:
     Sparsifier(model, sgd(model), method, total_steps=STEPS)
 
 
-def resumed() -> bool:
-    """A state of process 0 that every process loads goes on as if nothing had happened."""
-    model, sparsifier = together(dst_ee, sgd)
+def resumed(modifiers: Callable[[], list[Any]] = list) -> bool:
+    """A state of process 0, and what each process alone remembers, go on as if nothing had happened."""
+
+    def begin(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Sparsifier]:
+        model = network(seed)
+        optimizer = sgd(model)
+        return (
+            model,
+            optimizer,
+            Sparsifier(
+                model, optimizer, dst_ee(), total_steps=STEPS, seed=7 + rank, check_every=1, modifiers=modifiers()
+            ),
+        )
+
+    model, optimizer, sparsifier = begin(100 + rank)
+    train(DistributedDataParallel(model), optimizer, mine, STEPS)
     expected = snapshot(model, sparsifier)
-    model = network(100 + rank)
-    optimizer = sgd(model)
-    sparsifier = Sparsifier(model, optimizer, dst_ee(), total_steps=STEPS, seed=7 + rank, check_every=1)
-    wrapped = DistributedDataParallel(model)
-    train(wrapped, optimizer, mine, STEPS // 2)
+    model, optimizer, sparsifier = begin(100 + rank)
+    train(DistributedDataParallel(model), optimizer, mine, STEPS // 2)
+    own = copy.deepcopy(sparsifier.local_state())
     states = [copy.deepcopy([model.state_dict(), optimizer.state_dict(), sparsifier.state_dict()])]
     distributed.broadcast_object_list(states, src=0)
-    model = network(500 + rank)
-    optimizer = sgd(model)
-    sparsifier = Sparsifier(model, optimizer, dst_ee(), total_steps=STEPS, seed=rank, check_every=1)
+    model, optimizer, sparsifier = begin(500 + rank)
     for target, state in zip((model, optimizer, sparsifier), states[0], strict=True):
         target.load_state_dict(state)
+    sparsifier.load_local_state(own)
     train(DistributedDataParallel(model), optimizer, lambda step: mine(step + STEPS // 2), STEPS - STEPS // 2)
     found = snapshot(model, sparsifier)
     return all(torch.equal(value, found[kind][name]) for kind in found for name, value in expected[kind].items())
@@ -289,6 +337,8 @@ if __name__ == "__main__":
         results["accumulated"] = accumulated()
         results["fabric"] = fabric()
         results["resumed"] = resumed()
+        results["resumed, extrapolated"] = resumed(lambda: [Extrapolation(rate=2.0)])
+        results["extrapolated"] = {str(local): extrapolated(local) for local in (True, False)}
         results["frozen"] = {name: frozen(make) for name, make in METHODS_OF_THEIR_OWN.items()}
     results["errors"] = {
         "without_averaging": message(without_averaging),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -19,13 +20,25 @@ class Modifier(Method):
     It keeps what it remembers in `network.memory`, under kinds that begin with its name.
     """
 
+    stages: int = 1
+    """Trainings of the method from its start to its end, one after another. The steps that all hooks are given, and
+    `network.total_steps`, are those of one of them; `network.stage` tells which. In each the
+    masks, the optimizer and all that is remembered begin anew, but for `network.snapshots` and the memory of modifiers
+    that repeat the method."""
+
+    def begin_stage(self, network: Network) -> None:
+        """Called before the method is attached, in each stage; what the weights are now is what it trains."""
+
+    def end_stage(self, network: Network) -> None:
+        """Called after `finalize` at the end of each stage but the last."""
+
 
 class Combined(Method):
     """Calls the hooks of a method and of modifiers in one order, so that the Sparsifier sees one method.
 
     Batches pass through the modifiers in their order, then through the method. Weights do the same: a modifier shifts
     the parameter, and the method makes of it what its forward pass computes with. Of learning rates the first one that
-    is set holds, modifiers before the method. Everything else is called for the method first.
+    is set holds: modifiers, the method, then modifiers that repeat it. Everything else is called for the method first.
 
     Args:
         method: chooses the masks.
@@ -46,6 +59,25 @@ class Combined(Method):
         self._method = method
         self._modifiers = tuple(modifiers)
         self._all: tuple[Method, ...] = (method, *modifiers)
+        self.stages = math.prod(modifier.stages for modifier in modifiers)
+        self.local_kinds = {kind for each in self._all for kind in each.local_memory}
+
+    def begin(self, network: Network) -> None:
+        """Begin the present stage."""
+        for modifier in self._modifiers:
+            modifier.begin_stage(network)
+        self.attach(network)
+
+    def next_stage(self, network: Network) -> None:
+        """End the present stage, and begin the next."""
+        self.finalize(network)
+        network.mask_weights()
+        for modifier in self._modifiers:
+            modifier.end_stage(network)
+        network.stage += 1
+        network.seed += 1
+        network.restart(kept=tuple(modifier.name for modifier in self._modifiers if modifier.stages > 1))
+        self.begin(network)
 
     def attach(self, network: Network) -> None:
         for each in self._all:
@@ -53,6 +85,9 @@ class Combined(Method):
 
     def needs_gradients(self, network: Network, step: int) -> bool:
         return any(each.needs_gradients(network, step) for each in self._all)
+
+    def needs_local_gradients(self, network: Network) -> bool:
+        return any(each.needs_local_gradients(network) for each in self._all)
 
     def transforms(self, network: Network) -> Collection[str]:
         return list(dict.fromkeys(chain.from_iterable(each.transforms(network) for each in self._all)))
@@ -64,14 +99,21 @@ class Combined(Method):
         return weight
 
     def extra_loss(self, network: Network, step: int) -> Tensor | None:
-        losses = [loss for each in self._all if (loss := each.extra_loss(network, step)) is not None]
-        return sum(losses[1:], losses[0]) if losses else None
+        return _sum(each.extra_loss(network, step) for each in self._all)
+
+    def observed(self, network: Network) -> Collection[str]:
+        return list(dict.fromkeys(chain.from_iterable(each.observed(network) for each in self._all)))
+
+    def batch_loss(self, network: Network, inputs: Tensor, outputs: Mapping[str, Tensor], step: int) -> Tensor | None:
+        return _sum(each.batch_loss(network, inputs, outputs, step) for each in self._all)
 
     def owned(self, network: Network) -> Collection[str]:
         return list(dict.fromkeys(chain.from_iterable(each.owned(network) for each in self._all)))
 
     def lr_scale(self, network: Network, step: int) -> float | None:
-        scales = (each.lr_scale(network, step) for each in (*self._modifiers, self._method))
+        repeating = [modifier for modifier in self._modifiers if modifier.stages > 1]
+        others = [modifier for modifier in self._modifiers if modifier.stages == 1]
+        scales = (each.lr_scale(network, step) for each in (*others, self._method, *repeating))
         return next((scale for scale in scales if scale is not None), None)
 
     def transform_batch(
@@ -105,3 +147,8 @@ class Combined(Method):
     def describe(self) -> dict[str, Any]:
         options = {modifier.name: modifier.describe() for modifier in self._modifiers}
         return {**self._method.describe(), **({"modifiers": options} if options else {})}
+
+
+def _sum(losses: Iterable[Tensor | None]) -> Tensor | None:
+    found = [loss for loss in losses if loss is not None]
+    return sum(found[1:], found[0]) if found else None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from sparsepipe.sparsity import options
 from sparsepipe.sparsity.modifiers.combined import Modifier
@@ -25,24 +24,32 @@ class Extrapolation(Modifier):
     extragradient method, one more forward and backward pass). rate = 0 is the optimizer alone, bit for bit. Forward
     passes in evaluation mode compute with w. Inactive weights are not shifted, as their zeta is zero.
 
-    Only the weights that methods can mask are shifted: biases and normalisation parameters stay. Several processes have
-    one past gradient, the averaged one; current gradients are those of each process's own batch.
+    Only the weights that methods can mask are shifted: biases and normalisation parameters stay. Where several
+    processes train together, zeta is each one's own gradient (the paper's local extrapolation): every process computes
+    at another point, and the average of their gradients is that of a smoother loss.
 
     Args:
         rate: the inner learning rate, relative to the optimizer's first one. `current` with momentum diverges for
             rates near 1.
-        gradient: `past` or `current`; `current` needs a loop that asks `Sparsifier.transform_batch`, and the
-            cross-entropy.
+        gradient: `past` or `current`; `current` needs a loop that asks `Sparsifier.transform_batch`, and the loss that
+            the Sparsifier was given.
+        local: false takes the average of the past gradients of all processes; for `past`, and for a loss that is
+            scaled (fp16), of which the processes' own gradients cannot be told.
 
     Raises:
         RecipeError: an option is out of range.
     """
 
     name: ClassVar[str] = "extrapolation"
+    local_memory: ClassVar[tuple[str, ...]] = (KIND,)
 
-    def __init__(self, *, rate: float = 0.1, gradient: str = "past") -> None:
+    def __init__(self, *, rate: float = 0.1, gradient: str = "past", local: bool = True) -> None:
         self.rate = options.number("rate", rate)
         self.gradient = options.choice("gradient", gradient, ("past", "current"))
+        self.local = options.flag("local", local)
+
+    def needs_local_gradients(self, network: Network) -> bool:
+        return self.local and self.gradient == "past" and network.processes > 1
 
     def transforms(self, network: Network) -> Collection[str]:
         return network.weights.keys()
@@ -61,7 +68,7 @@ class Extrapolation(Modifier):
             buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
             own = {name: each for name, each in network.tensors.items() if each.requires_grad}
             with torch.enable_grad():
-                loss = cross_entropy(model(inputs), labels)
+                loss = network.loss(model(inputs), labels)
                 found = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
             with torch.no_grad():
                 for buffer, before in buffers:  # batch statistics count a batch once
@@ -72,6 +79,9 @@ class Extrapolation(Modifier):
     def after_step(self, network: Network, step: int) -> None:
         if self.gradient == "current":
             network.memory.pop(KIND, None)
+            return
+        if network.local_gradients:
+            self._remember(network, dict(network.local_gradients))
             return
         scale = getattr(network.optimizer, "grad_scale", None)  # fused optimizers unscale in the step itself
         found = {
@@ -85,7 +95,7 @@ class Extrapolation(Modifier):
         self._remember(network, found)
 
     @staticmethod
-    def _remember(network: Network, gradients: dict[str, Tensor | None]) -> None:
+    def _remember(network: Network, gradients: Mapping[str, Tensor | None]) -> None:
         masks = network.masks
         network.memory[KIND] = {
             name: (gradient * masks[name] if name in masks.counters else gradient.clone()).detach()
@@ -94,4 +104,4 @@ class Extrapolation(Modifier):
         }
 
     def describe(self) -> dict[str, Any]:
-        return {"rate": self.rate, "gradient": self.gradient}
+        return {"rate": self.rate, "gradient": self.gradient, "local": self.local}

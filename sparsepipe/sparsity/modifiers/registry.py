@@ -36,6 +36,12 @@ MODIFIERS: dict[str, ModifierInfo] = {
             "arXiv 2012.13628",
         ),
         ModifierInfo(
+            "bort",
+            "sparsepipe.sparsity.modifiers.bort:Bort",
+            "branches behind one stem, trained one after another, of orthogonal features; the last one is served",
+            "arXiv 2208.08083",
+        ),
+        ModifierInfo(
             "extrapolation",
             "sparsepipe.sparsity.modifiers.extrapolation:Extrapolation",
             "gradients at a point ahead of the weights, by the last gradient (past) or the present one (current)",
