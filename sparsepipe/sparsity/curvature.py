@@ -44,7 +44,9 @@ def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> t
         Values, ascending, [m], and vectors of length one, [m, n], with m <= min(steps, n): all of them exact where the
         steps exhausted what the start vector reaches.
     """
-    basis, diagonal, beside = [start / start.norm()], [], []
+    basis = [start / start.norm()]
+    diagonal: list[Tensor] = []
+    beside: list[Tensor] = []
     while True:
         vector = product(basis[-1])
         diagonal.append(vector @ basis[-1])

@@ -327,7 +327,7 @@ class Sparsifier:
             found[name] = found[name] + gradient if name in found else gradient.detach().clone()
 
         return [
-            tensor.register_hook(partial(keep, name))
+            tensor.register_hook(partial(keep, name))  # type: ignore[no-untyped-call]
             for name, tensor in self._network.tensors.items()
             if tensor.requires_grad
         ]

@@ -109,7 +109,7 @@ def fit(
             optimizer.zero_grad()
             changed, targets = sparsifier.transform_batch(inputs, labels)
             loss = functional.cross_entropy(model(changed), targets, label_smoothing=label_smoothing)
-            (loss + sparsifier.batch_loss(changed)).backward()
+            (loss + sparsifier.batch_loss(changed)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             step += 1
             if step % every == 0 and step < steps:

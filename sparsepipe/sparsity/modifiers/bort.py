@@ -32,7 +32,8 @@ def cosine(one: Tensor, other: Tensor) -> Tensor:
     features of opposite sign that say the same, and not to 0.
     """
     left, right = (features.float().relu().flatten() for features in (one, other))
-    return torch.dot(left, right) / (left.norm() * right.norm()).clamp(min=torch.finfo(torch.float32).tiny)
+    lengths: Tensor = left.norm() * right.norm()
+    return torch.dot(left, right) / lengths.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class Bort(Modifier):
