@@ -42,7 +42,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "acdc longer": ("acdc", {"epochs_multiplier": 2.0}),
     "gap parallel": ("gap", {"parallel": True, "partitions": 2, "rounds": 2}),
     "lottery from the start": ("lottery", {"rewind_to": 0.0}),
-    "l0 layer top-k": ("l0-constrained", {"constraint": "layer", "finish": "top-k"}),
+    "l0 layer top-k": ("l0-constrained", {"constraint": "layer", "finish": "top-k", "gate_lr": 0.1, "dual_lr": 0.1}),
     "l0 nupi": ("l0-constrained", {"dual": "nupi"}),
     "xrda stepped": ("xrda", {"schedule": "stepped", "lam": 1e-4}),
     "directional projected": ("directional", {"project": 4, "c": 0.3}),
