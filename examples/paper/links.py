@@ -39,7 +39,7 @@ SEEDS = (0, 1, 2, 3, 4)
 SWEEP_SEEDS = (0, 1, 2)
 SWEEP = {"mlp": ("1e-4", "1e-3", "1e-2", "1e-1"), "gnn": ("1e-6", "1e-5", "1e-4", "1e-3", "1e-2")}
 """Values of c that are tried at 95%; the recipes hold the one of highest validation ROC-AUC."""
-SHIPPED = "dst-ee_0.95_s0"
+SHIPPED = Grid(("dst-ee",), (0.95,), (0,), {})
 """The training that goes through the rest of the chain."""
 
 Row = Mapping[str, Any]
@@ -53,27 +53,38 @@ def run(data: str, jobs: int) -> None:
         subprocess.CalledProcessError: a training failed, or an exported file computes something else.
     """
     found: list[dict[str, Any]] = []
+    environments: list[dict[str, Any]] = []
     shipped: dict[str, Any] = {}
     for network, recipe in RECIPES.items():
         kept, out = OUT / "rows" / network, OUT / network
-        grids = (
-            Grid(METHODS, SPARSITIES, SEEDS, {}),
-            Grid(("dst-ee",), (0.95,), SWEEP_SEEDS, {"method.c": SWEEP[network]}),
-        )
-        for grid in grids:
+        for grid, rows_of in (
+            (Grid(METHODS, SPARSITIES, SEEDS, {}), kept),
+            (Grid(("dst-ee",), (0.95,), SWEEP_SEEDS, {"method.c": SWEEP[network]}), kept),
+            (SHIPPED, None),  # its folder is needed, not its row alone
+        ):
             result = comparison.compare(
-                recipe, grid, out, overrides=(f"data=edgelist:{data}", "train.threads=1"), workers=jobs, kept=kept
+                recipe, grid, out, overrides=(f"data=edgelist:{data}", "train.threads=1"), workers=jobs, kept=rows_of
             )
             for each in result["runs"]:
                 if each["error"]:
                     sys.exit(f"Failed: {each['command']}\n{each['error']}")
-        shipped[network] = _chain(out / SHIPPED)
+        shipped[network] = _chain(out / SHIPPED.settings()[0].folder(SHIPPED.seeds[0]))
         for path in sorted(kept.glob("*.json")):
-            row = {key: value for key, value in rows.read(path).items() if key != "epochs"}
-            found.append({"network": network, "name": path.stem, **row})
-    write_json(
-        RESULT, {"data": "ia-email-EU", "rows": found, "exported": shipped, "heuristics": heuristics(Path(data))}
-    )
+            row = rows.read(path)
+            made = {key: row[key] for key in ("machine", "versions")}
+            if made not in environments:
+                environments.append(made)
+            found.append(
+                {
+                    "network": network,
+                    "name": path.stem,
+                    "seed": row["config"]["seed"],
+                    **{key: row[key] for key in ("command", "recipe_digest", "commit", "created", "metrics")},
+                    "environment": environments.index(made),
+                }
+            )
+    result = {"data": "ia-email-EU", "environments": environments, "rows": found, "exported": shipped}
+    write_json(RESULT, {**result, "heuristics": heuristics(Path(data))})
 
 
 def heuristics(file: Path) -> dict[str, dict[str, float | None]]:
@@ -99,7 +110,7 @@ def _chain(folder: Path) -> dict[str, Any]:
     export = Artefact.read(folder / "export")
     files = {name: export.file(file["name"]) for name, file in export.metrics["files"].items()}
     told = _sparsepipe("validate", *map(str, files.values()), "--against", str(folder), "--json")
-    checked = {row["file"]: row for row in json.loads(told)["candidates"]}
+    checked = {result["candidates"][0]["file"]: result["candidates"][0] for result in json.loads(told)["results"]}
     return {
         name: {
             "bytes": path.stat().st_size,
@@ -117,15 +128,21 @@ def _sparsepipe(*arguments: str) -> str:
 
 def report() -> None:
     """Put the tables into the document."""
-    result = read_json(RESULT)
-    blocks = {f"links: {network}": methods(result["rows"], network) for network in RECIPES}
-    blocks |= {"links: sweep": sweep(result["rows"]), "links: exported": exported(result["exported"])}
-    blocks["links: heuristics"] = without_training(result["heuristics"])
-    blocks["links: conditions"] = conditions(result["rows"])
     text = REPORT.read_text(encoding="utf-8")
-    for name, block in blocks.items():
-        text = with_block(text, name, block, where=str(REPORT))
+    for name, content in blocks(read_json(RESULT)).items():
+        text = with_block(text, name, content, where=str(REPORT))
     write_text(REPORT, text)
+
+
+def blocks(result: Mapping[str, Any]) -> dict[str, str]:
+    """What the document says between its marks, by their names."""
+    return {
+        "links: conditions": conditions(result["rows"], result["environments"]),
+        "links: heuristics": without_training(result["heuristics"]),
+        **{f"links: {network}": methods(result["rows"], network) for network in RECIPES},
+        "links: sweep": sweep(result["rows"]),
+        "links: exported": exported(result["exported"]),
+    }
 
 
 def methods(found: Sequence[Row], network: str) -> str:
@@ -195,22 +212,22 @@ def without_training(found: Mapping[str, Mapping[str, float]]) -> str:
     return Table("Test ROC-AUC by the kind of negative samples", ["score", *found], lines).markdown()
 
 
-def conditions(found: Sequence[Row]) -> str:
+def conditions(found: Sequence[Row], environments: Sequence[Mapping[str, Any]]) -> str:
     """What the rows were made with and on."""
-    machines = sorted({f"{row['machine']['cpu']} ({row['machine']['cores_logical']} cores)" for row in found})
-    versions = sorted({f"torch {row['versions']['torch']}, scipy {row['versions']['scipy']}" for row in found})
+    machines = {f"{made['machine']['cpu']}, {made['machine']['cores_logical']} cores" for made in environments}
+    versions = {f"torch {made['versions']['torch']}, scipy {made['versions']['scipy']}" for made in environments}
     commits = sorted({(row["commit"] or "unknown")[:10] for row in found})
     spent = sum(row["metrics"]["cpu_seconds"] for row in found) / 60
     return (
-        f"{len(found)} trainings at commit {', '.join(commits)}, {'; '.join(versions)}, on {'; '.join(machines)}, one "
-        f"thread each, {spent:.0f} minutes of processor time in all."
+        f"{len(found)} trainings at commit {', '.join(commits)}: {'; '.join(sorted(versions))}; on "
+        f"{'; '.join(sorted(machines))}; one thread each, {spent:.0f} minutes of processor time in all."
     )
 
 
 def _of(found: Sequence[Row], network: str, name: str) -> dict[int, Row]:
     """The metrics of the trainings of a setting, by seed."""
     return {
-        row["config"]["seed"]: row["metrics"]
+        row["seed"]: row["metrics"]
         for row in found
         if row["network"] == network and row["name"].rpartition("_s")[0] == name
     }
@@ -233,7 +250,7 @@ def _difference(runs: Mapping[int, Row], others: Mapping[int, Row], key: str) ->
     found = over_seeds([runs[seed][key] - others[seed][key] for seed in sorted({*runs} & {*others})])
     if found is None or found["low"] is None:
         return MISSING
-    return f"{found['value']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+    return f"{found['value']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})".replace("-", "−")
 
 
 def main() -> None:

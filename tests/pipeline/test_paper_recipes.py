@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ pytest.importorskip("torch")
 image = pytest.importorskip("PIL.Image")
 
 from sparsepipe import recipe as recipes  # noqa: E402
-from sparsepipe.artefact import Artefact  # noqa: E402
+from sparsepipe.artefact import Artefact, read_json  # noqa: E402
+from sparsepipe.reporting.markdown import block  # noqa: E402
 from sparsepipe.stages import train  # noqa: E402
 
 RECIPES = Path(__file__).parents[2] / "examples" / "paper"
@@ -92,3 +94,13 @@ def test_a_recipe_trains_sparse(name: str, tmp_path: Path) -> None:
     assert done.metrics["mask_updates"] >= 1
     # More weights were active at any time than are at once.
     assert done.metrics["exploration_rate"] > 1.001 * (1 - done.metrics["sparsity"])
+
+
+def test_the_page_on_link_prediction_says_what_its_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    links = import_module("links")
+    text = (RECIPES / "LINKS.md").read_text(encoding="utf-8")
+    result = read_json(RECIPES.parents[1] / links.RESULT)
+    for name, content in links.blocks(result).items():
+        assert block(text, name, where="LINKS.md") == content, name
+    assert all(file["passed"] for files in result["exported"].values() for file in files.values())
