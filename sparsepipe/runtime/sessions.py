@@ -40,7 +40,8 @@ def session(
         threads: threads of one operator, the caller's included; 0 leaves the number to onnxruntime.
         library: whether to register the kernel library, where it was built.
         exact_int8: whether onnxruntime's own int8 operators add exactly on x86 processors without VNNI, where its
-            faster way saturates with weights of more than 7 bits. The kernel library is exact either way.
+            faster way saturates with weights of more than 7 bits. It has no exact way for convolutions of int8
+            activations. The kernel library is exact either way.
         options: further attributes of `onnxruntime.SessionOptions`, by name.
 
     Raises:
@@ -63,7 +64,7 @@ def session(
         if library and (kernels := library_path()) is not None:
             settings.register_custom_ops_library(kernels)
         try:
-            return onnxruntime.InferenceSession(str(file) if file else path, settings, providers=PROVIDERS)
+            return _open(str(file) if file else path, settings)
         except Exception as error:
             too_new = _IR_TOO_NEW.search(str(error))
             if too_new is None:
@@ -77,9 +78,21 @@ def session(
             if file:
                 settings.add_session_config_entry(_EXTERNAL_DATA_FOLDER, str(file.absolute().parent))
             model = _with_ir_version(path, int(too_new[2]))
-            return onnxruntime.InferenceSession(model, settings, providers=PROVIDERS)
+            return _open(model, settings)
     except Exception as error:  # onnxruntime's errors have no common base class
         raise GraphError(f"onnxruntime cannot load it: {one_line(error)}", where=where) from error
+
+
+def _open(model: str | bytes | Path, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """A session; not an exact one where onnxruntime 1.31 has none: of convolutions of int8 activations."""
+    import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoSuchKernel
+
+    try:
+        return onnxruntime.InferenceSession(model, settings, providers=PROVIDERS)
+    except NoSuchKernel:
+        settings.add_session_config_entry(_EXACT_INT8, "0")
+        return onnxruntime.InferenceSession(model, settings, providers=PROVIDERS)
 
 
 def _with_ir_version(path: str | Path | bytes, version: int) -> bytes:

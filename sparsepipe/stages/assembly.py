@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 
 from sparsepipe import data
 from sparsepipe.data import Dataset, Split
@@ -142,6 +142,7 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     check_fit(config, model, dataset, min(2, settings.batch_size, len(rest)))
     # Channels last is the layout that convolutions are fastest in, on CPUs by a quarter and more.
     model.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _keep_from_crashing(model)
     optimizer = optimizers.create(model=model, **config.optimizer.model_dump())
     normalise = Normalise(dataset.preprocessing, fabric.device)
     batches = TrainingBatches(
@@ -235,3 +236,24 @@ def _check_output(model: nn.Module, batch: int, config: TrainConfig, dataset: Da
             where=name,
             advice="Build it for as many classes as the argument `classes` says.",
         )
+
+
+def _keep_from_crashing(model: nn.Module) -> None:
+    """Have strided 1x1 convolutions of fewer than eight channels take images with the channels first.
+
+    With the channels last their gradient is written beyond its memory on CPUs with AVX2 alone (oneDNN in torch 2.13),
+    which ends the process or, worse, does not.
+    """
+    for part in model.modules():
+        if (
+            isinstance(part, nn.Conv2d)
+            and part.in_channels // part.groups < 8
+            and max(part.kernel_size) == 1
+            and max(part.stride) > 1
+        ):
+            part.weight.data = part.weight.data.clone(memory_format=torch.contiguous_format)
+            part.register_forward_pre_hook(_channels_first)
+
+
+def _channels_first(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(each.contiguous() for each in inputs)

@@ -294,7 +294,7 @@ def test_rows_of_structured_directional_become_zero_whole_and_can_revive() -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "spare"), [(Directional, 2.0), (StructuredDirectional, 2.0)])
 def test_sparsity_grows_with_mu_at_little_loss_of_accuracy(method: Any, spare: float) -> None:
-    settings: dict[str, Any] = {"epochs": 60, "batch": 32, "cosine": False, "momentum": 0.0, "weight_decay": 0.0}
+    settings: dict[str, Any] = {"epochs": 100, "batch": 32, "cosine": False, "momentum": 0.0, "weight_decay": 0.0}
     found = []
     for options in ({"c": 0.0}, {"c": 0.01, "mu": 0.4}, {"c": 0.01, "mu": 0.51}, {"c": 0.01, "mu": 0.6}):
         model, sparsifier = fit(method(**options), **settings)
