@@ -302,12 +302,14 @@ def speed_conditions(results: Results) -> str:
     """On what the files were timed, and whether the machine was quiet."""
     if results.speed is None:
         return "No file has been timed yet."
-    machine, verdicts = results.speed["environment"], results.speed["verdicts"]
-    noisy = any(each["noisy"] for each in verdicts)
+    machine, (verdict,) = results.speed["environment"], results.speed["verdicts"]
+    state = "**noisy**" if verdict["noisy"] else "quiet"
+    apart = MISSING if verdict["difference"] is None else percent(verdict["difference"], 1)
     return (
         f"Timed on {machine['cpu']} ({', '.join(machine['isa'])}), onnxruntime {machine['versions']['onnxruntime']}, "
-        f"{machine['measured'][:10]}, files in turns; the machine was {'**noisy**' if noisy else 'quiet'} by the "
-        "benchmark's own test (the same file in two processes)."
+        f"{machine['measured'][:10]}, files in turns. The machine was {state}: other processes disturbed "
+        f"{verdict['blocks_disturbed']} of {verdict['blocks']} blocks of calls, and the same file in two processes "
+        f"differed by {apart}."
     )
 
 
