@@ -144,10 +144,13 @@ def _what_if(result: Table) -> Iterator[Record]:
     seen, network = set(), PurePath(result["model"]).name
     for row in result["results"]:
         setting = row["sparsity"], row["threads"], row["batch"]
-        if setting not in seen:  # one dense file stands beside all patterns of a sparsity
+        baselines = [kind for kind in (DENSE, INT8) if kind in row]
+        if setting not in seen:  # the same dense files stand beside all patterns of a sparsity
             seen.add(setting)
-            yield _process(network, f"dense beside {row['sparsity']:.4g}", DENSE, "", None, row["dense"])
-        yield _process(network, row["sparse"]["file"], SPARSE, row["pattern"], row["sparsity"], row["sparse"])
+            for kind in baselines:
+                yield _process(network, f"{kind} beside {row['sparsity']:.4g}", kind, "", None, row[kind])
+        name = f"{row['sparse']['file']}{' int8' if INT8 in baselines else ''}"
+        yield _process(network, name, SPARSE, row["pattern"], row["sparsity"], row["sparse"])
 
 
 def _suite(result: Table) -> Iterator[Record]:

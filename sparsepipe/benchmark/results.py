@@ -110,9 +110,11 @@ class FileFacts:
 def file_facts(path: Path) -> FileFacts:
     """Target and precision that an ONNX file names in its metadata, None where it names none, and its size in bytes.
 
-    A file that is not valid ONNX has no target; the worker will say what is wrong with it.
+    A file that is not valid ONNX has no target; the worker will say what is wrong with it. The weights of an OpenVINO
+    model (.xml) lie in a .bin beside it.
     """
-    size = path.stat().st_size
+    weights = path.with_suffix(".bin")
+    size = path.stat().st_size + (weights.stat().st_size if path.suffix == ".xml" and weights.is_file() else 0)
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception:  # protobuf and onnx each raise their own

@@ -104,11 +104,13 @@ class OnnxRuntime(Runtime):
         return self._session.run(None, self._feeds)
 
     def describe(self) -> dict[str, Any]:
+        options = self._session.get_session_options()
         return {
             "runtime": "onnxruntime",
             "version": self._version,
             "providers": self._session.get_providers(),
-            "optimisation": self._session.get_session_options().graph_optimization_level.name,
+            "optimisation": options.graph_optimization_level.name,
+            "exact_int8": self.exact_int8,
             "kernel_library": str(self._library) if self._library else None,
         }
 

@@ -62,13 +62,12 @@ def remarks(result: Row) -> list[str]:
         f"{', '.join(dates) or 'nothing measured yet'}.",
         verdicts.summary([verdict for row in result["rows"] for verdict in row["verdicts"]]),
     ]
-    notes = {
-        (one["runtime"], one["note"]): row["title"]
-        for row in result["rows"]
-        for one in row["results"]
-        if not one["samples"]
-    }
-    return found + [f"{runtime} ({title}): {note}." for (runtime, note), title in notes.items()]
+    notes: dict[tuple[str, str], dict[str, None]] = {}
+    for row in result["rows"]:
+        for one in row["results"]:
+            if not one["samples"]:
+                notes.setdefault((one["runtime"], one["note"]), {})[row["title"]] = None
+    return found + [f"{runtime} ({', '.join(titles)}): {note}." for (runtime, note), titles in notes.items()]
 
 
 def markdown(result: Row, *, link: str = "") -> str:

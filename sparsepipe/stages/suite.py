@@ -53,7 +53,7 @@ class Kernels(Bench):
 class PeersSuite(Peers):
     """Settings of the suite `peers`: which networks at which sparsities, in which runtimes."""
 
-    seconds: Annotated[float, Field(gt=0)] = 2.0
+    seconds: Annotated[float, Field(gt=0)] = 1.0
     samples: PositiveInt = 32
     sparsity: tuple[Fraction, ...] = (0.8, 0.9, 0.95, 0.98)
     networks: tuple[str, ...] = ("resnet50", "mobilenet-v1", "vgg19", "resnet50-cifar", "mlp", "encoder")

@@ -44,11 +44,13 @@ def test_a_row_measures_a_network_with_int8_and_two_kinds_of_timing() -> None:
             assert cpu[f"{name}_best_decile"] == pytest.approx(expected)
         assert [process["threads"] for process in file["processes"]] == [1, 2]
         assert all(process["samples"] > 0 for process in file["processes"])
-        assert file["processes"][0]["relative"]["threads_speedup"] in (1.0, None)
+        one, two = (process["latency_ms"]["p50"]["value"] for process in file["processes"])
+        assert file["processes"][1]["relative"]["threads_speedup"] == pytest.approx(one / two)
     assert dense["processes"][0]["relative"]["file"] == 1.0
     assert 0 < int8["max_relative_error"] < 0.5
     assert all(file["max_relative_error"] < 1e-5 for file in sparse)
     assert all(file["processes"][0]["relative"]["file"] < 0.5 for file in (int8, *sparse))
+    assert sorted(one["exact_int8"] for one in row["runtimes"]) == [False, True]
     assert result["environment"]["cpu"]
     assert result["environment"]["versions"]["onnxruntime"]
     assert "CPU time" in result["method"]

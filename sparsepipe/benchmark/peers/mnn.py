@@ -16,6 +16,9 @@ NAMES = "names.json"
 class Mnn(Runtime):
     """A module with weights that the converter has looked through for zeros."""
 
+    def __init__(self) -> None:
+        import MNN.nn  # noqa: F401 (before anything is timed)
+
     def prepare(self, work: Preparation) -> Path:
         # Not MNN.tools.mnnconvert: importing it installs packages and sends messages to its makers.
         import _tools
