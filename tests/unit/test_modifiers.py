@@ -174,6 +174,25 @@ def test_past_extrapolation_follows_the_recursion_of_a_quadratic(h: float) -> No
         assert model.weight.item() == pytest.approx(w, rel=1e-12)
 
 
+def test_the_shift_follows_the_learning_rate_of_a_schedule() -> None:
+    """gh = rate * lr stays below lr when lr falls a hundredfold: the recursion, with the rate of each step."""
+    h, rate = 2.0, 0.5
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Sparsifier(model, optimizer, Dense(), total_steps=12, modifiers=[Extrapolation(rate=rate)])
+    w, shift = 1.0, 0.0
+    for step in range(12):
+        lr = optimizer.param_groups[0]["lr"] = 0.1 * 10 ** (-step / 6)
+        optimizer.zero_grad()
+        (h / 2 * model(torch.ones(1, 1, dtype=torch.float64)) ** 2).sum().backward()
+        optimizer.step()
+        gradient = h * (w - shift)
+        w -= lr * gradient
+        shift = rate * lr * gradient
+        assert model.weight.item() == pytest.approx(w, rel=1e-12)
+
+
 def final_norm(gradient: str, rate: float, lr: float, steps: int, game: bool, h: float = 1.0) -> float:
     """Of (x, y) after SGD from (1, 1): both descend h/2 (x^2 + y^2), or x descends xy while y climbs it."""
 

@@ -18,7 +18,7 @@ KIND = "extrapolation"
 class Extrapolation(Modifier):
     """Extrapolated SGD ("EXTRAP-SGD", arXiv 2006.05720).
 
-        w' = w - rate * zeta        g = gradient at w'        w <- optimizer(w, g)
+        w' = w - rate * lr * zeta        g = gradient at w'        w <- optimizer(w, g)
 
     zeta is the gradient of the step before (`past`, no further pass), or that of the same batch at w (`current`, the
     extragradient method, one more forward and backward pass). rate = 0 is the optimizer alone, bit for bit. Forward
@@ -29,8 +29,9 @@ class Extrapolation(Modifier):
     at another point, and the average of their gradients is that of a smoother loss.
 
     Args:
-        rate: the inner learning rate, relative to the optimizer's first one. `current` with momentum diverges for
-            rates near 1.
+        rate: the inner learning rate, relative to lr, the optimizer's for that weight at the step that zeta is of: it
+            follows schedules, so that rates below 1 stay below the step itself. `current` with momentum diverges for
+            rates near 1; it takes the learning rate that the loop has set, not that of another modifier or the method.
         gradient: `past` or `current`; `current` needs a loop that asks `Sparsifier.transform_batch`, and the loss that
             the Sparsifier was given.
         local: false takes the average of the past gradients of all processes; for `past`, and for a loss that is
@@ -58,7 +59,7 @@ class Extrapolation(Modifier):
         zeta = network.memory.get(KIND, {}).get(name)
         if zeta is None or not training:
             return weight
-        return weight - self.rate * network.base_lrs[0] * zeta
+        return weight - self.rate * zeta
 
     def transform_batch(
         self, network: Network, model: nn.Module, inputs: Tensor, labels: Tensor, step: int
@@ -96,9 +97,10 @@ class Extrapolation(Modifier):
 
     @staticmethod
     def _remember(network: Network, gradients: Mapping[str, Tensor | None]) -> None:
+        """Keep lr * zeta: the learning rate of the step to come is not known before the loop and the method set it."""
         masks = network.masks
         network.memory[KIND] = {
-            name: (gradient * masks[name] if name in masks.counters else gradient.clone()).detach()
+            name: network.lr(name) * (gradient * masks[name] if name in masks.counters else gradient).detach()
             for name, gradient in gradients.items()
             if gradient is not None
         }
