@@ -298,7 +298,7 @@ def test_the_suite_goes_on_where_it_was_interrupted_and_writes_document_and_pict
     assert "![Times faster than dense onnxruntime by sparsity, in each runtime](peers.png)" in text
     assert "noisy in 4 of 4 races; two processes of the same file differed by up to 5.0%" in text
     assert "a clock of 2011 MHz throughout, the system does not tell the temperature" in text
-    assert "mnn (MLP): not here." in text
+    assert "mnn (VGG19, MLP): not here." in text
     assert drawn_from(out.with_suffix(".png")) == tables.mark(suite.read(out))
     changed = suite.read(out)
     changed["rows"][0]["results"][1]["speedup"]["value"] = 1.0

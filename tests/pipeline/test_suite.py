@@ -50,7 +50,7 @@ def test_a_row_measures_a_network_with_int8_and_two_kinds_of_timing() -> None:
     assert 0 < int8["max_relative_error"] < 0.5
     assert all(file["max_relative_error"] < 1e-5 for file in sparse)
     assert all(file["processes"][0]["relative"]["file"] < 0.5 for file in (int8, *sparse))
-    assert sorted(one["exact_int8"] for one in row["runtimes"]) == [False, True]
+    assert {one["exact_int8"] for one in row["runtimes"]} == {False, True}
     assert result["environment"]["cpu"]
     assert result["environment"]["versions"]["onnxruntime"]
     assert "CPU time" in result["method"]
