@@ -10,6 +10,11 @@ from sparsepipe.sparsity.drop_grow import GrowAtRandom
 class DSR(GrowAtRandom):
     """Drop the lowest magnitudes of the whole network, grow at random, most in layers where most survived.
 
+        K = floor(p_t sum_l nnz_l),   grown_l = K R_l / sum_i R_i
+
+    p_t is the drop fraction, and R_l the number of weights of layer l that are left once the K lowest |w| have gone;
+    grown_l is rounded such that the total is K.
+
     The paper drops below a threshold that it adjusts until about the wanted number falls; here exactly that number
     of lowest magnitudes is dropped.
 

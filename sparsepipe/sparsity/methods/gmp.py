@@ -14,6 +14,11 @@ from sparsepipe.sparsity.schedule import UpdateSchedule, cubic
 class GMP(MagnitudePruning):
     """Train dense, and prune by magnitude along a cubic schedule until the target is reached.
 
+        s_t = s (1 - (1 - (t - t_0) / (t_1 - t_0))^3)
+
+    is the sparsity at step t from `start_at`, t_0, to `stop_at`, t_1; s is the target of each layer, or with `global`
+    that of the network.
+
     Args:
         update_every: optimizer steps between two prunings.
         start_at: fraction of all steps at which pruning begins.

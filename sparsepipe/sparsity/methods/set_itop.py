@@ -8,7 +8,10 @@ from sparsepipe.sparsity.drop_grow import GrowAtRandom
 
 
 class SETITOP(GrowAtRandom):
-    """Grow at random, seldom, half of the active weights at first and until training ends; see `RigLITOP`.
+    """Grow at random, seldom, half of the active weights at first and until training ends.
+
+    In-time over-parameterization: what counts is how many different weights were active at any time, and that each
+    was long enough in the network to be judged.
 
     Args:
         update_every: 1500 steps in the paper.
