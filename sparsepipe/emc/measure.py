@@ -198,7 +198,7 @@ def train(config: TrainConfig, samples: NestedSamples, count: int, steps: int) -
             rate=rate_of(config, total, warmup),
             label_smoothing=config.train.label_smoothing,
         )
-    return Trial(count, steps, ended.complete, ended.converged, ended.loss, ended.nonzero)
+    return Trial(count, steps, ended.complete, ended.converged, ended.loss, ended.nonzero, ended.saddle)
 
 
 def _network(config: TrainConfig, dataset: Dataset) -> torch.nn.Module:

@@ -22,7 +22,8 @@ IMPROVED = 0.01
 class Trial:
     """One training: samples, steps allowed, whether all samples were fit, and if not, whether it had converged.
 
-    `nonzero` is the number of parameters that were not masked at its end.
+    `nonzero` is the number of parameters that were not masked at its end; `saddle` says whether it failed at a saddle
+    of the loss, which longer training can leave.
     """
 
     samples: int
@@ -31,6 +32,7 @@ class Trial:
     converged: bool
     loss: float
     nonzero: int
+    saddle: bool
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def search(
         attempt: trains on so many samples for so many steps.
         largest: samples there are, at least one.
         steps: of a training at first. One that fails and has not converged is repeated with twice the steps, as long
-            as that lowers its loss. Larger samples start with the steps that smaller ones needed.
+            as that lowers its loss or it is at a saddle. Larger samples start with the steps that smaller ones needed.
         tolerance: the search ends once the number that fails is larger than the one that fits by this share at most,
             or by one.
         known: trials of an earlier search with the same `attempt`; they are not repeated.
@@ -98,7 +100,7 @@ def search(
         while not trial.fits and not trial.converged and 2 * allowed <= most:
             allowed *= 2
             before, trial = trial, try_with(samples, allowed)
-            if not trial.fits and trial.loss > (1 - IMPROVED) * before.loss:
+            if not trial.fits and not trial.saddle and trial.loss > (1 - IMPROVED) * before.loss:
                 return False, True
         return trial.fits, trial.converged
 

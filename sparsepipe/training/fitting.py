@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsepipe.sparsity.curvature import hessian_times, joined, lanczos, separated
 from sparsepipe.sparsity.method import SparseFromStart
@@ -40,7 +41,7 @@ class Fit:
         gradient_norm: of that loss by the weights that are not masked, relative to its norm before training.
         plateau: whether the loss did not fall any more in the second half of the steps.
         negative_curvature: minus the least eigenvalue of the Hessian of that loss, by the weights that are not masked,
-            relative to the largest one; looked at only where training failed and seems to have converged, 0 elsewhere.
+            relative to the largest one; looked at only where training failed, 0 elsewhere.
         steps: optimizer steps taken.
         nonzero: parameters that are not masked, biases and normalisation included.
     """
@@ -60,9 +61,14 @@ class Fit:
         return self.correct == self.samples
 
     @property
+    def saddle(self) -> bool:
+        """Whether it failed where the loss curves down in some direction as much as `SADDLE` says."""
+        return self.negative_curvature >= SADDLE
+
+    @property
     def converged(self) -> bool:
         """Whether longer training promises nothing: the gradient is gone or the loss stopped falling, at no saddle."""
-        return (self.gradient_norm < STATIONARY or self.plateau) and self.negative_curvature < SADDLE
+        return (self.gradient_norm < STATIONARY or self.plateau) and not self.saddle
 
 
 def fit(
@@ -188,7 +194,8 @@ def _negative_curvature(model: nn.Module, sparsifier: Sparsifier, sample: Iterab
 
     def product(vector: Tensor) -> Tensor:
         losses = (functional.cross_entropy(model(inputs), labels, reduction="sum") for inputs, labels in sample)
-        return free * joined(hessian_times(losses, parameters, separated(free * vector, parameters)))
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            return free * joined(hessian_times(losses, parameters, separated(free * vector, parameters)))
 
     start = torch.rand(len(free), generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
     values, _ = lanczos(product, free * start.to(free.device), PRODUCTS)
@@ -218,7 +225,7 @@ def _fit(
     late = [loss for at, loss in losses if at > steps / 2]
     gradient_norm = seen.norm / first_norm if first_norm else 0.0
     plateau = bool(early and late) and min(late) > (1 - PLATEAU) * min(early)
-    failed = seen.correct < seen.samples and (gradient_norm < STATIONARY or plateau)
+    failed = seen.correct < seen.samples
     return Fit(
         correct=seen.correct,
         samples=seen.samples,

@@ -18,7 +18,7 @@ class Oracle:
         self.asked.append((samples, steps))
         enough = steps >= self.needs
         fits = samples <= self.capacity and enough
-        return Trial(samples, steps, fits, enough and self.notices, 0.0 if fits else 1 / steps, nonzero=7)
+        return Trial(samples, steps, fits, enough and self.notices, 0.0 if fits else 1 / steps, 7, False)
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 100, 999, 1000])
@@ -61,11 +61,20 @@ def test_what_stays_undertrained_is_a_lower_bound() -> None:
 
 def test_a_loss_that_more_steps_do_not_lower_is_a_failure_of_the_network() -> None:
     def flat(samples: int, steps: int) -> Trial:
-        return Trial(samples, steps, samples <= 20, False, 0.5, 7)
+        return Trial(samples, steps, samples <= 20, False, 0.5, 7, False)
 
     found = search(flat, largest=1000, steps=10, tolerance=0)
     assert (found.emc, found.upper, found.settled) == (20, 21, True)
     assert max(trial.steps for trial in found.trials) == 20  # the second of three allowed showed it
+
+
+def test_a_saddle_that_twice_the_steps_do_not_leave_settles_nothing() -> None:
+    def stuck(samples: int, steps: int) -> Trial:
+        return Trial(samples, steps, samples <= 20, False, 0.5, 7, samples > 20)
+
+    found = search(stuck, largest=1000, steps=10, tolerance=0)
+    assert (found.emc, found.upper, found.settled) == (20, 21, False)
+    assert {trial.steps for trial in found.trials if trial.samples == 21} == {10, 20, 40}  # all that are allowed
 
 
 def test_a_fit_proves_all_smaller_samples_and_known_trials_are_not_repeated() -> None:
@@ -80,13 +89,13 @@ def test_a_fit_proves_all_smaller_samples_and_known_trials_are_not_repeated() ->
 
 
 def test_a_failure_below_a_fit_is_chance_and_does_not_lower_the_result() -> None:
-    unlucky = Trial(64, 10, False, True, 1.0, 7)
-    larger = Trial(200, 10, True, True, 0.0, 7)
+    unlucky = Trial(64, 10, False, True, 1.0, 7, False)
+    larger = Trial(200, 10, True, True, 0.0, 7, False)
     found = search(Oracle(300), largest=1000, steps=10, tolerance=0, known=[unlucky, larger])
     assert found.emc == 300
     assert found.contradictions == [64]
 
 
 def test_a_fit_that_took_more_steps_than_allowed_now_is_not_used() -> None:
-    longer = Trial(200, 1000, True, True, 0.0, 7)
+    longer = Trial(200, 1000, True, True, 0.0, 7, False)
     assert search(Oracle(50), largest=1000, steps=10, tolerance=0, known=[longer]).emc == 50

@@ -85,7 +85,41 @@ def test_a_saddle_is_no_failure_of_the_network_though_its_gradient_is_gone() -> 
     assert ended.gradient_norm == 0
     assert ended.loss == pytest.approx(np.log(2), abs=1e-6)
     assert ended.negative_curvature == pytest.approx(1, abs=1e-3)
+    assert ended.saddle
     assert not ended.converged
+
+
+def test_a_saddle_is_seen_though_neither_gradient_nor_loss_say_that_training_has_ended() -> None:
+    inputs, labels = gaussian(30, 5)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.Linear(4, 2, bias=False))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=1e-3)
+    ended, _ = train(model, inputs, labels, 20, lr=1e-9)
+    assert ended.gradient_norm == pytest.approx(1, abs=0.01)
+    assert not ended.plateau
+    assert ended.saddle
+
+
+class Attending(nn.Module):
+    """Attention over four tokens of two features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(2, 2), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.mix(x.reshape(-1, 1, 4, 2))
+        mixed = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+        return self.head(mixed.reshape(-1, 8))  # type: ignore[no-any-return]
+
+
+def test_the_curvature_of_attention_is_found_though_its_fused_kernel_has_no_second_derivative() -> None:
+    inputs, labels = gaussian(30, 8)
+    torch.manual_seed(0)
+    ended, _ = train(Attending(), inputs, labels, 2, lr=1e-6)
+    assert not ended.complete
+    assert ended.negative_curvature > 0
 
 
 def test_too_few_steps_are_no_failure_of_the_network() -> None:
@@ -116,7 +150,7 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
 def capacity(features: int, seed: int) -> Found:
     def attempt(samples: int, steps: int) -> Trial:
         ended, _ = train(linear(features, seed), *gaussian(samples, features, seed), steps)
-        return Trial(samples, steps, ended.complete, ended.converged, ended.loss, ended.nonzero)
+        return Trial(samples, steps, ended.complete, ended.converged, ended.loss, ended.nonzero, ended.saddle)
 
     return search(attempt, largest=1000, steps=500, doublings=1)
 
@@ -159,7 +193,7 @@ def test_the_capacity_of_a_perceptron_rises_with_width_and_falls_with_sparsity()
             inputs, _ = gaussian(samples, 16)
             labels = np.random.RandomState(7).randint(10, size=samples)
             ended, _ = train(model, inputs, labels, steps, lr=1e-2, method="static", distribution="uniform", **options)
-            return Trial(samples, steps, ended.complete, ended.converged, ended.loss, ended.nonzero)
+            return Trial(samples, steps, ended.complete, ended.converged, ended.loss, ended.nonzero, ended.saddle)
 
         found = search(attempt, largest=1000, steps=1500, doublings=0)
         nonzero = found.trials[-1].nonzero
