@@ -124,6 +124,19 @@ def test_exactly_the_scheduled_part_is_dense_and_all_others_are_at_the_target(pa
     assert sparsifier.freeze().sparsity == pytest.approx(0.9, abs=1 / 400)
 
 
+def test_every_turn_of_gap_needs_a_step_of_its_own() -> None:
+    """Nine steps before fine-tuning: enough for nine turns, and the last pruning, but not for twelve."""
+    model = gap_network()
+    optimizer = sgd(model.parameters())
+    sparsifier = Sparsifier(model, optimizer, GaP(sparsity=0.9, partitions=3, rounds=3, finetune=0.25), total_steps=12)
+    train(model, optimizer, range(12))
+    assert sparsifier.masks_final
+    assert sparsifier.freeze().sparsity == pytest.approx(0.9, abs=1 / 400)
+    model = gap_network()
+    with pytest.raises(RecipeError, match="12 turns, but there are only 9 steps"):
+        Sparsifier(model, sgd(model.parameters()), GaP(partitions=3, rounds=4, finetune=0.25), total_steps=12)
+
+
 def test_each_turn_starts_with_the_first_learning_rate_and_a_fresh_optimizer() -> None:
     model = gap_network()
     optimizer = sgd(model.parameters())

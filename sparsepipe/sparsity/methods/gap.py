@@ -36,8 +36,8 @@ class GaP(SparseFromStart):
         **shared: the options of `SparseFromStart`; the paper uses `uniform`.
 
     Raises:
-        RecipeError: an option is out of range or of the wrong type, or the distribution is `global`, which has no
-            number of weights for one layer.
+        RecipeError: an option is out of range or of the wrong type, the distribution is `global`, which has no number
+            of weights for one layer, or, in `attach`, the training has fewer steps before fine-tuning than turns.
     """
 
     name = "gap"
@@ -63,6 +63,13 @@ class GaP(SparseFromStart):
 
     def attach(self, network: Network) -> None:
         super().attach(network)
+        starts = self.starts(network)
+        if len(set(starts)) < len(starts):
+            raise RecipeError(
+                f"'gap' takes {len(starts) - 1} turns, but there are only {starts[-1]} steps before fine-tuning.",
+                where="rounds",
+                advice="Train longer, or lower 'rounds', 'partitions' or 'finetune'.",
+            )
         self._grow(network, 0)
 
     def parts(self, network: Network) -> list[list[str]]:
