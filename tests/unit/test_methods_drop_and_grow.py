@@ -100,9 +100,25 @@ def test_the_surplus_of_em_and_s_halves_and_is_gone_at_the_stop() -> None:
         bench.step(randn(20, 20, seed=t))
         seen[t + 1] = bench.sparsifier.mask_set.nnz
         assert bench.sparsifier.masks_final == (t + 1 >= 80)
+        assert bench.sparsifier.metrics()["drop_fraction"] == pytest.approx(1 - 40 / seen[t + 1])
     assert [seen[step] for step in (0, 5, 59, 60, 79, 80, 100)] == [60, 60, 60, 50, 50, 40, 40]
     with pytest.raises(RecipeError, match="needs room for more weights"):
         MEST(variant="em&s", sparsity=0.5, pattern="2:4")
+    for option in ({"drop_scope": "global"}, {"redistribution": "nonzeros"}):
+        with pytest.raises(RecipeError, match="no use for"):
+            MEST(variant="em&s", **option)
+
+
+def test_em_and_s_grows_what_was_just_dropped_only_where_nothing_else_is_left() -> None:
+    for sparsity, target, size in ((0.5, 200, 300), (0.4, 240, 360)):  # 100 or 160 drop, 100 or 40 were inactive
+        method = MEST(variant="em&s", sparsity=sparsity, update_every=1, exclude_just_dropped=True)
+        bench = Bench(method, (20, 20), 100)
+        before = bench.mask.clone()
+        assert int(before.sum()) == size
+        bench.step(randn(20, 20, seed=0))
+        assert bench.mask[~before].all()
+        assert int(bench.mask.sum()) == size
+        assert int((bench.mask & before).sum()) == max(target, 2 * size - 400)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.05])
@@ -192,6 +208,22 @@ def test_srigl_gives_each_live_neuron_as_many_weights_and_ablates_the_others_for
         gradient[0] = 0
         bench.step(gradient)
         assert bench.mask.sum(dim=1).tolist() == [0, 10, 10, 10, 10]
+
+
+def test_srigl_grows_what_was_just_dropped_only_where_nothing_else_is_left() -> None:
+    """Active weights have by far the largest gradients, so that without the option they would grow again."""
+    for exclude, dropped in ((True, 20), (False, 0)):
+        options = {"sparsity": 0.5, "update_every": 1, "drop_fraction": 0.5, "min_salient": 0.0}
+        method = SRigL(drop_schedule="constant", exclude_just_dropped=exclude, **options)
+        bench = Bench(method, (5, 16), 40)
+        before = bench.mask.clone()
+        bench.step(torch.where(before, 1.0, 1e-3 * randn(5, 16, seed=0)))
+        assert int((before & ~bench.mask).sum()) == dropped
+        assert bench.mask.sum(dim=1).tolist() == [8] * 5
+    crowded = Bench(SRigL(sparsity=0.125, update_every=1, drop_fraction=0.9, exclude_just_dropped=True), (5, 16), 40)
+    for t in range(20):
+        crowded.step(randn(5, 16, seed=t))
+        assert set(crowded.mask.sum(dim=1).tolist()) == {14}
 
 
 def test_srigl_without_ablation_keeps_the_constant_fan_in_of_all() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsepipe.errors import RecipeError
@@ -32,7 +33,8 @@ class MEST(GrowAtRandom):
         **shared: the options of `DropGrow`.
 
     Raises:
-        RecipeError: an option is out of range or of the wrong type, or the pattern leaves no room for `em&s`.
+        RecipeError: an option is out of range or of the wrong type, the pattern leaves no room for `em&s`, or `em&s` is
+            to drop or grow across layers.
     """
 
     name = "mest"
@@ -57,6 +59,12 @@ class MEST(GrowAtRandom):
                 where="variant",
                 advice="Choose variant = 'em', or another pattern.",
             )
+        if self.variant == "em&s" and (self.drop_scope, self.redistribution) != ("layer", "none"):
+            raise RecipeError(
+                "'em&s' cuts every layer to its own target: it has no use for 'drop_scope' and 'redistribution'.",
+                where="variant",
+                advice="Choose variant = 'em', or leave both options out.",
+            )
 
     def describe(self) -> dict[str, Any]:
         own = ("variant", "gradient_weight", "soft_bound")
@@ -76,6 +84,14 @@ class MEST(GrowAtRandom):
     def masks_final(self, network: Network, step: int) -> bool:
         return step >= self._end(network) if self.variant == "em&s" else super().masks_final(network, step)
 
+    def metrics(self, network: Network, step: int) -> dict[str, float]:
+        if self.variant == "em":
+            return super().metrics(network, step)
+        # What the next update cuts is the surplus that the last one left.
+        updated = step if step >= self._end(network) else step - step % self.update_every
+        surplus = self._surplus(network, updated)
+        return {"drop_fraction": surplus / (1 + surplus)}
+
     def drop_score(self, network: Network, name: str) -> Tensor:
         salience = super().drop_score(network, name)
         if name in network.gradients:
@@ -92,8 +108,12 @@ class MEST(GrowAtRandom):
     def _end(self, network: Network) -> int:
         return max(self._updates(network).stop, 1)
 
+    def _surplus(self, network: Network, step: int) -> float:
+        """Share of the target that there is more of after an update at `step`."""
+        return halved(self.soft_bound, self._end(network))(step)
+
     def _with_surplus(self, network: Network, targets: dict[str, int], step: int) -> dict[str, int]:
-        share = 1 + halved(self.soft_bound, self._end(network))(step)
+        share = 1 + self._surplus(network, step)
         return {
             name: target if layer.pattern.density is not None else min(round(target * share), layer.groups)
             for name, target in targets.items()
@@ -110,5 +130,7 @@ class MEST(GrowAtRandom):
             drop = layer.pattern.scores(self.drop_score(network, name))
             kept = top_k(drop, active.sum(dim=1).clamp(max=targets[name]), active)
             grow = layer.pattern.scores(self.grow_score(network, name, step))
+            if self.exclude_just_dropped:
+                grow = torch.where(active, -1.0, grow)  # below all others: where nothing else is left
             grown = top_k(grow, sizes[name] - kept.sum(dim=1), ~kept)
             network.change(name, layer.pattern.unfold(kept | grown, layer.shape))

@@ -84,6 +84,8 @@ class SRigL(GrowByGradient):
         kept = kept & live[:, None]
         fan_in = min(budget // int(live.sum()), active.shape[1])
         missing = (fan_in - kept.sum(dim=1)).clamp(min=0) * live
+        if self.exclude_just_dropped:
+            gradient = torch.where(active, -1.0, gradient)  # below all others: where nothing else is left
         return kept | top_k(gradient, missing, ~kept & live[:, None])
 
 
