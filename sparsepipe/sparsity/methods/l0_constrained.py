@@ -47,8 +47,9 @@ class L0Constrained(Emergent):
     Gradient descent on w and log_alpha, gradient ascent lambda <- max(0, lambda + dual_lr (density - target)). Training
     draws the gates; evaluation uses their medians, which `freeze` multiplies into the weights. Expected density comes
     within about 0.01 of the target where the training is long enough for the learning rates; the weights that are left
-    are fewer, as a gate that is seldom open is closed in the median. Both are logged. `finish = "top-k"` meets the
-    target exactly instead: it keeps the gates that are open most often, with their mean if the median is closed.
+    are fewer, as a gate that is seldom open is closed in the median. Both are logged, and where each layer has its
+    constraint, the highest expected density of one, `worst_expected_density`. `finish = "top-k"` meets the target
+    exactly instead: it keeps the gates that are open most often, with their mean if the median is closed.
 
     Args:
         sparsity: 1 - the expected density of the gated layers.
@@ -68,7 +69,8 @@ class L0Constrained(Emergent):
         **shared: the options of `Emergent`.
 
     Raises:
-        RecipeError: an option is out of range or of the wrong type, or `limit` does not allow the target.
+        RecipeError: an option is out of range or of the wrong type, `limit` does not allow the target, or, in `attach`,
+            no layer is left to the method.
     """
 
     name = "l0-constrained"
@@ -113,6 +115,12 @@ class L0Constrained(Emergent):
 
     def attach(self, network: Network) -> None:
         super().attach(network)
+        if not self.sparse_layers(network):
+            raise RecipeError(
+                "'l0-constrained' has no layer to give gates: every one stays dense.",
+                where="overrides",
+                advice="Leave at least one layer to the method, or choose the method 'dense'.",
+            )
         for name in self.sparse_layers(network):
             weight = network.weights[name].parameter
             noise = scores.random(weight.new_empty(self._gate_shape(network, name)), network.seed, name, 0)
@@ -173,8 +181,11 @@ class L0Constrained(Emergent):
         super().finalize(network)
 
     def metrics(self, network: Network, step: int) -> dict[str, Any]:
-        worst = max(float(violation) for violation in self._violations(network).values())
-        return {**super().metrics(network, step), "expected_density": worst + 1 - self.sparsity}
+        expected = self._expected(network)
+        figures = {**super().metrics(network, step), "expected_density": float(_together(network, expected))}
+        if self.constraint == "layer":
+            figures["worst_expected_density"] = max(float(density) for density in expected.values())
+        return figures
 
     def describe(self) -> dict[str, Any]:
         rates = ("drop_init", "gate_lr", "dual_lr", "dual", "kp", "nu", "l2")
@@ -207,10 +218,17 @@ class L0Constrained(Emergent):
 
     def _violations(self, network: Network) -> dict[str, Tensor]:
         """Expected density - target, by constraint."""
-        expected = {name: active(log_alpha).mean() for name, log_alpha in network.variables.items()}
-        target = 1 - self.sparsity
+        expected, target = self._expected(network), 1 - self.sparsity
         if self.constraint == "layer":
             return {name: density - target for name, density in expected.items()}
-        sizes = {name: network.weights[name].parameter.numel() for name in expected}
-        total = torch.stack([expected[name] * sizes[name] for name in expected]).sum()
-        return {"model": total / sum(sizes.values()) - target}
+        return {"model": _together(network, expected) - target}
+
+    def _expected(self, network: Network) -> dict[str, Tensor]:
+        """Expected density of each layer."""
+        return {name: active(log_alpha).mean() for name, log_alpha in network.variables.items()}
+
+
+def _together(network: Network, expected: dict[str, Tensor]) -> Tensor:
+    """Expected density of all gated layers together."""
+    sizes = {name: network.weights[name].parameter.numel() for name in expected}
+    return torch.stack([expected[name] * sizes[name] for name in expected]).sum() / sum(sizes.values())
