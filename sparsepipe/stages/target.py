@@ -66,10 +66,12 @@ def run(
     name = config.method.name
     knob = registry.METHODS[name].knob if name in registry.METHODS else ""
     if not knob:
+        # The median gates that it ends with by default are fewer than the target says.
+        exact = ', and method.finish = "top-k"' if name == "l0-constrained" else ""
         raise RecipeError(
             f"The method '{name}' has no knob to search.",
             where="--target-sparsity",
-            advice="Set method.sparsity. Methods with a knob: "
+            advice=f"Set method.sparsity{exact}. Methods with a knob: "
             + ", ".join(info.name for info in registry.METHODS.values() if info.knob)
             + ".",
         )

@@ -51,3 +51,10 @@ def test_the_closest_trial_becomes_the_result_and_all_are_reported(tmp_path: Pat
 def test_methods_with_a_target_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no knob"):
         target.run(config("rigl"), tmp_path / "train", sparsity=0.5)
+
+
+def test_the_advice_for_gates_names_the_finish_that_meets_a_target(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"method\.sparsity, and method\.finish = .top-k."):
+        target.run(config("l0-constrained"), tmp_path / "train", sparsity=0.5)
+    with pytest.raises(RecipeError, match=r"Set method\.sparsity\. Methods"):
+        target.run(config("rigl"), tmp_path / "train", sparsity=0.5)
