@@ -236,7 +236,6 @@ def test_top_k_meets_the_target_with_the_gates_that_are_open_most_often(constrai
         *((0.05, 0.02, {}), (0.05, 0.05, {}), (0.2, 0.05, {}), (0.2, 0.1, {}), (1.0, 0.1, {})),
         (0.2, 0.1, {"finish": "top-k"}),
         (0.2, 0.1, {"constraint": "layer"}),
-        (0.2, 0.1, {"gates": "structured"}),
     ],
 )
 def test_the_expected_density_meets_the_target_for_learning_rates_over_a_range_of_twenty(
