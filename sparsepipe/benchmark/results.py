@@ -110,26 +110,34 @@ class FileFacts:
 def file_facts(path: Path) -> FileFacts:
     """Target and precision that an ONNX file names in its metadata, None where it names none, and its size in bytes.
 
-    A file that is not valid ONNX has no target; the worker will say what is wrong with it. The weights of an OpenVINO
-    model (.xml) lie in a .bin beside it.
+    A file that is not valid ONNX has no target; the worker will say what is wrong with it.
     """
-    weights = path.with_suffix(".bin")
-    size = path.stat().st_size + (weights.stat().st_size if path.suffix == ".xml" and weights.is_file() else 0)
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception:  # protobuf and onnx each raise their own
-        return FileFacts(None, None, size)
-    named = {entry.key: entry.value for entry in model.metadata_props}
+    size = sum(file.stat().st_size for file in files_of(path))
+    model = _read(path)
+    named = {} if model is None else {entry.key: entry.value for entry in model.metadata_props}
+    return FileFacts(named.get(TARGET_KEY), named.get(PRECISION_KEY), size)
+
+
+def files_of(path: Path) -> list[Path]:
+    """A model file and those beside it that hold its weights: external data of ONNX, the .bin of OpenVINO's .xml."""
+    if path.suffix == ".xml":
+        return [file for file in (path, path.with_suffix(".bin")) if file.is_file()]
+    model = _read(path)
     beside = {
         entry.value
-        for tensor in model.graph.initializer
+        for tensor in (model.graph.initializer if model else ())
         if tensor.data_location == onnx.TensorProto.EXTERNAL
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    external = [path.parent / name for name in beside]
-    size += sum(file.stat().st_size for file in external if file.is_file())
-    return FileFacts(named.get(TARGET_KEY), named.get(PRECISION_KEY), size)
+    return [path, *(file for name in sorted(beside) if (file := path.parent / name).is_file())]
+
+
+def _read(path: Path) -> onnx.ModelProto | None:
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception:  # protobuf and onnx each raise their own
+        return None
 
 
 def _row(label: str, measurement: Measurement, setting: Setting, gain: Estimate | None) -> dict[str, Any]:

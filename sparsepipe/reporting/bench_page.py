@@ -21,7 +21,7 @@ MOST_BARS, SHOWN = 16, 0.9
 HEADERS = (
     "network", "file", "threads", "batch", "clock", "latency", "p99", "speed-up", "memory", "size", "load", "accuracy",
 )  # fmt: skip
-OPTIONS = ("sparsity", "pattern", "precision", "peers", "threads", "batch", "seconds")
+OPTIONS = ("network", "sparsity", "pattern", "precision", "peers", "threads", "batch", "seconds")
 """Settings that are options of the command of the same name."""
 Row = Mapping[str, Any]
 
@@ -337,11 +337,19 @@ def _command(result: Row) -> str:
     settings = result.get("settings") or result.get("environment", {}).get("settings") or {}
     if kind == "profile":
         words = ["profile", result["file"], *(["--against", result["against"]] if result["against"] else [])]
-        settings = {"threads": [result["threads"]], "batch": [result["batch"]]}
+        settings = {**settings, "threads": [result["threads"]], "batch": [result["batch"]]}
     elif kind == "whatif":
         words = ["bench", "--model", result["model"]]
     elif kind == "suite":
         words = ["bench", "--suite", result.get("suite", "kernels")]
+        rows = result["rows"]
+        files = [file for row in rows for file in row.get("files", [row]) if file.get("sparsity") is not None]
+        settings = {
+            **settings,
+            "network": list(dict.fromkeys(row["network"] for row in rows)),
+            "pattern": list(dict.fromkeys(row["pattern"] for row in rows if "pattern" in row)),
+            "sparsity": sorted({file["sparsity"] for file in files}),
+        }
     else:
         names = (row["file"].removesuffix(f", {row.get('runtime')}") for row in result["results"])
         words = ["bench", *dict.fromkeys(names)]

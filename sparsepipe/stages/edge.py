@@ -11,6 +11,7 @@ from typing import Any
 from sparsepipe.artefact import Artefact, digest_file, draft, write_json
 from sparsepipe.benchmark import energy, limited
 from sparsepipe.benchmark.harness import Contestant, Setting, choose_cpus, patience
+from sparsepipe.benchmark.results import files_of
 from sparsepipe.errors import RecipeError
 from sparsepipe.recipe import Bench
 from sparsepipe.stages import bench
@@ -45,7 +46,7 @@ def measure(paths: Sequence[Path], config: Bench, memory_limit: int | None = Non
     for path, row in zip(paths, result["results"], strict=True):
         timeout = patience(Contestant(path), setting)
         model = str(path.absolute())
-        row["gzip_bytes"] = len(gzip.compress(path.read_bytes(), GZIP_LEVEL, mtime=0))
+        row["gzip_bytes"] = sum(len(gzip.compress(file.read_bytes(), GZIP_LEVEL, mtime=0)) for file in files_of(path))
         row["energy"] = energy.per_call(model, batch, shapes, list(cpus) if cpus else None, config.seconds, timeout)
         row["limit"] = limited.fits(model, memory_limit, batch, shapes, timeout) if memory_limit else None
     return {"schema_version": SCHEMA_VERSION, "profile": "edge", **result}

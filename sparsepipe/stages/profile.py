@@ -88,6 +88,7 @@ def measure(path: Path, config: ProfileConfig, against: Path | None = None) -> d
         "against": against.name if against else None,
         "threads": config.threads,
         "batch": batch,
+        "settings": {"seconds": config.seconds, "input": {name: list(shape) for name, shape in config.input.items()}},
         "input": {name: list(value.shape) for name, value in files[0].feeds.items()},
         "sparsity": sparsity_of(files[0].layers),
         "roofline": {**roof.as_dict(), "ridge": roof.ridge},

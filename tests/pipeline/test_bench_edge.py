@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sparsepipe.benchmark import energy, harness, limited
+from sparsepipe.benchmark.results import file_facts, files_of
 from sparsepipe.errors import RecipeError
 from sparsepipe.recipe import Bench
 from sparsepipe.stages import edge
@@ -74,6 +75,17 @@ def test_a_process_with_little_memory_tells_whether_a_file_fits(tmp_path: Path) 
     assert not little["fits"]
     assert little["reason"]
     assert limited.fits(str(write_model(tmp_path / "small.onnx")), 200 << 20, 1, {}, 60.0)["fits"]
+
+
+def test_the_size_of_a_model_is_that_of_all_its_files(tmp_path: Path) -> None:
+    held = onnx.load(write_model(tmp_path / "a.onnx", 64))
+    whole = tmp_path / "outside.onnx"
+    onnx.save(held, whole, save_as_external_data=True, location="weights.data", size_threshold=0)
+    assert files_of(whole) == [whole, tmp_path / "weights.data"]
+    assert file_facts(whole).bytes == sum((tmp_path / name).stat().st_size for name in ("outside.onnx", "weights.data"))
+    for suffix in (".xml", ".bin"):
+        (tmp_path / f"other{suffix}").write_bytes(b"12345")
+    assert file_facts(tmp_path / "other.xml").bytes == 10
 
 
 @linux

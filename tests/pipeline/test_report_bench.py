@@ -19,6 +19,7 @@ pytest.importorskip("jinja2")
 
 from sparsepipe.benchmark import records
 from sparsepipe.cli.bench import command
+from sparsepipe.cli.profile import command as profile_command
 from sparsepipe.errors import ArtefactError
 from sparsepipe.reporting import bench_page, bench_plots
 from sparsepipe.stages import bench_report
@@ -198,6 +199,19 @@ def test_the_command_of_a_result_is_one_that_the_command_line_takes(tmp_path: Pa
     assert taken["input_"] == {"": (1, 3, 8, 8)}
     assert any("noisy machine: two runs of the same file differed by 20.0%" in note for note in data["notes"])
     assert any("the clock varied" in note for note in data["notes"])
+
+
+def test_the_commands_of_a_suite_and_of_a_profile_name_what_was_measured() -> None:
+    committed = json.loads((Path(__file__).parents[2] / "examples" / "benchmarks" / "peers.json").read_text())
+    line = shlex.split(bench_page._command(committed | {"rows": committed["rows"][:5]}))
+    taken = command.make_context("bench", line[2:]).params
+    assert (taken["suite"], taken["network"]) == ("peers", ("resnet50", "mobilenet-v1"))
+    assert (taken["sparsity"], taken["seconds"]) == ((0.8, 0.9, 0.95, 0.98), 1.0)
+    assert taken["peers"] == tuple(committed["settings"]["peers"])
+    measured = {"kind": "profile", "file": __file__, "against": None, "threads": 1, "batch": 2}
+    line = shlex.split(bench_page._command(measured | {"settings": {"seconds": 0.5, "input": {"x": [2, 3]}}}))
+    taken = profile_command.make_context("profile", line[2:]).params
+    assert (taken["seconds"], taken["threads"], taken["input_"]) == (0.5, 1, {"x": (2, 3)})
 
 
 def test_accuracy_stands_against_latency() -> None:
