@@ -104,6 +104,12 @@ class Method:
         """
         return None
 
+    def before_step(self, network: Network, step: int) -> None:
+        """Called before optimizer step `step`, with `.grad` as the optimizer will see it; again for each closure.
+
+        What `.grad` holds after the step is the optimizer's matter: some add momentum to it or unscale it in place.
+        """
+
     def after_step(self, network: Network, step: int) -> None:
         """Called after optimizer step `step`, with inactive weights at zero."""
 

@@ -419,6 +419,8 @@ class Sparsifier:
             refuse_scaled(self._network, scale)
         elif not self._skipped:
             self._take_gradients(scale)
+        if not self._skipped:
+            self._call_before_step()
         self._take_owned(scale)
         return None
 
@@ -432,6 +434,7 @@ class Sparsifier:
             loss = closure()
             if not self._prepared:
                 self._take_gradients(scale=None)
+            self._call_before_step()
             self._take_owned(scale=None)
             return loss
 
@@ -465,6 +468,10 @@ class Sparsifier:
                 if gradient is not None:
                     network.gradients[name] = gradient.clone() if scale is None else gradient / scale
         network.mask_gradients()
+
+    @torch.no_grad()
+    def _call_before_step(self) -> None:
+        self._method.before_step(self._network, self._next_step)
 
     @torch.no_grad()
     def _take_owned(self, scale: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from sparsepipe.errors import ArtefactError, RecipeError
 from sparsepipe.recipe import parse, with_modifiers
+from sparsepipe.sparsity import registry as methods
 from sparsepipe.sparsity.attacks import InputSpace, pgd
 from sparsepipe.sparsity.methods.dense import Dense
 from sparsepipe.sparsity.methods.magnitude_oneshot import MagnitudeOneShot
@@ -156,6 +158,60 @@ def test_a_resumed_training_equals_an_uninterrupted_one_and_masks_hold(name: str
     other = network()
     with pytest.raises(ArtefactError, match="modifiers"):
         Sparsifier(other, sgd(other.parameters()), dst_ee(), total_steps=TOTAL).load_state_dict(loaded["s"])
+
+
+@pytest.mark.parametrize("method", ["rigl", "l0-constrained", "xrda"])
+@pytest.mark.parametrize("name", ["adversarial", "past"])
+def test_modifiers_resume_beside_growth_gates_and_owned_steps(name: str, method: str) -> None:
+    def start() -> tuple[Any, Any, Sparsifier]:
+        model = network()
+        optimizer = sgd(model.parameters())
+        made = methods.create(method, {"sparsity": 0.7, "update_every": 4})
+        return model, optimizer, Sparsifier(model, optimizer, made, total_steps=TOTAL, modifiers=MODIFIERS[name]())
+
+    whole, first, second = start(), start(), start()
+    steps_of(*whole, range(TOTAL))
+    steps_of(*first, range(13))
+    for ours, theirs in zip(second, first, strict=True):
+        ours.load_state_dict(deepcopy(theirs.state_dict()))
+    steps_of(*second, range(13, TOTAL))
+    assert whole[2].freeze().digest() == second[2].freeze().digest()
+    for ours, theirs in zip(second[0].state_dict().values(), whole[0].state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert inactive_are_positive_zero(second[0], second[2])
+
+
+@pytest.mark.parametrize(
+    "options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=["plain", "foreach", "fused"]
+)
+def test_zeta_is_the_gradient_whatever_the_optimizer_makes_of_it(options: dict[str, Any]) -> None:
+    """Some add the momentum to `.grad` in place, and fused ones write the gradient that they unscaled there."""
+    model, lr, rate, momentum, scale = nn.Linear(1, 1, bias=False).double(), 0.1, 0.5, 0.9, 8.0
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, nesterov=True, **options)
+    if options.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)  # type: ignore[attr-defined]
+    else:
+        scale = 1.0
+    Sparsifier(model, optimizer, Dense(), total_steps=30, modifiers=[Extrapolation(rate=rate)])
+    w, zeta, velocity = 1.0, 0.0, 0.0
+    for _ in range(30):
+        optimizer.zero_grad()
+        (scale * 0.25 * model(torch.ones(1, 1, dtype=torch.float64)) ** 2).sum().backward()
+        optimizer.step()
+        zeta = 0.5 * (w - rate * lr * zeta)
+        velocity = momentum * velocity + zeta
+        w -= lr * (zeta + momentum * velocity)
+        assert model.weight.item() == pytest.approx(w, rel=1e-6)
+
+
+def test_current_extrapolation_of_transformed_weights_is_refused() -> None:
+    model = network()
+    made = methods.create("l0-constrained", {"sparsity": 0.7})
+    with pytest.raises(RecipeError, match="gradients that extrapolation takes"):
+        Sparsifier(
+            model, sgd(model.parameters()), made, total_steps=TOTAL, modifiers=[Extrapolation(gradient="current")]
+        )
 
 
 @pytest.mark.parametrize("h", [0.5, 2.0])

@@ -20,6 +20,13 @@ class Modifier(Method):
     It keeps what it remembers in `network.memory`, under kinds that begin with its name.
     """
 
+    def check_fit(self, network: Network, method: Method) -> None:
+        """Asked once all are attached.
+
+        Raises:
+            RecipeError: it cannot be combined with what this method does.
+        """
+
     stages: int = 1
     """Trainings of the method from its start to its end, one after another. The steps that all hooks are given, and
     `network.total_steps`, are those of one of them; `network.stage` tells which. In each the
@@ -82,6 +89,8 @@ class Combined(Method):
     def attach(self, network: Network) -> None:
         for each in self._all:
             each.attach(network)
+        for modifier in self._modifiers:
+            modifier.check_fit(network, self._method)
 
     def needs_gradients(self, network: Network, step: int) -> bool:
         return any(each.needs_gradients(network, step) for each in self._all)
@@ -122,6 +131,10 @@ class Combined(Method):
         for each in (*self._modifiers, self._method):
             inputs, labels = each.transform_batch(network, model, inputs, labels, step)
         return inputs, labels
+
+    def before_step(self, network: Network, step: int) -> None:
+        for each in self._all:
+            each.before_step(network, step)
 
     def after_step(self, network: Network, step: int) -> None:
         for each in self._all:

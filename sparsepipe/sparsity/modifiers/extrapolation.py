@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sparsepipe.errors import RecipeError
 from sparsepipe.sparsity import options
+from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.modifiers.combined import Modifier
 from sparsepipe.sparsity.network import Network
 
@@ -38,7 +40,8 @@ class Extrapolation(Modifier):
             scaled (fp16), of which the processes' own gradients cannot be told.
 
     Raises:
-        RecipeError: an option is out of range.
+        RecipeError: an option is out of range. When the Sparsifier is made: the method transforms weights in forward
+            passes, and zeta would be taken before the chain rule (`current`, and `local` in several processes).
     """
 
     name: ClassVar[str] = "extrapolation"
@@ -51,6 +54,15 @@ class Extrapolation(Modifier):
 
     def needs_local_gradients(self, network: Network) -> bool:
         return self.local and self.gradient == "past" and network.processes > 1
+
+    def check_fit(self, network: Network, method: Method) -> None:
+        if method.transforms(network) and (self.gradient == "current" or self.needs_local_gradients(network)):
+            raise RecipeError(
+                f"The gradients that extrapolation takes here are not those of weights, but of what '{method.name}' "
+                "makes of them.",
+                where="modifiers.extrapolation",
+                advice='Set gradient = "past" and local = false.',
+            )
 
     def transforms(self, network: Network) -> Collection[str]:
         return network.weights.keys()
@@ -77,23 +89,28 @@ class Extrapolation(Modifier):
             self._remember(network, dict(zip(own, found, strict=True)))
         return inputs, labels
 
+    def before_step(self, network: Network, step: int) -> None:
+        if self.gradient == "current":
+            return
+        if network.local_gradients:
+            self._remember(network, network.local_gradients)
+            return
+        scale = getattr(network.optimizer, "grad_scale", None)  # fused optimizers unscale in the step itself
+        self._remember(
+            network,
+            {
+                name: each.grad if each.grad is None or scale is None else each.grad / scale
+                for name, each in network.tensors.items()
+            },
+        )
+
     def after_step(self, network: Network, step: int) -> None:
         if self.gradient == "current":
             network.memory.pop(KIND, None)
             return
-        if network.local_gradients:
-            self._remember(network, dict(network.local_gradients))
-            return
-        scale = getattr(network.optimizer, "grad_scale", None)  # fused optimizers unscale in the step itself
-        found = {
-            name: network.gradients.get(name)
-            if each.grad is None
-            else each.grad
-            if scale is None
-            else each.grad / scale
-            for name, each in network.tensors.items()
-        }
-        self._remember(network, found)
+        for name, zeta in network.memory.get(KIND, {}).items():
+            if name in network.masks.counters:  # weights that this step dropped stay where they are, at zero
+                zeta.mul_(network.masks[name])
 
     @staticmethod
     def _remember(network: Network, gradients: Mapping[str, Tensor | None]) -> None:
