@@ -236,6 +236,7 @@ def test_top_k_meets_the_target_with_the_gates_that_are_open_most_often(constrai
         *((0.05, 0.02, {}), (0.05, 0.05, {}), (0.2, 0.05, {}), (0.2, 0.1, {}), (1.0, 0.1, {})),
         (0.2, 0.1, {"finish": "top-k"}),
         (0.2, 0.1, {"constraint": "layer"}),
+        (1.0, 0.1, {"gates": "structured"}),  # of few large groups a slow multiplier is late: 0.22 with 0.2
     ],
 )
 def test_the_expected_density_meets_the_target_for_learning_rates_over_a_range_of_twenty(
@@ -253,7 +254,8 @@ def test_the_expected_density_meets_the_target_for_learning_rates_over_a_range_o
         assert sparsifier.metrics()["worst_expected_density"] == pytest.approx(0.2, abs=0.01)
     sparsity = sparsifier.freeze().sparsity
     assert sparsity == pytest.approx(0.8, abs=1e-4) if "finish" in others else sparsity > 0.8
-    assert accuracy(model) > 94.5
+    # A fifth of the pixels and of the units, whole, is too little for these digits.
+    assert accuracy(model) > (80 if "gates" in others else 94.5)
 
 
 # Steps that a method takes itself
