@@ -104,13 +104,15 @@ class OnnxRuntime(Runtime):
         return self._session.run(None, self._feeds)
 
     def describe(self) -> dict[str, Any]:
+        from sparsepipe.runtime.sessions import EXACT_INT8
+
         options = self._session.get_session_options()
         return {
             "runtime": "onnxruntime",
             "version": self._version,
             "providers": self._session.get_providers(),
             "optimisation": options.graph_optimization_level.name,
-            "exact_int8": self.exact_int8,
+            "exact_int8": self.exact_int8 and options.get_session_config_entry(EXACT_INT8) == "1",
             "kernel_library": str(self._library) if self._library else None,
         }
 

@@ -39,9 +39,9 @@ def tables(result: Row) -> list[Table]:
     return [
         Table(
             "Times faster than dense fp32 onnxruntime in the same turns, with 95% intervals; of onnxruntime itself the "
-            "median latency, with its interval. `!` marks a noisy measurement. Of all sparsities, the largest error of "
-            "the outputs in times of the largest output of dense onnxruntime, and the smallest share of samples with "
-            "the same top-1 class",
+            "median latency, with its interval. `!` marks a noisy measurement, or a race in which two processes of the "
+            "same file differed too much. Of all sparsities, the largest error of the outputs in times of "
+            "the largest output of dense onnxruntime, and the smallest share of samples with the same top-1 class",
             ["network", "runtime", "threads", *heads, "error", "top-1 same"],
             rows,
         ),
@@ -156,9 +156,10 @@ def _find(result: Row, title: str, sparsity: float, runtime: str, threads: str) 
     rows: Sequence[Row] = result["rows"]
     for row in rows:
         if (row["title"], row["sparsity"]) == (title, sparsity):
+            noisy = any(verdict["noisy"] for verdict in row["verdicts"] if str(verdict["threads"]) == threads)
             for one in row["results"]:
                 if (one["runtime"], str(one["threads"])) == (runtime, threads):
-                    return dict(one)
+                    return {**one, "noisy": noisy or one["noisy"]}
     return None
 
 

@@ -23,7 +23,8 @@ log = logging.getLogger("sparsepipe")
 
 PROVIDERS = ["CPUExecutionProvider"]
 _IR_TOO_NEW = re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")
-_EXACT_INT8 = "session.x64quantprecision"
+EXACT_INT8 = "session.x64quantprecision"
+"""An entry of a session's configuration: "1" where onnxruntime's int8 operators are exact on any processor."""
 _EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -58,7 +59,7 @@ def session(
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4  # errors come as exceptions; onnxruntime would print them as well
     if exact_int8:
-        settings.add_session_config_entry(_EXACT_INT8, "1")
+        settings.add_session_config_entry(EXACT_INT8, "1")
     _set(settings, {"intra_op_num_threads": threads, **options})
     try:
         if library and (kernels := library_path()) is not None:
@@ -91,7 +92,7 @@ def _open(model: str | bytes | Path, settings: onnxruntime.SessionOptions) -> on
     try:
         return onnxruntime.InferenceSession(model, settings, providers=PROVIDERS)
     except NoSuchKernel:
-        settings.add_session_config_entry(_EXACT_INT8, "0")
+        settings.add_session_config_entry(EXACT_INT8, "0")
         return onnxruntime.InferenceSession(model, settings, providers=PROVIDERS)
 
 

@@ -212,6 +212,7 @@ def _earlier(out: Path, fresh: Mapping[str, Any]) -> list[dict[str, Any]]:
     before = read(out)
     differ = [key for key in fresh["settings"] if before["settings"].get(key) != fresh["settings"][key]]
     differ += [key for key in COMPARABLE if before["environment"].get(key) != fresh["environment"][key]]
+    differ += ["method"] if before["method"] != fresh["method"] else []
     if differ:
         raise ArtefactError(
             f"It holds rows that were measured otherwise: not the same {', '.join(differ)}.",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import local_jobs
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -19,7 +19,6 @@ from sparsepipe.artefact import Artefact
 from sparsepipe.cli.main import sparsepipe
 from sparsepipe.comparison import Grid
 from sparsepipe.errors import RecipeError
-from sparsepipe.jobs import Done
 
 RECIPE = """
 name = "tiny"
@@ -42,20 +41,7 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Trainings run in this process, one after another; the list has the arguments of each."""
-    made: list[list[str]] = []
-
-    def in_this_process(commands: Sequence[Sequence[str]], at_once: int) -> Iterator[Done]:
-        for index, arguments in enumerate(commands):
-            made.append(list(arguments))
-            if "seed=13" in arguments:
-                yield Done(index, 2, "Error: unlucky")
-                continue
-            done = CliRunner().invoke(sparsepipe, list(arguments))
-            assert done.exit_code == 0, done.output
-            yield Done(index, 0, "")
-
-    monkeypatch.setitem(jobs.BACKENDS, "local", in_this_process)
-    return made
+    return local_jobs.run_here(monkeypatch, failing="seed=13")
 
 
 def test_means_and_paired_differences(recipe: Path, tmp_path: Path, calls: list[list[str]]) -> None:

@@ -5,23 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import local_jobs
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from scipy import stats
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
-from sparsepipe import jobs
-from sparsepipe.cli.main import sparsepipe
 from sparsepipe.comparison import Grid
-from sparsepipe.jobs import Done
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,17 +67,7 @@ def tiny(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Trainings run in this process; the list has the arguments of each."""
-    made: list[list[str]] = []
-
-    def in_this_process(commands: Sequence[Sequence[str]], at_once: int) -> Iterator[Done]:
-        for index, arguments in enumerate(commands):
-            made.append(list(arguments))
-            done = CliRunner().invoke(sparsepipe, list(arguments))
-            assert done.exit_code == 0, done.output
-            yield Done(index, 0, "")
-
-    monkeypatch.setitem(jobs.BACKENDS, "local", in_this_process)
-    return made
+    return local_jobs.run_here(monkeypatch)
 
 
 def table(document: str, name: str) -> list[dict[str, str]]:
