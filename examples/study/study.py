@@ -55,14 +55,15 @@ def _blocks(pattern: str, *sparsities: float, seeds: tuple[int, ...] = SEEDS) ->
 PARTS = (
     Grid(("dense",), (), (0,), {}),
     _sweep("1e-3", "1e-2", "1e-4", "1e-1", "1e-5", "1e-6"),
-    *(_blocks(pattern, sparsity, seeds=(0,)) for pattern, sparsity in (("4x4", 0.8), ("4x1", 0.95))),
     Grid(("dense",), (), SEEDS, {}),
+    *(_blocks(pattern, sparsity, seeds=(0,)) for pattern, sparsity in (("4x4", 0.8), ("4x1", 0.95))),
+    _methods(("dst-ee",), 0.8),
+    _blocks("4x4", 0.8),
+    _methods(("dst-ee",), 0.9),
     _methods(DYNAMIC, 0.98, PAIRED_SEEDS),
     _methods(ALL, 0.95),
     _methods(ALL, 0.9),
     _methods(ALL, 0.98),
-    _methods(("dst-ee",), 0.8),
-    _blocks("4x4", 0.8),
     _blocks("4x1", 0.9, 0.95),
 )
 """All trainings, the most valuable first."""
