@@ -53,7 +53,8 @@ def _listed(convert: Callable[[str], Any], separator: str = ",") -> Callable[...
 )  # fmt: skip
 @click.option(
     "--pattern", multiple=True, callback=_listed(str), metavar="LIST",
-    help="With --model or --suite: unstructured, or blocks of output x input channels such as 2x1 and 4x1.",
+    help="With --model or --suite: unstructured, or blocks of output x input channels such as 2x1 and 4x1. With "
+    "--suite also int8-4x4: blocks in int8.",
 )  # fmt: skip
 @click.option(
     "--precision", type=click.Choice(["fp32", "int8"]),

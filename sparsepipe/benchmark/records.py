@@ -15,11 +15,32 @@ from sparsepipe.errors import ArtefactError
 
 Table = Mapping[str, Any]
 DENSE, INT8, SPARSE = "dense", "int8", "sparse"
+FP32 = "fp32"
 WALL, CPU = "wall", "cpu"
 OURS = "sparsepipe"
 """What the names of runtimes with sparsepipe's kernels begin with."""
 SKIPPING = ("mnn", "deepsparse")
 """Other runtimes that leave out the products with zeros."""
+
+
+class SparseForm(NamedTuple):
+    """What the sparse files of a row of the suite `kernels` are; written `4x1` where they are fp32, or `int8-4x4`."""
+
+    precision: str
+    pattern: str
+
+    @classmethod
+    def parse(cls, name: str) -> SparseForm:
+        pattern = name.removeprefix(f"{INT8}-")
+        return cls(FP32 if pattern == name else INT8, pattern)
+
+    @classmethod
+    def of(cls, row: Table) -> SparseForm:
+        """That of a row; rows from before there was int8 do not tell their precision."""
+        return cls(row.get("precision", FP32), row["pattern"])
+
+    def __str__(self) -> str:
+        return self.pattern if self.precision == FP32 else f"{self.precision}-{self.pattern}"
 
 
 @dataclass(frozen=True)
@@ -30,7 +51,7 @@ class Record:
         network: its name; empty where a result has only one.
         label: of the file in its result.
         kind: "dense", "int8" (dense int8) or "sparse".
-        pattern: of the zeros; empty where it is not known.
+        pattern: of the zeros, of a row of a suite as `SparseForm` writes it; empty where it is not known.
         sparsity: share of zeros; None where it is not known.
         threads: of one operator.
         batch: size of the first dimension.
@@ -158,10 +179,11 @@ def _suite(result: Table) -> Iterator[Record]:
         if "results" in row:
             yield from _runtimes(row)
             continue
+        form = str(SparseForm.of(row))
         for file in row["files"]:
             sparse = file["kind"] == SPARSE
-            pattern, sparsity = (row["pattern"], file["sparsity"]) if sparse else ("", None)
-            name = f"{pattern} {sparsity:.4g}" if sparse else f"{file['kind']} beside {row['pattern']}"
+            pattern, sparsity = (form, file["sparsity"]) if sparse else ("", None)
+            name = f"{form} {sparsity:.4g}" if sparse else f"{file['kind']} beside {form}"
             cpu = file.get("cpu")
             if cpu:
                 best = {"value": cpu["best_decile_ms"], "low": None, "high": None}

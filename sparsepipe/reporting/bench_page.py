@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sparsepipe.benchmark import records as measured
-from sparsepipe.benchmark.records import CPU, DENSE, INT8, OURS, SPARSE, Group, Record
+from sparsepipe.benchmark.records import CPU, DENSE, INT8, OURS, SPARSE, Group, Record, SparseForm
 from sparsepipe.reporting import bench_plots, html, layer_table, roofline, units, verdicts, views
 from sparsepipe.reporting.contents import Estimate
 from sparsepipe.reporting.figures import Figure
@@ -347,7 +347,7 @@ def _command(result: Row) -> str:
         settings = {
             **settings,
             "network": list(dict.fromkeys(row["network"] for row in rows)),
-            "pattern": list(dict.fromkeys(row["pattern"] for row in rows if "pattern" in row)),
+            "pattern": list(dict.fromkeys(str(SparseForm.of(row)) for row in rows if "pattern" in row)),
             "sparsity": sorted({file["sparsity"] for file in files}),
         }
     else:

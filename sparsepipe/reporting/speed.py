@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sparsepipe.benchmark.records import FP32, INT8, SPARSE, SparseForm
 from sparsepipe.reporting import units
 from sparsepipe.reporting.markdown import Table
 
 Row = Mapping[str, Any]
-SPARSE, INT8 = "sparse", "int8"
 SHOWN = 0.95
 """The sparsity at which a document shows memory, load time and threads."""
 
 
 def tables(result: Row) -> list[Table]:
-    """Speed in times of dense fp32 and of dense int8 onnxruntime: a row for each network and pattern."""
+    """Speed in times of dense fp32 and of dense int8 onnxruntime: a row for each network, precision and pattern."""
     rows: Sequence[Row] = result["rows"]
     sparsities = sorted({file["sparsity"] for row in rows for file in _sparse(row)})
     heads = [_percent(sparsity) for sparsity in sparsities]
@@ -33,16 +33,16 @@ def tables(result: Row) -> list[Table]:
                     row["title"],
                     units.milliseconds(row["files"][0]["cpu"]["best_decile_ms"]),
                     *(_gain(file["cpu"], "speedup") for file in row["files"] if file["kind"] == INT8),
-                    row["pattern"],
+                    str(SparseForm.of(row)),
                     *cells(row, "speedup"),
                 ]
                 for row in rows
             ],
         ),
         Table(
-            "Sparse fp32, times faster than dense int8 onnxruntime in the same turns",
+            "Sparse, times faster than dense int8 onnxruntime in the same turns",
             ["network", "pattern", *heads],
-            [[row["title"], row["pattern"], *cells(row, "speedup_over_int8")] for row in rows],
+            [[row["title"], str(SparseForm.of(row)), *cells(row, "speedup_over_int8")] for row in rows],
         ),
     ]
 
@@ -52,7 +52,7 @@ def needs(result: Row, sparsity: float | None = None) -> Table:
     lines = [
         [
             row["title"],
-            row["pattern"] if file["kind"] == SPARSE else "",
+            str(SparseForm.of(row)) if file["kind"] == SPARSE else "",
             _percent(file["sparsity"]) if file["kind"] == SPARSE else file["kind"],
             str(process["threads"]),
             _latency(process),
@@ -75,13 +75,11 @@ def remarks(result: Row) -> list[str]:
     environment, settings = result["environment"], result["settings"]
     processes = [process for row in result["rows"] for file in row["files"] for process in file["processes"]]
     noisy = sum(process["noisy"] for process in processes)
-    errors = [file["max_relative_error"] for row in result["rows"] for file in _sparse(row)]
     dates = sorted({row["measured"][:10] for row in result["rows"]})
     found = [
         "Speed: best decile of the CPU time of calls that took turns in one process (median of rounds). "
         f"int8: {result['int8']}.",
-        f"Largest difference of sparse outputs from dense onnxruntime: {max(errors, default=0.0):.1e} of the largest "
-        "output.",
+        *_errors(result["rows"]),
         f"{environment['cpu']} ({', '.join(environment['isa'])}), onnxruntime "
         f"{environment['versions']['onnxruntime']}, {settings['seconds']:g} s for each file and setting, "
         f"{', '.join(dates) or 'nothing measured yet'}.",
@@ -105,6 +103,24 @@ def markdown(result: Row) -> str:
     if threads.rows:
         parts.append(threads.markdown())
     return "\n\n".join([*parts, "\n".join(f"- {remark}" for remark in remarks(result))])
+
+
+def _errors(rows: Sequence[Row]) -> Iterator[str]:
+    fp32 = [row for row in rows if SparseForm.of(row).precision == FP32]
+    int8 = [row for row in rows if SparseForm.of(row).precision == INT8]
+    if fp32 or not int8:
+        yield f"Largest difference of sparse outputs from dense onnxruntime: {_largest_error(fp32, SPARSE)}."
+    if int8:
+        yield (
+            "Sparse int8 has weights of 8 bits, and is calibrated as dense int8 is. Largest difference of its outputs "
+            f"from dense fp32 onnxruntime on the same weights: {_largest_error(int8, SPARSE)}; of those of dense int8: "
+            f"{_largest_error(int8, INT8)}."
+        )
+
+
+def _largest_error(rows: Sequence[Row], kind: str) -> str:
+    errors = [file["max_relative_error"] for row in rows for file in row["files"] if file["kind"] == kind]
+    return "not finite" if None in errors else f"{max(errors, default=0.0):.1e} of the largest output"
 
 
 def _sparse(row: Row) -> Iterator[Row]:

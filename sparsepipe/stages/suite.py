@@ -15,6 +15,7 @@ from sparsepipe.benchmark import networks
 from sparsepipe.benchmark.harness import EXTENSION, WARMUP_SHARE
 from sparsepipe.benchmark.int8 import METHOD as INT8_METHOD
 from sparsepipe.benchmark.peers.registry import chosen
+from sparsepipe.benchmark.records import INT8, SparseForm
 from sparsepipe.errors import ArtefactError, RecipeError
 from sparsepipe.graph.prune import block_shape
 from sparsepipe.progress import bar
@@ -43,10 +44,13 @@ COMPARABLE = ("cpu", "architecture", "isa", "versions", "kernel_library")
 
 
 class Kernels(Bench):
-    """Settings of the suite `kernels`: which settings of which networks, and as of `bench` for the processes."""
+    """Settings of the suite `kernels`: which settings of which networks, and as of `bench` for the processes.
+
+    `pattern` names the zeros of fp32 files, or of int8 ones with `int8-` in front.
+    """
 
     sparsity: tuple[Fraction, ...] = (0.8, 0.9, 0.95, 0.98)
-    pattern: tuple[str, ...] = ("unstructured", "4x1")
+    pattern: tuple[str, ...] = ("unstructured", "4x1", "int8-4x4")
     networks: tuple[str, ...] = tuple(name for name in networks.NETWORKS if name != "resnet50-cifar")
 
 
@@ -125,7 +129,7 @@ def kernels(config: Kernels, out: Path | None = None, *, force: bool = False) ->
         force: start the file anew.
 
     Returns:
-        `rows`, one for each network and pattern (`suite_row.measure`), the `method`, the `settings` and the
+        `rows`, one for each network, precision and pattern (`suite_row.measure`), the `method`, the `settings` and the
         `environment`.
 
     Raises:
@@ -133,14 +137,17 @@ def kernels(config: Kernels, out: Path | None = None, *, force: bool = False) ->
         ArtefactError: `out` holds something else, or rows of other settings or of another machine or version.
         GraphError: no such pattern, or a sparse file computes something else than the dense one.
     """
-    for pattern in config.pattern:
-        block_shape(pattern)
+    forms = [SparseForm.parse(name) for name in config.pattern]
+    for form in forms:
+        block_shape(form.pattern)
     _check_networks(config.networks)
     result = _empty(config, "kernels", METHOD)
     if out is not None and out.exists() and not force:
         result["rows"] = _earlier(out, result)
-    rows: dict[tuple[str, str], dict[str, Any]] = {(row["network"], row["pattern"]): row for row in result["rows"]}
-    wanted = [(name, pattern) for name in config.networks for pattern in config.pattern]
+    rows: dict[tuple[str, SparseForm], dict[str, Any]] = {
+        (row["network"], SparseForm.of(row)): row for row in result["rows"]
+    }
+    wanted = [(name, form) for name in config.networks for form in forms]
     missing = [key for key in wanted if _sparsities(rows.get(key)) != list(config.sparsity)]
     if len(missing) < len(wanted):
         log.info("%d of %d rows are in %s already.", len(wanted) - len(missing), len(wanted), out)
@@ -150,9 +157,9 @@ def kernels(config: Kernels, out: Path | None = None, *, force: bool = False) ->
             with tempfile.TemporaryDirectory(prefix="sparsepipe-") as folder:
                 running.advance(0, note=f"{name}: building")
                 base = suite_row.prepare(name, Path(folder))
-                for pattern in [pattern for network, pattern in missing if network == name]:
-                    rows[name, pattern] = suite_row.measure(
-                        base, pattern, config.sparsity, config, Path(folder), running.advance
+                for form in [form for network, form in missing if network == name]:
+                    rows[name, form] = suite_row.measure(
+                        base, form, config.sparsity, config, Path(folder), running.advance
                     )
                     result["rows"] = [rows[key] for key in sorted(rows, key=_place)]
                     if out is not None:
@@ -227,7 +234,7 @@ def _sparsities(row: Mapping[str, Any] | None) -> list[float] | None:
     return None if row is None else [file["sparsity"] for file in row["files"] if file["kind"] == suite_row.SPARSE]
 
 
-def _place(key: tuple[str, str]) -> tuple[int, int, str]:
-    """Rows stand in the order of the registry of networks, unstructured zeros before blocks."""
-    name, pattern = key
-    return list(networks.NETWORKS).index(name), *(block_shape(pattern)[0], pattern)
+def _place(key: tuple[str, SparseForm]) -> tuple[Any, ...]:
+    """Rows stand in the order of the registry of networks, fp32 before int8, unstructured zeros before blocks."""
+    name, (precision, pattern) = key
+    return list(networks.NETWORKS).index(name), precision == INT8, block_shape(pattern)[0], pattern

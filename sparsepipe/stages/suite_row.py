@@ -1,4 +1,4 @@
-"""One row of a suite: a network at several sparsities of one pattern, beside its dense and its int8 file."""
+"""One row of a suite: a network at several sparsities of one pattern, beside its dense and its dense int8 file."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from onnx import ModelProto
 from sparsepipe.benchmark import networks
 from sparsepipe.benchmark.int8 import quantise
 from sparsepipe.benchmark.interleaved import Timing, interleave
+from sparsepipe.benchmark.records import DENSE, INT8, SPARSE, SparseForm
 from sparsepipe.benchmark.results import MILLISECONDS_PER_NANOSECOND
 from sparsepipe.benchmark.statistics import as_dict
+from sparsepipe.graph.finish import serialise
+from sparsepipe.graph.prune import prune
 from sparsepipe.recipe import Bench
 from sparsepipe.runtime.compare import Tally, finite
-from sparsepipe.runtime.inputs import Input, inputs_of, random_inputs
+from sparsepipe.runtime.inputs import inputs_of, random_inputs
 from sparsepipe.runtime.sessions import run, session
 from sparsepipe.stages import bench
-from sparsepipe.stages.variants import export_dense, export_sparse
+from sparsepipe.stages.variants import Variant, export_dense, export_sparse, export_sparse_int8
 
 SEED = 0
 CALIBRATION_CALLS = 4
 STEPS = 20  # of the progress bar, for the calls that take turns in one process
-DENSE, INT8, SPARSE = "dense", "int8", "sparse"
 Advance = Callable[[int, str], None]
 
 
@@ -44,17 +46,17 @@ class Baselines:
     def batch(self) -> int:
         return networks.NETWORKS[self.name].input_shape[0]
 
-    @property
-    def inputs(self) -> list[Input]:
-        return inputs_of(session(self.dense))
+    def calls(self) -> list[dict[str, Any]]:
+        """The inputs that int8 files are calibrated on; the first are those that are timed."""
+        inputs = inputs_of(session(self.dense))
+        return [random_inputs(inputs, self.batch, SEED + call) for call in range(CALIBRATION_CALLS)]
 
 
 def prepare(name: str, folder: Path) -> Baselines:
     """Build the network `name` and write its dense and its int8 file into `folder`."""
     model = networks.build(name, seed=SEED)
     made = Baselines(name, model, export_dense(model, folder / DENSE), folder / f"{INT8}.onnx")
-    samples = [random_inputs(made.inputs, made.batch, SEED + call) for call in range(CALIBRATION_CALLS)]
-    quantise(made.dense, made.int8, samples)
+    quantise(made.dense, made.int8, made.calls())
     return made
 
 
@@ -64,13 +66,13 @@ def steps(sparsities: int, config: Bench) -> int:
 
 
 def measure(
-    base: Baselines, pattern: str, sparsities: Sequence[float], config: Bench, folder: Path, advance: Advance
+    base: Baselines, form: SparseForm, sparsities: Sequence[float], config: Bench, folder: Path, advance: Advance
 ) -> dict[str, Any]:
-    """Measure the network at each sparsity, and its dense and int8 files in the same turns.
+    """Measure the network at each sparsity, and its dense and dense int8 files in the same turns.
 
     Args:
         base: the network and its files.
-        pattern: of the zeros.
+        form: precision and pattern of the sparse files.
         sparsities: of the layers that are pruned.
         config: threads, time and pinning; the batch size is the network's own.
         folder: where the sparse files are written.
@@ -78,32 +80,38 @@ def measure(
 
     Returns:
         A JSON-able row. Each of its `files` has `cpu` (all in one process, one thread, CPU time) and `processes` (a
-        process each, wall time, a row for each number of threads).
+        process each, wall time, a row for each number of threads), and but for the dense one `max_relative_error`,
+        from dense fp32 onnxruntime on the same weights.
 
     Raises:
-        GraphError: a sparse file computes something else than the dense one.
+        GraphError: a sparse file computes something else than the dense one, or an int8 one than the plain int8 file.
     """
     network, name = networks.NETWORKS[base.name], base.name
     config = config.model_copy(update={"batch": (base.batch,)})
-    feeds = random_inputs(base.inputs, base.batch, SEED)
-    variants = []
+    calls = base.calls()
+    feeds = calls[0]
+    paths, labels = [base.dense, base.int8], [DENSE, INT8]
+    facts: list[dict[str, Any]] = [
+        {"kind": DENSE},
+        {"kind": INT8, "max_relative_error": _error(base.dense, base.int8, feeds, exact_int8=False)},
+    ]
     for sparsity in sparsities:
-        advance(0, f"{name}: exporting {pattern} {sparsity:.4g}")
-        variants.append(export_sparse(base.model, pattern, sparsity, folder / f"{pattern}-{sparsity}", feeds))
+        label = f"{form} {sparsity:.4g}"
+        advance(0, f"{name}: exporting {label}")
+        variant = _export(base, form, sparsity, folder / f"{form}-{sparsity}", calls)
+        paths.append(variant.path)
+        labels.append(label)
+        facts.append({"kind": SPARSE, **variant.facts()})
+        if form.precision == INT8:  # the variant tells its error from plain int8
+            dense = serialise(prune(base.model, sparsity, form.pattern)[0], where=name)
+            facts[-1]["max_relative_error"] = _error(dense, variant.path, feeds)
         advance(1, "")
-    paths = [base.dense, base.int8, *(variant.path for variant in variants)]
     timings = _interleaved(
         paths, 1, feeds, config.seconds, lambda count: advance(count, f"{name}: in turn, one thread")
     )
-    labels = [DENSE, INT8, *(variant.label for variant in variants)]
     race = bench.take_turns(
         paths, labels, 0, config, lambda note: advance(1, f"{name}: {note}"), int8=1, fast_int8=True
     )
-    facts: list[dict[str, Any]] = [
-        {"kind": DENSE},
-        {"kind": INT8, "max_relative_error": _error(base.dense, base.int8, feeds)},
-        *({"kind": SPARSE, **variant.facts()} for variant in variants),
-    ]
     files = []
     for index, (fact, timing) in enumerate(zip(facts, timings, strict=True)):
         own, reference = (race.results[start :: len(paths)] for start in (index, 0))
@@ -116,13 +124,22 @@ def measure(
         "network": name,
         "title": network.title,
         "input": list(network.input_shape),
-        "pattern": pattern,
+        "precision": form.precision,
+        "pattern": form.pattern,
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         # The library's place on this machine is of no use elsewhere; its digest stands beside the rows.
         "runtimes": [{key: value for key, value in one.items() if key != "kernel_library"} for one in race.runtimes],
         "files": files,
     }
+
+
+def _export(
+    base: Baselines, form: SparseForm, sparsity: float, folder: Path, calls: Sequence[Mapping[str, Any]]
+) -> Variant:
+    if form.precision == INT8:
+        return export_sparse_int8(base.model, form.pattern, sparsity, folder, calls)
+    return export_sparse(base.model, form.pattern, sparsity, folder, calls[0])
 
 
 def _interleaved(
@@ -187,8 +204,8 @@ def _p50(row: Mapping[str, Any]) -> float | None:
     return estimate["value"] if estimate else None
 
 
-def _error(dense: Path, other: Path, feeds: Mapping[str, Any]) -> float | None:
+def _error(dense: Path | bytes, other: Path, feeds: Mapping[str, Any], *, exact_int8: bool = True) -> float | None:
     """Largest difference of the outputs relative to the largest of the dense file; None where it is not finite."""
     tally = Tally()
-    tally.add(run(session(dense), feeds), run(session(other, exact_int8=False), feeds))
+    tally.add(run(session(dense), feeds), run(session(other, exact_int8=exact_int8), feeds))
     return finite(tally.max_relative)

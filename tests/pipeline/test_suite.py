@@ -6,14 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 from click.testing import CliRunner
 
-from sparsepipe.benchmark import harness
+from sparsepipe.benchmark import harness, networks, records
+from sparsepipe.benchmark.records import SparseForm
 from sparsepipe.cli import report as report_verb
 from sparsepipe.cli.bench import command
-from sparsepipe.errors import ArtefactError, RecipeError
-from sparsepipe.reporting import markdown, speed
+from sparsepipe.errors import ArtefactError, GraphError, RecipeError
+from sparsepipe.graph.prune import prune
+from sparsepipe.reporting import bench_page, markdown, speed
+from sparsepipe.runtime import session
 from sparsepipe.stages import suite, suite_row
 from sparsepipe.stages.suite import Kernels
 
@@ -59,30 +64,62 @@ def test_a_row_measures_a_network_with_int8_and_two_kinds_of_timing() -> None:
         suite.kernels(Kernels(networks=("resnet9",)))
 
 
+def test_a_row_of_int8_blocks_stands_beside_the_same_dense_files(tmp_path: Path) -> None:
+    config = Kernels(seconds=0.05)
+    base = suite_row.prepare("resnet20", tmp_path)
+    row = suite_row.measure(base, SparseForm("int8", "4x4"), (0.8,), config, tmp_path, lambda count, note: None)
+    assert (row["precision"], row["pattern"]) == ("int8", "4x4")
+    dense, int8, sparse = row["files"]
+    assert [file["processes"][0]["precision"] for file in row["files"]] == ["fp32", "fp32", "int8"]
+    assert [file["processes"][0]["file"] for file in row["files"]] == ["dense", "int8", "int8-4x4 0.8"]
+    for name, other in (("speedup", dense), ("speedup_over_int8", int8)):
+        expected = other["cpu"]["best_decile_ms"] / sparse["cpu"]["best_decile_ms"]
+        assert sparse["cpu"][f"{name}_best_decile"] == pytest.approx(expected)
+        assert sparse["cpu"][name]["low"] <= sparse["cpu"][name]["value"] <= sparse["cpu"][name]["high"]
+    assert all(file["processes"][0]["samples"] > 0 for file in row["files"])
+    assert sparse["processes"][0]["speedup_over_int8"]["value"] > 0
+    # 22 layers; no blocks of 4 x 4 fit the 10 outputs of the classifier.
+    assert sparse["layers_sparse"] + sparse["layers_dense"] == 22
+    assert 1 <= sparse["layers_sparse"] <= 21
+    assert sparse["processes"][0]["file_bytes"] < int8["processes"][0]["file_bytes"]
+    # The error is that of rounding, from the same weights in fp32: by plain onnxruntime, without the library.
+    (path,) = tmp_path.glob("int8-4x4-*/*.onnx")
+    feeds = base.calls()[0]
+    weights = prune(networks.build("resnet20"), 0.8, "4x4")[0].SerializeToString()
+    (expected,) = onnxruntime.InferenceSession(weights, providers=["CPUExecutionProvider"]).run(None, feeds)
+    (found,) = session(path).run(None, feeds)
+    assert sparse["max_relative_error"] == pytest.approx(np.abs(found - expected).max() / np.abs(expected).max(), 1e-3)
+    assert 1e-4 < sparse["max_relative_error"] < 0.5
+
+
 def estimate(value: float) -> dict[str, float]:
     return {"value": value, "low": value - 0.25, "high": value + 0.25}
 
 
-def made_up(base: Any, pattern: str, sparsities: Any, *_: Any) -> dict[str, Any]:
-    """A row as `suite_row.measure` gives it; dense takes 8 ms, int8 4 ms, sparse (1 - sparsity) * 10 ms."""
+def made_up(base: Any, form: SparseForm, sparsities: Any, *_: Any) -> dict[str, Any]:
+    """A row as `suite_row.measure` gives it; dense takes 8 ms, int8 4 ms, sparse (1 - sparsity) * 10 or * 5 ms."""
+    took, error = (10, 1e-7) if form.precision == "fp32" else (5, 0.02)
 
     def file(kind: str, taken: float, **facts: Any) -> dict[str, Any]:
         cpu = {"best_decile_ms": taken, "median_ms": taken * 1.25, "calls": 9}
         for name, other in (("speedup", 8.0), ("speedup_over_int8", 4.0)):
             cpu |= {f"{name}_best_decile": other / taken, name: estimate(other / taken)}  # type: ignore[dict-item]
         process = {
-            "file": kind, "threads": 1, "latency_ms": {"p50": estimate(taken)}, "noisy": kind == "int8", "samples": 9,
-            "note": None, "relative": {"threads_speedup": 1.0, "load": 0.5, "session_memory": 0.25, "file": 0.125},
+            "file": kind, "threads": 1, "batch": 1, "latency_ms": {"p50": estimate(taken)}, "noisy": kind == "int8",
+            "samples": 9, "note": None, "speedup": None, "cpu_ms": taken, "rss_bytes": 1, "file_bytes": 1,
+            "load_ms": 1.0, "first_call_ms": 1.0,
+            "relative": {"threads_speedup": 1.0, "load": 0.5, "session_memory": 0.25, "file": 0.125},
         }  # fmt: skip
         return {"kind": kind, "cpu": cpu, "processes": [process], **facts}
 
     files = [file("dense", 8.0), file("int8", 4.0, max_relative_error=0.01)]
     files += [
-        file("sparse", (1 - one) * 10, sparsity=one, pattern=pattern, max_relative_error=1e-7) for one in sparsities
+        file("sparse", (1 - one) * took, sparsity=one, pattern=form.pattern, max_relative_error=error)
+        for one in sparsities
     ]
     return {
-        "network": base.name, "title": base.name.upper(), "pattern": pattern, "files": files,
-        "measured": "2031-01-02T03:04:05+00:00",
+        "network": base.name, "title": base.name.upper(), "precision": form.precision, "pattern": form.pattern,
+        "files": files, "measured": "2031-01-02T03:04:05+00:00",
     }  # fmt: skip
 
 
@@ -93,11 +130,11 @@ class Rows:
         self.asked: list[tuple[str, str]] = []
         self.interrupt_after = 99
 
-    def __call__(self, base: Any, pattern: str, sparsities: Any, *rest: Any) -> dict[str, Any]:
+    def __call__(self, base: Any, form: SparseForm, sparsities: Any, *rest: Any) -> dict[str, Any]:
         if len(self.asked) >= self.interrupt_after:
             raise KeyboardInterrupt
-        self.asked.append((base.name, pattern))
-        return made_up(base, pattern, sparsities)
+        self.asked.append((base.name, str(form)))
+        return made_up(base, form, sparsities)
 
 
 @pytest.fixture
@@ -131,6 +168,51 @@ def test_an_interrupted_suite_goes_on_with_the_rows_that_it_lacks(rows: Rows, tm
     suite.kernels(config, out, force=True)
     assert len(rows.asked) == 10
     assert len(suite.read(out)["rows"]) == 4
+
+
+def test_int8_rows_join_a_file_whose_rows_do_not_tell_their_precision(rows: Rows, tmp_path: Path) -> None:
+    out = tmp_path / "kernels.json"
+    before = suite.kernels(Kernels(networks=("mlp",), pattern=("4x4",)))
+    for row in before["rows"]:
+        del row["precision"]
+    out.write_text(json.dumps(before))
+    rows.asked.clear()
+    config = Kernels(networks=("mlp", "encoder"), pattern=("4x1", "int8-4x4", "4x4"))
+    found = suite.kernels(config, out)["rows"]
+    assert ("mlp", "4x4") not in rows.asked
+    assert [(row["network"], row.get("precision"), row["pattern"]) for row in found] == [
+        ("mlp", "fp32", "4x1"), ("mlp", None, "4x4"), ("mlp", "int8", "4x4"),
+        ("encoder", "fp32", "4x1"), ("encoder", "fp32", "4x4"), ("encoder", "int8", "4x4"),
+    ]  # fmt: skip
+    suite.kernels(config, out)
+    assert len(rows.asked) == 5
+    assert Kernels().pattern == ("unstructured", "4x1", "int8-4x4")
+    with pytest.raises(GraphError, match="'9of9'"):
+        suite.kernels(Kernels(networks=("mlp",), pattern=("int8-9of9",)), out)
+
+
+def test_int8_rows_have_a_line_of_their_own_wherever_a_suite_is_shown(rows: Rows) -> None:
+    patterns = ("4x4", "int8-4x4")
+    result = suite.kernels(Kernels(networks=("mlp",), pattern=patterns, sparsity=(0.75, 0.95)))
+    text = speed.markdown(result)
+    assert "| MLP | 8.00\u202fms | 2.00 (2.00) | int8-4x4 | 6.40 (6.40) | 32.00 (32.00) |" in text
+    assert "| MLP | int8-4x4 | 3.20 (3.20) | 16.00 (16.00) |" in text
+    assert "| MLP | 4x4 | 1.60 (1.60) | 8.00 (8.00) |" in text
+    assert "| MLP | int8-4x4 | 95% | 1 | 0.250\u202fms |" in text
+    assert "sparse outputs from dense onnxruntime: 1.0e-07 of the largest output." in text
+    assert "same weights: 2.0e-02 of the largest output; of those of dense int8: 1.0e-02 of the largest output." in text
+    found = [record for record in records.read(result, where="r") if record.clock == "cpu"]
+    assert [(record.label, record.kind, record.pattern) for record in found[4:]] == [
+        ("dense beside int8-4x4", "dense", ""), ("int8 beside int8-4x4", "int8", ""),
+        ("int8-4x4 0.75", "sparse", "int8-4x4"), ("int8-4x4 0.95", "sparse", "int8-4x4"),
+    ]  # fmt: skip
+    assert len({record.key for record in found}) == len(found) == 8
+    (line,) = bench_page.page({"a": result}, title="t")["commands"]
+    assert command.make_context("bench", line.split()[2:]).params["pattern"] == patterns
+    result["rows"][1]["files"][2]["max_relative_error"] = None  # as where an output is NaN
+    assert "same weights: not finite; of those" in speed.markdown(result)
+    del result["rows"][0]
+    assert "sparse outputs from dense onnxruntime" not in speed.markdown(result)
 
 
 @pytest.mark.parametrize(
