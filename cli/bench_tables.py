@@ -15,8 +15,13 @@ Row = Mapping[str, Any]
 
 def files(result: Row) -> None:
     """A row for each file and setting."""
+    with_int8 = any(row.get("speedup_over_int8") for row in result["results"])
+    over_int8 = ["over dense int8"] if with_int8 else []
     common.print_table(
-        ["file", "threads", "batch", "p50 ms", "p90 ms", "p99 ms", "speed-up", "load ms", "first ms", "memory", "file"],
+        [
+            "file", "threads", "batch", "p50 ms", "p90 ms", "p99 ms", "speed-up", *over_int8, "load ms", "first ms",
+            "memory", "file",
+        ],
         [
             [
                 row["file"],
@@ -24,6 +29,7 @@ def files(result: Row) -> None:
                 row["batch"],
                 *(_interval(row["latency_ms"].get(name)) for name in ("p50", "p90", "p99")),
                 _interval(row["speedup"]),
+                *([_interval(row.get("speedup_over_int8"))] if with_int8 else []),
                 row["load_ms"],
                 row["first_call_ms"],
                 common.size_text(row["rss_bytes"]),
@@ -31,7 +37,7 @@ def files(result: Row) -> None:
             ]
             for row in result["results"]
         ],
-    )
+    )  # fmt: skip
     given = {
         " ".join(f"{name} {'x'.join(map(str, shape))}" for name, (_, shape) in row["inputs"].items())
         for row in result["results"]

@@ -60,6 +60,7 @@ class Record:
             best decile for "cpu".
         tail_ms: the same of p99.
         speedup: the same, over the dense file measured beside it.
+        speedup_over_int8: the same, over the dense int8 file measured beside it.
         cpu_ms: of one call in all threads.
         memory_bytes: resident, at rest after the calls.
         file_bytes: of the file.
@@ -82,6 +83,7 @@ class Record:
     latency_ms: Table | None
     tail_ms: Table | None = None
     speedup: Table | None = None
+    speedup_over_int8: Table | None = None
     cpu_ms: float | None = None
     memory_bytes: float | None = None
     file_bytes: int | None = None
@@ -189,8 +191,9 @@ def _suite(result: Table) -> Iterator[Record]:
                 best = {"value": cpu["best_decile_ms"], "low": None, "high": None}
                 batch = (row.get("input") or [1])[0]
                 yield Record(
-                    row["title"], name, file["kind"], pattern, sparsity, 1, batch, CPU, best, speedup=cpu["speedup"]
-                )
+                    row["title"], name, file["kind"], pattern, sparsity, 1, batch, CPU, best,
+                    speedup=cpu["speedup"], speedup_over_int8=cpu["speedup_over_int8"],
+                )  # fmt: skip
             for process in file.get("processes", ()):
                 yield _process(row["title"], name, file["kind"], pattern, sparsity, process)
 
@@ -219,6 +222,7 @@ def _process(network: str, label: str, kind: str, pattern: str, sparsity: float 
         latency_ms=row["latency_ms"].get("p50"),
         tail_ms=row["latency_ms"].get("p99"),
         speedup=row["speedup"],
+        speedup_over_int8=row.get("speedup_over_int8"),
         cpu_ms=row["cpu_ms"],
         memory_bytes=row["rss_bytes"],
         file_bytes=row["file_bytes"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -99,11 +99,15 @@ def render(data: Row) -> str:
 
 
 def table(data: Row) -> Table:
-    """A row for each record, in the order of the data."""
+    """A row for each record, in the order of the data; further columns where there is something to show in them."""
     rows = data["rows"]
-    if not _several(rows):
-        return Table("Measurements", HEADERS, [_cells(row) for row in rows])
-    return Table("Measurements", (*HEADERS, "source"), [[*_cells(row), _short(row["source"])] for row in rows])
+    further: dict[str, Callable[[Row], str]] = {}
+    if any(row["speedup_over_int8"] for row in rows):
+        further["over dense int8"] = lambda row: _gain(row["speedup_over_int8"])
+    if _several(rows):
+        further["source"] = lambda row: _short(row["source"])
+    lines = [[*_cells(row), *(cell(row) for cell in further.values())] for row in rows]
+    return Table("Measurements", (*HEADERS, *further), lines)
 
 
 def markdown(data: Row) -> str:
@@ -131,12 +135,16 @@ def _cells(row: Row) -> list[str]:
         clock,
         _with_interval(row["latency_ms"], units.milliseconds, units.milliseconds_interval),
         _with_interval(row["tail_ms"], units.milliseconds, units.milliseconds_interval),
-        _with_interval(row["speedup"], units.ratio, units.ratio_interval),
+        _gain(row["speedup"]),
         units.size(row["memory_bytes"]),
         units.size(row["file_bytes"]),
         units.milliseconds(row["load_ms"]),
         _with_interval(row["accuracy"], units.percent, units.percent_interval),
     ]
+
+
+def _gain(estimate: Row | None) -> str:
+    return _with_interval(estimate, units.ratio, units.ratio_interval)
 
 
 def _with_interval(estimate: Row | None, value: Any, interval: Any) -> str:
@@ -156,8 +164,7 @@ def _headline(rows: Sequence[Record]) -> str | None:
     best = max(sure, key=lambda row: row.speedup["value"] if row.speedup else 0.0)
     assert best.speedup is not None
     where = f"{best.network}, {best.label}" if best.network else best.label
-    text = _with_interval(best.speedup, units.ratio, units.ratio_interval)
-    return f"{text} times faster than its dense file: {where}, {units.plural(best.threads, 'thread')}."
+    return f"{_gain(best.speedup)} times faster than its dense file: {where}, {units.plural(best.threads, 'thread')}."
 
 
 def _several(rows: Sequence[Row]) -> bool:

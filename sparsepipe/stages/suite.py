@@ -15,7 +15,7 @@ from sparsepipe.benchmark import networks
 from sparsepipe.benchmark.harness import EXTENSION, WARMUP_SHARE
 from sparsepipe.benchmark.int8 import METHOD as INT8_METHOD
 from sparsepipe.benchmark.peers.registry import chosen
-from sparsepipe.benchmark.records import INT8, SparseForm
+from sparsepipe.benchmark.records import INT8, SPARSE, SparseForm
 from sparsepipe.errors import ArtefactError, RecipeError
 from sparsepipe.graph.prune import block_shape
 from sparsepipe.progress import bar
@@ -231,7 +231,7 @@ def _earlier(out: Path, fresh: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _sparsities(row: Mapping[str, Any] | None) -> list[float] | None:
     """The sparsities of a row, in its order."""
-    return None if row is None else [file["sparsity"] for file in row["files"] if file["kind"] == suite_row.SPARSE]
+    return None if row is None else [file["sparsity"] for file in row["files"] if file["kind"] == SPARSE]
 
 
 def _place(key: tuple[str, SparseForm]) -> tuple[Any, ...]:

@@ -207,7 +207,12 @@ def test_int8_rows_have_a_line_of_their_own_wherever_a_suite_is_shown(rows: Rows
         ("int8-4x4 0.75", "sparse", "int8-4x4"), ("int8-4x4 0.95", "sparse", "int8-4x4"),
     ]  # fmt: skip
     assert len({record.key for record in found}) == len(found) == 8
-    (line,) = bench_page.page({"a": result}, title="t")["commands"]
+    page = bench_page.page({"a": result}, title="t")
+    head, *_, last = [bench_page.table(page).headers, *bench_page.table(page).rows]
+    assert dict(zip(head, last, strict=True))["over dense int8"] == "–"  # of the made-up process
+    over = {row[1]: row[-1] for row in bench_page.table(page).rows if row[4].startswith("CPU")}
+    assert over["int8-4x4 0.75"] == "3.20× (2.95–3.45)"
+    (line,) = page["commands"]
     assert command.make_context("bench", line.split()[2:]).params["pattern"] == patterns
     result["rows"][1]["files"][2]["max_relative_error"] = None  # as where an output is NaN
     assert "same weights: not finite; of those" in speed.markdown(result)

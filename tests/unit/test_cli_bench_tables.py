@@ -33,3 +33,17 @@ def test_notes_that_differ_in_numbers_alone_are_printed_once(capsys: pytest.Capt
         "measurements)",
         "a.onnx, 2 threads, batch 1: the process ended with signal 9",
     ]
+
+
+def test_the_speed_over_dense_int8_is_shown_where_a_dense_int8_file_ran_beside(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [row("a.onnx", 1, None, noisy=False), row("b.onnx", 1, None, noisy=False)]
+    bench_tables.files({"results": rows})
+    assert "int8" not in capsys.readouterr().out
+    rows[1]["speedup_over_int8"] = {"value": 2.0, "low": 1.75, "high": 2.25}
+    bench_tables.files({"results": rows})
+    printed = capsys.readouterr().out
+    assert " ".join(printed.split()).count("int8") == 1
+    (line,) = [line for line in printed.splitlines() if "b.onnx" in line]
+    assert "2 (1.75–2.25)" in line
