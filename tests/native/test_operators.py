@@ -210,6 +210,10 @@ def check_depthwise(session: Any, model: Any, isa: str, case: dict[str, Any]) ->
 @example(BIG | {"shape": (3, 1, 5, 5), "sizes": [9, 600], "pads": [2, 2, 2, 2]})
 @example(BIG | {"shape": (3, 1, 3, 3), "sizes": [9, 300]})
 @example(BIG | {"shape": (3, 1, 3, 3), "sizes": [90, 301], "strides": [2, 2]})
+# Planes narrower than a vector.
+@example(BIG | {"shape": (40, 1, 3, 3), "sizes": [7, 7], "activation": "hardswish"})
+@example(BIG | {"shape": (33, 1, 3, 3), "sizes": [5, 1], "threads": 2})
+@example(BIG | {"shape": (40, 1, 3, 3), "sizes": [13, 13], "strides": [2, 2], "threads": 2})
 @settings(max_examples=25)
 @given(case=convolutions())
 def test_depthwise(session: Any, model: Any, isa: str, case: dict[str, Any]) -> None:

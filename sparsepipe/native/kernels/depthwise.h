@@ -74,27 +74,31 @@ void depthwise(const DepthwiseArgs& a) {
 }
 
 // Planes without a stage: three loads for each row of the input, masked where they reach beyond it. Only where masks are
-// in the instruction set.
+// in the instruction set. A Strip is a vector of neighbouring output columns: it reads the inputs of the three kernel
+// columns for them from a row, and stores them.
 #if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
 constexpr bool kPlanes = true;
+constexpr bool kMasksAreFree = true;  // others would only be more code
 
 SPARSEPIPE_INLINE vf load_masked(const float* p, __mmask16 mask) {
   return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(mask, p));
 }
 
-// The inputs of the three kernel columns for 16 outputs of step S, from the input column `first` on.
 template <int S>
-struct Columns {
-  std::int64_t first;
-  __mmask16 mask[3];
+struct Strip {
+  std::int64_t column, first;  // the first output, and the first input
+  __mmask16 mask[3], stored;
 
-  Columns() = default;
-  Columns(std::int64_t first, std::int64_t width) : first(first) {
+  Strip() = default;
+  Strip(const PlanesArgs& a, std::int64_t column) : column(column), first(column * S - a.left) {
+    stored = lanes_between(0, a.out_width - column);
     for (int j = 0; j < 3; ++j) {
       const std::int64_t from = first + (S == 1 ? j : 16 * j);
-      mask[j] = lanes_between(-from, width - from);
+      mask[j] = lanes_between(-from, a.width - from);
     }
   }
+
+  template <bool>
   SPARSEPIPE_INLINE void read(const float* row, bool inside, vf (&x)[3]) const {
     const float* p = row + first;
     const auto masked = [&](int j) { return inside ? mask[j] : static_cast<__mmask16>(0); };
@@ -108,26 +112,92 @@ struct Columns {
       x[2] = next_lanes(x[0], c);
     }
   }
-};
 
-template <int R, int S>
+  SPARSEPIPE_INLINE void write(float* row, vf v, const float*) const {
+    _mm512_mask_storeu_ps(row + column, stored, reinterpret_cast<__m512>(v));
+  }
+};
+#elif defined(__AVX2__) && SPARSEPIPE_LANES == 8
+constexpr bool kPlanes = true;
+constexpr bool kMasksAreFree = false;
+
+template <int S>
+struct Strip {
+  static constexpr int kLoads = S == 1 ? 3 : 4;
+  std::int64_t column, first;  // the first output, and the first input
+  bool whole;                  // no input lies beyond the row
+  __m256i mask[kLoads];
+
+  Strip() = default;
+  // The last strip of a row reaches back, since stores of parts of vectors are slow.
+  Strip(const PlanesArgs& a, std::int64_t from)
+      : column(a.out_width < kLanes ? 0 : (a.out_width - kLanes < from ? a.out_width - kLanes : from)),
+        first(column * S - a.left) {
+    whole = first >= 0 && first + offset(kLoads - 1) + kLanes <= a.width;
+    const auto lanes = [](std::int64_t n) { return static_cast<int>(n < 0 ? 0 : (n > kLanes ? kLanes : n)); };
+    for (int i = 0; i < kLoads; ++i) {
+      const std::int64_t start = first + offset(i);
+      mask[i] = lanes_between(lanes(-start), lanes(a.width - start));
+    }
+  }
+
+  // Of load i. With stride 2 the even and odd ones of [0, 16), and the even ones of [2, 18).
+  static constexpr std::int64_t offset(int i) { return S == 1 ? i : i % 2 * kLanes + i / 2 * 2; }
+
+  template <bool Masked>
+  SPARSEPIPE_INLINE void read(const float* row, bool, vf (&x)[3]) const {
+    const float* p = row + first;
+    const auto input = [&](int i) {
+      if constexpr (!Masked) return load(p + offset(i));
+      return reinterpret_cast<vf>(_mm256_maskload_ps(p + offset(i), mask[i]));
+    };
+    if constexpr (S == 1) {
+      for (int i = 0; i < 3; ++i) x[i] = input(i);
+    } else {  // within halves of a vector, which is one instruction; `write` puts the sums in order
+      const vf a = input(0), b = input(1), c = input(2), d = input(3);
+      x[0] = __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14);
+      x[1] = __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+      x[2] = __builtin_shufflevector(c, d, 0, 2, 8, 10, 4, 6, 12, 14);
+    }
+  }
+
+  // What a narrow plane stores beyond its row lies in rows that are stored later, or beyond `end`.
+  SPARSEPIPE_INLINE void write(float* row, vf v, const float* end) const {
+    if constexpr (S == 2) v = __builtin_shufflevector(v, v, 0, 1, 4, 5, 2, 3, 6, 7);
+    const std::int64_t left = end - (row + column);
+    if (left >= kLanes) {
+      store(row + column, v);
+    } else {
+      store_some(row + column, v, static_cast<int>(left));
+    }
+  }
+};
+#else
+constexpr bool kPlanes = false;
+#endif
+
+#if (defined(__AVX512F__) && SPARSEPIPE_LANES == 16) || (defined(__AVX2__) && SPARSEPIPE_LANES == 8)
+// R output rows of a strip.
+template <int R, int S, bool Masked>
 SPARSEPIPE_INLINE void plane_rows(const PlanesArgs& a, const float* plane, const vf (&w)[9], vf bias, float* y,
-                                  std::int64_t row, std::int64_t column, const Columns<S>& columns, __mmask16 stored,
-                                  const Bounds& bounds, bool curved, bool large) {
+                                  const float* end, std::int64_t row, const Strip<S>& strip, const Bounds& bounds,
+                                  bool large) {
   vf sum[R];
   SPARSEPIPE_UNROLL
   for (int r = 0; r < R; ++r) sum[r] = bias;
   SPARSEPIPE_UNROLL
   for (int i = 0; large && i < R * S; ++i) {  // what the next rows read
-    const float* ahead = plane + ((row + R) * S - a.top + (3 - S) + i) * a.width + column * S;
+    const float* ahead = plane + ((row + R) * S - a.top + (3 - S) + i) * a.width + strip.column * S;
     SPARSEPIPE_UNROLL
     for (int j = 0; j < S; ++j) __builtin_prefetch(ahead + j * kLanes, 0, 3);
   }
   SPARSEPIPE_UNROLL
   for (int i = 0; i < (R - 1) * S + 3; ++i) {
     const std::int64_t in = row * S - a.top + i;
+    const bool inside = in >= 0 && in < a.height;
+    if (!kMasksAreFree && !inside) continue;
     vf x[3];
-    columns.read(plane + in * a.width, in >= 0 && in < a.height, x);
+    strip.template read<Masked>(plane + in * a.width, inside, x);
     SPARSEPIPE_UNROLL
     for (int r = 0; r < R; ++r) {
       if (i - r * S < 0 || i - r * S > 2) continue;
@@ -136,11 +206,12 @@ SPARSEPIPE_INLINE void plane_rows(const PlanesArgs& a, const float* plane, const
     }
   }
   SPARSEPIPE_UNROLL
-  for (int r = 0; r < R; ++r) {
-    vf v = bounds(sum[r]);
-    if (curved) v = activate(v, a.epilogue);
-    _mm512_mask_storeu_ps(y + (row + r) * a.out_width + column, stored, reinterpret_cast<__m512>(v));
-  }
+  for (int r = 0; r < R; ++r) strip.write(y + (row + r) * a.out_width, bounds(sum[r]), end);
+}
+
+void activate_all(float* y, std::int64_t count, const Epilogue& epilogue) {
+  for (; count >= kLanes; count -= kLanes, y += kLanes) store(y, activate(load(y), epilogue));
+  if (count > 0) store_some(y, activate(load_some(y, static_cast<int>(count)), epilogue), static_cast<int>(count));
 }
 
 // A few rows at a time from left to right: planes larger than the L1 cache are read in the order in which they lie there.
@@ -149,14 +220,13 @@ void planes_of(const PlanesArgs& a) {
   const Bounds bounds = bounds_of(limits_of(a.epilogue));
   const bool curved = a.epilogue.activation > Activation::kClip;
   const bool large = a.height * a.width > 2048;  // a few planes fill the L1 cache
-  constexpr int kStrips = 8;  // of 16 output columns
-  Columns<S> columns[kStrips];
-  __mmask16 stored[kStrips];
+  const float* const end = a.y + a.channels * a.out_height * a.out_width;
+  constexpr int kStrips = 8;
+  Strip<S> strip[kStrips];
   for (std::int64_t begin = 0; begin < a.out_width; begin += kStrips * kLanes) {
     int strips = 0;
     for (std::int64_t column = begin; strips < kStrips && column < a.out_width; ++strips, column += kLanes) {
-      columns[strips] = Columns<S>(column * S - a.left, a.width);
-      stored[strips] = lanes_between(0, a.out_width - column);
+      strip[strips] = Strip<S>(a, column);
     }
     for (std::int64_t c = 0; c < a.channels; ++c) {
       const float* plane = a.x + c * a.height * a.width;
@@ -169,21 +239,27 @@ void planes_of(const PlanesArgs& a) {
         constexpr int R = decltype(rows)::value;
         for (; row + R <= a.out_height; row += R) {
           for (int s = 0; s < strips; ++s) {
-            plane_rows<R, S>(a, plane, w, bias, y, row, begin + s * kLanes, columns[s], stored[s], bounds, curved,
-                             large);
+            if constexpr (!kMasksAreFree) {
+              if (strip[s].whole) {
+                plane_rows<R, S, false>(a, plane, w, bias, y, end, row, strip[s], bounds, large);
+                continue;
+              }
+            }
+            plane_rows<R, S, true>(a, plane, w, bias, y, end, row, strip[s], bounds, large);
           }
         }
       };
       next(Number<4>{});
       next(Number<2>{});
       next(Number<1>{});
+      // Curves are no part of the loop: their constants would take its registers.
+      const bool last = begin + kStrips * kLanes >= a.out_width;
+      if (curved && last) activate_all(y, a.out_height * a.out_width, a.epilogue);
     }
   }
 }
 
 void depthwise_planes(const PlanesArgs& a, int stride) { return stride == 1 ? planes_of<1>(a) : planes_of<2>(a); }
 #else
-constexpr bool kPlanes = false;
-
 void depthwise_planes(const PlanesArgs&, int) {}
 #endif
