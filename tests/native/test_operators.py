@@ -171,6 +171,12 @@ BIG = {
 @example(BIG | {"shape": (64, 128, 3, 3), "sizes": [29, 31], "strides": [2, 2], "block": 4})
 @example(BIG | {"shape": (8, 4, 3, 3), "sizes": [40, 300], "block": 2})
 @example(BIG | {"shape": (8, 24, 3, 3), "sizes": [7, 7], "mode": "shift", "activation": "silu", "threads": 1})
+# Tiles for several turns of the kernel.
+@example(BIG | {"shape": (32, 12, 3, 3), "sizes": [30, 57], "block": 4})
+@example(BIG | {"shape": (32, 12, 3, 3), "sizes": [29, 13], "block": 4, "mode": "shift"})
+@example(BIG | {"shape": (6, 12, 3, 3), "sizes": [59, 56], "mode": "shift", "batch": 2})
+@example(BIG | {"shape": (8, 600, 3, 3), "sizes": [30, 61], "strides": [2, 2], "block": 2, "mode": "rows"})
+@example(BIG | {"shape": (8, 9, 5, 5), "sizes": [31, 7], "dilations": [2, 1], "mode": "shift", "activation": "silu"})
 @example(
     BIG | {"shape": (8, 24, 3, 3), "sizes": [14, 14], "strides": [2, 2], "mode": "shift", "block": 4, "threads": 1}
 )

@@ -47,7 +47,7 @@ double move(int lanes) { return lanes == 8 ? 1.5 : 2.5; }
 Geometry flat_geometry(const Attributes& a, Geometry g, int vectors) {
   const std::int64_t plane = g.out_height * g.out_width;
   const std::int64_t all = ceil_div(plane, g.lanes);
-  g.vectors = vectors;
+  g.vectors = g.at_once = vectors;
   g.tiles = ceil_div(all, vectors);
   g.layout.channels = a.in;
   g.layout.vectors = vectors;
@@ -66,7 +66,7 @@ Geometry flat_geometry(const Attributes& a, Geometry g, int vectors) {
 
 Geometry columns_geometry(const Attributes& a, Geometry g, int vectors) {
   const std::int64_t plane = g.out_height * g.out_width;
-  g.vectors = vectors;
+  g.vectors = g.at_once = vectors;
   g.tiles = ceil_div(ceil_div(plane, g.lanes), vectors);
   const std::int64_t taps = a.kernel_h * a.kernel_w;
   // A copy always moves a whole output row, rounded up; the last one of a tile may reach beyond the tile.
@@ -88,7 +88,20 @@ Geometry columns_geometry(const Attributes& a, Geometry g, int vectors) {
   return g;
 }
 
-Geometry rows_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, std::int64_t row_vectors) {
+// The turns of the kernel for a tile, of at most `most` vectors. `part`: a turn is a multiple of so many.
+void take_turns(const Attributes& a, Geometry& g, std::int64_t part, std::int64_t most) {
+  const std::int64_t parts = ceil_div(g.vectors, part);
+  const std::int64_t turns = ceil_div(parts, std::max<std::int64_t>(1, most / part));
+  g.at_once = static_cast<int>(std::min<std::int64_t>(g.vectors, ceil_div(parts, turns) * part));
+  g.layout.vectors = g.at_once;
+  g.layout.turns = static_cast<int>(ceil_div(g.vectors, g.at_once));
+  // The rows of the other kernel rows, too; what two turns share is read by each.
+  const std::int64_t row = ceil_div(g.pitch, g.lanes);
+  g.layout.turn_floats = (g.at_once + (a.kernel_h - 1) * std::min<std::int64_t>(g.at_once, row)) * g.lanes;
+}
+
+Geometry rows_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, std::int64_t row_vectors,
+                       std::int64_t most) {
   g.tile_rows = tile_rows;
   g.pitch = row_vectors * g.lanes;
   g.vectors = static_cast<int>(tile_rows * row_vectors);
@@ -98,7 +111,8 @@ Geometry rows_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, 
   size_stage(a, g, tile_rows, columns);
   const auto slots = static_cast<std::int64_t>(g.slot_row.size());
   g.layout.channels = a.in;
-  g.layout.vectors = g.vectors;
+  take_turns(a, g, 1, most);
+  g.layout.turn_floats *= a.kernel_w;
   g.layout.channel_stride = a.kernel_w * slots * columns;
   for (std::int64_t i = 0; i < a.kernel_h; ++i) {
     for (std::int64_t j = 0; j < a.kernel_w; ++j) {
@@ -122,7 +136,8 @@ std::int64_t shift_pitch(const Attributes& a, const Geometry& shape) {
 }
 
 // The sums of kernel column k belong k / stride positions further left, in column phase k % stride.
-Geometry shift_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, std::int64_t pitch) {
+Geometry shift_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, std::int64_t pitch,
+                        std::int64_t most) {
   g.tile_rows = tile_rows;
   g.pitch = pitch;
   g.vectors = static_cast<int>(ceil_div(tile_rows * pitch, g.lanes));
@@ -132,7 +147,8 @@ Geometry shift_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows,
   const std::int64_t phases = std::min(a.stride_w, a.kernel_w);
   const std::int64_t most_shift = (a.kernel_w - 1) / a.stride_w;
   g.layout.channels = a.in;
-  g.layout.vectors = g.vectors;
+  take_turns(a, g, ceil_div(pitch, g.lanes), most);  // whole rows, or pairs of rows of half a vector
+  g.layout.turn_floats *= phases;
   g.layout.channel_stride = phases * slots * pitch;
   g.layout.groups = static_cast<int>(most_shift + 1);
   for (std::int64_t i = 0; i < a.kernel_h; ++i) {
@@ -179,14 +195,17 @@ void candidates(const Attributes& a, const Geometry& shape, int most,
     if (!whole || a.mode != Mode::kDirect) each_size(Mode::kFlat, flat_geometry);
     return;
   }
-  const auto each_height = [&](Mode mode, std::int64_t most_rows, std::int64_t pitch, const auto& make) {
+  // Tiles of one turn, and of several where the output is higher.
+  const auto each_height = [&](Mode mode, std::int64_t row_floats, std::int64_t pitch, const auto& make) {
     Geometry g = shape;
     g.mode = mode;
+    const std::int64_t of_a_turn = most * shape.lanes / row_floats;
     std::int64_t before = 0;
-    for (std::int64_t rows = std::min(shape.out_height, most_rows); rows >= 1; --rows) {
-      const std::int64_t even = ceil_div(shape.out_height, ceil_div(shape.out_height, rows));
-      if (even != before) consider(make(a, g, even, pitch));
-      before = even;
+    for (std::int64_t tiles = 1; tiles <= shape.out_height;) {
+      const std::int64_t rows = ceil_div(shape.out_height, tiles);
+      if (rows != before) consider(make(a, g, rows, pitch, most));
+      before = rows;
+      tiles += rows > of_a_turn ? std::max<std::int64_t>(1, tiles / 3) : 1;
     }
   };
   const std::int64_t pitch = shift_pitch(a, shape);
@@ -194,12 +213,11 @@ void candidates(const Attributes& a, const Geometry& shape, int most,
   const bool any = a.mode != Mode::kRows && a.mode != Mode::kColumns && !(a.mode == Mode::kShift && shifts);
   if (any || a.mode == Mode::kRows) {
     const std::int64_t wide = ceil_div(shape.out_width, shape.lanes);
-    const std::int64_t row_vectors = ceil_div(wide, ceil_div(wide, most));
-    each_height(Mode::kRows, most / row_vectors, row_vectors, rows_geometry);
+    const std::int64_t narrow = ceil_div(wide, ceil_div(wide, most));
+    each_height(Mode::kRows, wide * shape.lanes, wide, rows_geometry);
+    if (narrow < wide) each_height(Mode::kRows, narrow * shape.lanes, narrow, rows_geometry);
   }
-  if (shifts && (any || a.mode == Mode::kShift)) {
-    each_height(Mode::kShift, most * shape.lanes / pitch, pitch, shift_geometry);
-  }
+  if (shifts && (any || a.mode == Mode::kShift)) each_height(Mode::kShift, pitch, pitch, shift_geometry);
   if (any || a.mode == Mode::kColumns) each_size(Mode::kColumns, columns_geometry);
 }
 

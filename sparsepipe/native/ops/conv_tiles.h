@@ -9,6 +9,9 @@
 //   shift    output rows padded to whole vectors, in one copy; the sums of a kernel column move by a position before
 //            those of the column to its left are added
 //   columns  one copy per kernel position of the tile's positions, without padding between rows
+//
+// In `rows` and `shift` a tile may be packed for several turns of the kernel: rows of the input between two output rows
+// are then copied once for both. The turns cut a tile anywhere in `rows`, and between output rows in `shift`.
 // The attribute 'mode' asks for one of them by its number in `Mode`. Where that does not fit the window or the planes,
 // and for 0, the plan takes the cheapest by its model of cycles.
 #pragma once
@@ -35,7 +38,8 @@ struct Geometry {
   Mode mode;
   std::int64_t height, width, out_height, out_width;
   int lanes;
-  int vectors;                          // of a tile
+  int vectors;                          // of a tile, packed together
+  int at_once = 0;                      // of these, in a turn of the kernel
   std::int64_t tiles = 0;               // of an image
   std::int64_t tile_rows = 0;           // by_rows: output rows of a tile
   std::int64_t pitch = 0;               // by_rows: floats from one row of a tile to the next
@@ -47,6 +51,13 @@ struct Geometry {
   Cost cost;
 
   bool by_rows() const { return mode == Mode::kRows || mode == Mode::kShift; }
+  // Vectors of the turn of the kernel that begins at the tile's vector `from`.
+  int turn_of(std::int64_t tile, int from) const { return std::min(at_once, vectors_of(tile) - from); }
+  // The fewest in a turn of any tile.
+  int least() const {
+    const auto left = [&](int all) { return (all - 1) % at_once + 1; };
+    return std::min(left(vectors), left(vectors_of(tiles - 1)));
+  }
   std::int64_t tile_floats() const { return static_cast<std::int64_t>(vectors) * lanes; }
   // by_rows: output rows of one tile.
   std::int64_t rows_of(std::int64_t tile) const {
@@ -66,7 +77,7 @@ std::int64_t slot_of(const Geometry& g, std::int64_t row);
 // Place of kernel column k at output column 0 within a stage row.
 std::int64_t stage_column(const Attributes& a, const Geometry& g, std::int64_t k);
 
-// Every candidate geometry with at most `most` vectors in a tile, or those of the mode that the attribute asks for where
+// Every candidate geometry with at most `most` vectors in a turn, or those of the mode that the attribute asks for where
 // it fits. `shape` holds the sizes of the planes and the lanes.
 void candidates(const Attributes& a, const Geometry& shape, int most,
                 const std::function<void(const Geometry&)>& consider);

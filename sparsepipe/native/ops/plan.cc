@@ -81,25 +81,30 @@ Blocking best_blocking(const SparseWeight& weight, const TileLayout& layout, con
   const bool in_place = cost.output_channels > 0;
   const double stride = 4.0 * static_cast<double>(layout.channel_stride);
   // Only what is read of a tile counts: gaps between the channels of a plane do not fill the cache.
-  const double run = layout.tap.size() == 1 ? 4.0 * vectors * lanes : stride;
+  const double turns = layout.turns;
+  const double run = layout.tap.size() == 1 ? 4.0 * vectors * lanes
+                                            : (layout.turns > 1 ? 4.0 * static_cast<double>(layout.turn_floats) : stride);
+  // A turn finds its part of a tile where the packing left it, which is L2 where there are several.
+  const double first_loads = static_cast<double>(layout.channels) * run / (4.0 * lanes * std::max(1.0, entries * vectors));
+  const double cold = layout.turns > 1 ? std::min(1.0, first_loads) : 0.0;
+  const double kept = layout.turns > 1 ? stride : run;  // bytes of a channel in L2
   const double sets = in_place ? spread(stride, run) : 1.0;
   Blocking best;
   for (std::int64_t blocks = 1;; blocks *= 2) {
     const std::int64_t channels = (layout.channels + blocks - 1) / blocks;
     const auto used = static_cast<double>(channels);
-    const double far = outside(used * run / sets, kL1Share * caches().l1, 0);
-    const double farther = outside((used + cost.output_channels) * run / sets, c.l2_share * caches().l2, c.fade);
+    const double far = std::max(cold, outside(used * run / sets, kL1Share * caches().l1, 0));
+    const double farther = outside((used + cost.output_channels) * kept / sets, c.l2_share * caches().l2, c.fade);
     const double load = c.l1 + far * (c.l2 - c.l1) + farther * (c.beyond - c.l2);
     // Half of the pages at hand are for what is written, and for the weight.
     const double pages = in_place ? used * std::min(1.0, stride / kPageBytes) : 0;
     const double miss = c.page * std::clamp(pages / kPages - 0.5, 0.0, 1.0);
     const double row = c.row + (blocks > 1 ? c.partial * sums : 0.0) + (layout.groups - 1) * (c.group + cost.shift * sums);
     const double entry = std::max(c.least, c.entry + std::max(sums * c.fma, vectors * cost.load * load)) + miss;
-    const double cycles = entries * entry +
-                          rows * (static_cast<double>(blocks) * row + cost.finish * c.store * sums) +
-                          static_cast<double>(layout.channels) * cost.pack_channel;
+    const double turn = entries * entry + rows * (static_cast<double>(blocks) * row + cost.finish * c.store * sums);
+    const double cycles = turns * turn + static_cast<double>(layout.channels) * cost.pack_channel;
     if (best.cycles == 0 || cycles < best.cycles) best = {channels, cycles};
-    if (channels <= 8 || (far == 0 && farther == 0 && miss == 0)) return best;
+    if (channels <= 8 || (far == cold && farther == 0 && miss == 0)) return best;
   }
 }
 
@@ -194,8 +199,9 @@ bool same_order(int block, const Tiling& a, const Tiling& b) {
     return sums >= kernels::kSumsForOneChain ? 1 : (sums >= kernels::kSumsForTwoChains ? 2 : 4);
   };
   const int all = chains(a.vectors);
-  const bool even = chains(a.last_vectors) == all && chains(b.vectors) == all && chains(b.last_vectors) == all;
-  if (a.groups != b.groups || (!even && a.vectors != b.vectors)) return false;
+  const bool even = chains(a.least_vectors) == all && chains(b.vectors) == all && chains(b.least_vectors) == all;
+  const bool alike = a.vectors == b.vectors && a.tile_vectors == b.tile_vectors;
+  if (a.groups != b.groups || (!even && !alike)) return false;
   const bool in_turn = even && all == 1 && a.groups == 1;  // then blocks of channels change nothing
   return in_turn || a.block_channels == b.block_channels;
 }

@@ -20,7 +20,9 @@ struct TileLayout {
   std::vector<std::int32_t> tap;    // offset of each kernel position within a channel's tile
   std::vector<std::int32_t> group;  // of each kernel position: sums move one position between groups; empty: one group
   int groups = 1;
-  int vectors = 0;
+  int vectors = 0;                  // that the kernel multiplies at once
+  int turns = 1;                    // of the kernel for all of a tile
+  std::int64_t turn_floats = 0;     // of a channel's tile that are read in a turn, where there are several
 };
 
 // Rough costs in cycles.
@@ -83,9 +85,10 @@ Makespan makespan(const SparseWeight& weight, const TileLayout& layout, std::int
 
 // A way to cut the work into tiles, as far as it decides in which order the entries of a row are added.
 struct Tiling {
-  int vectors = 0, last_vectors = 0;  // of a tile, and of the last one
+  int vectors = 0, least_vectors = 0;  // that are multiplied at once, mostly and where the fewest are left
   int groups = 1;
   std::int64_t block_channels = 0;
+  int tile_vectors = 0;  // of all turns of the kernel
 };
 // Whether both give the same bits.
 bool same_order(int block, const Tiling& a, const Tiling& b);

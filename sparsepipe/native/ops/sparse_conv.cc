@@ -69,7 +69,7 @@ class SparseConv final : public Kernel {
     std::int64_t block_channels = 0;
     const auto choose = [&](std::int64_t count) {
       const auto tiling = [](const Geometry& g, std::int64_t channels) {
-        return Tiling{g.vectors, g.vectors_of(g.tiles - 1), g.layout.groups, channels};
+        return Tiling{g.at_once, g.least(), g.layout.groups, channels, g.vectors};
       };
       const Mode mode = chosen.mode;
       const Tiling alone = count > 1 ? tiling(chosen, block_channels) : Tiling{};
@@ -215,24 +215,28 @@ class SparseConv final : public Kernel {
     isa_.pack_stage(packing.args);
   }
 
-  // Where the tile's vectors go in an output plane.
+  // Where the vectors of a turn, from the tile's vector `from` on, go in an output plane.
   struct Targets {
     std::int32_t pitch, positions, position_rows;
     std::int32_t target[kernels::kMaxVectors];
     std::int32_t count[kernels::kMaxVectors];
     bool whole;
   };
-  static Targets targets(const Geometry& g, std::int64_t tile) {
+  static Targets targets(const Geometry& g, std::int64_t tile, int from) {
     Targets t{};
     if (g.by_rows() && g.pitch % g.lanes) {
       t.pitch = static_cast<std::int32_t>(g.pitch);
       t.positions = static_cast<std::int32_t>(g.out_width);
-      t.position_rows = static_cast<std::int32_t>(g.rows_of(tile));
-      for (int v = 0; v < g.vectors; ++v) t.target[v] = static_cast<std::int32_t>(tile * g.tile_rows * g.out_width);
+      const std::int64_t first = from * g.lanes / g.pitch, rows = std::int64_t{g.at_once} * g.lanes / g.pitch;
+      t.position_rows = static_cast<std::int32_t>(std::min(rows, g.rows_of(tile) - first));
+      for (int i = 0; i < g.at_once; ++i) {
+        t.target[i] = static_cast<std::int32_t>((tile * g.tile_rows + first) * g.out_width);
+      }
       return t;
     }
     t.whole = true;
-    for (int v = 0; v < g.vectors_of(tile); ++v) {
+    for (int i = 0; i < g.turn_of(tile, from); ++i) {
+      const int v = from + i;
       std::int64_t position, count;
       if (g.by_rows()) {
         const std::int64_t row_vectors = g.pitch / g.lanes;
@@ -245,9 +249,9 @@ class SparseConv final : public Kernel {
         count = g.out_height * g.out_width - position;
       }
       count = std::clamp<std::int64_t>(count, 0, g.lanes);
-      t.target[v] = static_cast<std::int32_t>(count > 0 ? position : 0);
-      t.count[v] = static_cast<std::int32_t>(count);
-      t.whole = t.whole && count == g.lanes && t.target[v] == t.target[0] + v * g.lanes;
+      t.target[i] = static_cast<std::int32_t>(count > 0 ? position : 0);
+      t.count[i] = static_cast<std::int32_t>(count);
+      t.whole = t.whole && count == g.lanes && t.target[i] == t.target[0] + i * g.lanes;
     }
     return t;
   }
@@ -298,7 +302,6 @@ class SparseConv final : public Kernel {
       const std::int64_t chunk = task % chunks;
       const std::int64_t image = index / g.tiles;
       const std::int64_t tile = index % g.tiles;
-      const Targets where = targets(g, tile);
       kernels::RowsArgs args{};
       args.row_begin = chunks > 1 ? plan.row_bounds[static_cast<std::size_t>(chunk)] : 0;
       args.row_end = chunks > 1 ? plan.row_bounds[static_cast<std::size_t>(chunk) + 1] : weight_.rows;
@@ -309,19 +312,12 @@ class SparseConv final : public Kernel {
       const std::int64_t shift = (image * a_.out + args.row_begin * weight_.block) * out_plane;
       args.y = y + shift;
       args.residual = residual ? residual + shift : nullptr;
-      args.target = where.target;
-      args.count = where.count;
-      args.whole = where.whole;
-      args.pitch = where.pitch;
-      args.positions = where.positions;
-      args.position_rows = where.position_rows;
       args.epilogue = epilogue_;
       args.prefetch_output = prefetch_output;
       const std::int64_t blocks = plan.weight.blocks();
-      if (blocks > 1) {
-        args.partial = mine.partial.at_least(
-            static_cast<std::size_t>((args.row_end - args.row_begin) * weight_.block * g.tile_floats()));
-      }
+      const std::int64_t outputs = (args.row_end - args.row_begin) * weight_.block;
+      float* partial = nullptr;
+      if (blocks > 1) partial = mine.partial.at_least(static_cast<std::size_t>(outputs * g.tile_floats()));
       const float* source = x + image * a_.in * in_plane;
       thread_local TilePacking packing;
       if (packs && !shared && g.mode != Mode::kFlat) prepare(g, tile, packing);
@@ -349,7 +345,19 @@ class SparseConv final : public Kernel {
         args.row_start = plan.weight.row_start(b);
         args.first = b == 0;
         args.last = b + 1 == blocks;
-        isa_.rows(args, weight_.block, g.vectors_of(tile));
+        const float* begin = args.x;
+        for (int from = 0; from < g.vectors_of(tile); from += g.at_once) {
+          const Targets where = targets(g, tile, from);
+          args.target = where.target;
+          args.count = where.count;
+          args.whole = where.whole;
+          args.pitch = where.pitch;
+          args.positions = where.positions;
+          args.position_rows = where.position_rows;
+          args.x = begin + from * g.lanes;
+          args.partial = blocks > 1 ? partial + outputs * from * g.lanes : nullptr;
+          isa_.rows(args, weight_.block, g.turn_of(tile, from));
+        }
       }
     });
     if (tiles * chunks > 1) helpers_.saw_threads(seen);
