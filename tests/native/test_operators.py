@@ -342,7 +342,9 @@ def test_concurrent_calls_of_one_session(session: Any, model: Any, threads: int)
     assert not failures
 
 
-@pytest.mark.parametrize(("shape", "side"), [((64, 512, 1, 1), 14), ((64, 256, 3, 3), 14), ((64, 128, 3, 3), 7)])
+@pytest.mark.parametrize(
+    ("shape", "side"), [((64, 512, 1, 1), 14), ((64, 256, 3, 3), 14), ((64, 128, 3, 3), 7), ((64, 64, 3, 3), 28)]
+)
 def test_two_threads_give_the_bits_of_one(session: Any, model: Any, shape: tuple[int, ...], side: int) -> None:
     """Once a second thread was seen, another plan takes the place of the first."""
     random = np.random.default_rng(0)
