@@ -100,7 +100,7 @@ def _is_ready(folder: Path, environment: Environment) -> bool:
         held = json.loads((folder / READY).read_text())
     except (OSError, ValueError):
         return False
-    return bool(held.get("requirements") == list(environment.requirements)) and _python(folder).is_file()
+    return bool(held == {"requirements": list(environment.requirements)}) and _python(folder).is_file()
 
 
 def _python(folder: Path) -> Path:
