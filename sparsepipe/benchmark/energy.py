@@ -30,9 +30,10 @@ def counters(root: Path = POWERCAP) -> list[Counter]:
     """The packages that can be read; none on virtual machines and for users without the right."""
     found = []
     for folder in sorted(root.glob("intel-rapl:*")):
-        if folder.name.count(":") != 1:  # a part of a package
-            continue
         try:
+            # Others count a part of a package, or the platform (psys), in which the packages are counted once more.
+            if not (folder / "name").read_text().startswith("package"):
+                continue
             counter = Counter(folder, int((folder / "max_energy_range_uj").read_text()))
             counter.read()
         except (OSError, ValueError):

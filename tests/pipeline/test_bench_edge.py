@@ -34,17 +34,20 @@ def write_model(path: Path, columns: int = 64) -> Path:
     return path
 
 
-def write_counter(root: Path, name: str, microjoules: int, most: int) -> Path:
+def write_counter(root: Path, name: str, microjoules: int, most: int, what: str = "package-0") -> Path:
     folder = root / name
     folder.mkdir(parents=True)
+    (folder / "name").write_text(f"{what}\n")
     (folder / "energy_uj").write_text(f"{microjoules}\n")
     (folder / "max_energy_range_uj").write_text(f"{most}\n")
     return folder
 
 
 def test_counters_of_whole_packages_are_found_and_turn_over(tmp_path: Path) -> None:
-    write_counter(tmp_path, "intel-rapl:0:0", 5, 10)  # a part of a package
-    (tmp_path / "intel-rapl:1").mkdir()  # one that says nothing
+    write_counter(tmp_path, "intel-rapl:0:0", 5, 10, "core")  # a part of a package
+    write_counter(tmp_path, "intel-rapl:1", 5, 10, "psys")  # all of them, and more
+    (tmp_path / "intel-rapl:2").mkdir()  # one that says nothing
+    (write_counter(tmp_path, "intel-rapl:3", 5, 10) / "energy_uj").write_text("")  # one that cannot be read
     folder = write_counter(tmp_path, "intel-rapl:0", 950, 999)
     (found,) = energy.counters(tmp_path)
     assert found.read() == 950
@@ -63,6 +66,56 @@ def test_energy_of_calls_is_that_of_the_counter(tmp_path: Path) -> None:
     found = energy.per_call(str(write_model(tmp_path / "m.onnx")), 1, {}, None, 0.01, 60.0, root=tmp_path)
     assert found["joules"] == 0.0  # the counter stood still
     assert int(str(found["calls"])) >= 1
+    found = energy.per_call(str(tmp_path / "none.onnx"), 1, {}, None, 0.01, 60.0, root=tmp_path)
+    assert (found["joules"], found["calls"]) == (None, 0)
+    assert "no such ONNX file" in str(found["note"])
+
+
+def spend(folder: Path, microjoules: int) -> None:
+    """Count on as the hardware does: after the largest value comes 0."""
+    value, most = (int((folder / name).read_text()) for name in ("energy_uj", "max_energy_range_uj"))
+    value += microjoules
+    (folder / "energy_uj").write_text(str(value if value <= most else value - most - 1))
+
+
+def test_joules_of_a_call_are_those_of_all_packages_while_the_calls_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = write_counter(tmp_path, "intel-rapl:0", 1_000, 262_143_328_850)
+    second = write_counter(tmp_path, "intel-rapl:1", 65_532_000_000, 65_532_610_987, "package-1")
+    part = write_counter(tmp_path, "intel-rapl:1:0", 0, 65_532_610_987, "core")
+    asked: dict[str, dict[str, object]] = {}
+
+    class Worker:
+        """Takes 4 ms for its first call; to load costs energy, too."""
+
+        def __enter__(self) -> Worker:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            spend(first, 5_000_000)
+
+        def ask(self, request: str, timeout: float, **arguments: object) -> dict[str, float]:
+            asked[request] = {"timeout": timeout, **arguments}
+            used = {"load": 70_000_000, "run": 2_000_000}[request]
+            for folder in (first, second, part):
+                spend(folder, used)
+            spend(first, 500_000)
+            return {"first_call_ms": 4.0}
+
+    monkeypatch.setattr(energy, "WorkerProcess", Worker)
+    found = energy.per_call("m.onnx", 8, {"x": [8, 3]}, [1], 0.5, 60.0, root=tmp_path)
+    # 125 calls of 4 ms in half a second; 2.5 J of one package and 2 J of the other, which turned over while loading.
+    assert found["calls"] == asked["run"]["count"] == 125
+    assert found["joules"] == pytest.approx(4.5 / 125)
+    assert asked["run"]["warmup"] == 0
+    shared = {"runtime": "onnxruntime", "model": "m.onnx", "threads": 1, "batch": 8, "shapes": {"x": [8, 3]}}
+    assert asked["load"].items() >= {**shared, "cpus": [1], "timeout": 60.0}.items()
+    # There is one call at least, however long it takes; here a counter turns over while it runs.
+    (second / "energy_uj").write_text(str(65_532_610_987 - 70_000_000 - 1_500_000))
+    found = energy.per_call("m.onnx", 8, {"x": [8, 3]}, [1], 0.001, 60.0, root=tmp_path)
+    assert (found["calls"], found["joules"]) == (1, pytest.approx(4.5))
+    assert int((second / "energy_uj").read_text()) == 499_999
 
 
 @linux
