@@ -107,14 +107,14 @@ def test_joules_of_a_call_are_those_of_all_packages_while_the_calls_ran(
     found = energy.per_call("m.onnx", 8, {"x": [8, 3]}, [1], 0.5, 60.0, root=tmp_path)
     # 125 calls of 4 ms in half a second; 2.5 J of one package and 2 J of the other, which turned over while loading.
     assert found["calls"] == asked["run"]["count"] == 125
-    assert found["joules"] == pytest.approx(4.5 / 125)
+    assert found["joules"] == pytest.approx(4.5 / 125, rel=1e-9)
     assert asked["run"]["warmup"] == 0
     shared = {"runtime": "onnxruntime", "model": "m.onnx", "threads": 1, "batch": 8, "shapes": {"x": [8, 3]}}
     assert asked["load"].items() >= {**shared, "cpus": [1], "timeout": 60.0}.items()
     # There is one call at least, however long it takes; here a counter turns over while it runs.
     (second / "energy_uj").write_text(str(65_532_610_987 - 70_000_000 - 1_500_000))
     found = energy.per_call("m.onnx", 8, {"x": [8, 3]}, [1], 0.001, 60.0, root=tmp_path)
-    assert (found["calls"], found["joules"]) == (1, pytest.approx(4.5))
+    assert (found["calls"], found["joules"]) == (1, pytest.approx(4.5, rel=1e-9))
     assert int((second / "energy_uj").read_text()) == 499_999
 
 
