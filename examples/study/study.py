@@ -2,7 +2,7 @@
 
     python examples/study/study.py run --jobs 2     # trains what has no row yet, in the order of PARTS
     python examples/study/study.py files            # exports the networks trained here, and tests the files
-    python examples/study/study.py speed            # times the files of seed 0 in turns, on an idle machine
+    python examples/study/study.py speed            # times one file of each network in turns, on an idle machine
     python examples/study/study.py report           # rebuilds the tables and figures of examples/RESULTS.md
 
 Each training that ends leaves a row in examples/results/study: a small JSON file with its recipe, commit, environment,
@@ -98,15 +98,18 @@ def files() -> None:
 
 
 def speed(seconds: float) -> None:
-    """Time the files of seed 0 that `files` exported, the dense one in fp32 first."""
+    """Time the files that `files` exported, of each network the first seed that is here, the dense fp32 one first."""
     import study_files
 
-    found = {}
+    found: dict[str, Path] = {}
     for method, sparsity, pattern, key in study_report.FILES:
+        label = study_report.file_label(method, sparsity, pattern, key)
         for training in trainings():
             path = training.folder / "export" / f"model.{key}.onnx"
-            if training.seed == 0 and _is(training, method, sparsity, pattern) and path.is_file():
-                found[study_report.file_label(method, sparsity, pattern, key)] = path
+            if _is(training, method, sparsity, pattern) and path.is_file():
+                found.setdefault(label, path)
+    if (dense := study_report.file_label(*study_report.FILES[0])) not in found:
+        sys.exit(f"There is no file '{dense}' in {OUT} to compare with. Run `run` and `files` for a dense network.")
     print(study_files.speed(found, FILES, seconds))
 
 
@@ -155,7 +158,7 @@ def main() -> None:
     running.add_argument("--jobs", type=int, default=2, help="trainings at once, one thread each")
     commands.add_parser("report", help="rebuild tables and figures from the rows")
     commands.add_parser("files", help="export the networks that were trained here, and test the files")
-    timing = commands.add_parser("speed", help="time the files of seed 0 on an idle machine")
+    timing = commands.add_parser("speed", help="time one file of each network on an idle machine")
     timing.add_argument("--seconds", type=float, default=6.0, help="measuring time for each file")
     options = parser.parse_args()
     if options.command == "run":

@@ -281,7 +281,7 @@ def files_table(results: Results) -> str:
         for each in found
     ]
     title = (
-        "DST-EE networks as files beside dense ones; accuracies over seeds, speed of seed 0's file, 1 thread, batch 1"
+        "DST-EE networks as files beside dense ones; accuracies over seeds, speed of one seed's file, 1 thread, batch 1"
     )
     return Table(title, headers, lines).markdown()
 
