@@ -209,11 +209,6 @@ SPARSEPIPE_INLINE void plane_rows(const PlanesArgs& a, const float* plane, const
   for (int r = 0; r < R; ++r) strip.write(y + (row + r) * a.out_width, bounds(sum[r]), end);
 }
 
-void activate_all(float* y, std::int64_t count, const Epilogue& epilogue) {
-  for (; count >= kLanes; count -= kLanes, y += kLanes) store(y, activate(load(y), epilogue));
-  if (count > 0) store_some(y, activate(load_some(y, static_cast<int>(count)), epilogue), static_cast<int>(count));
-}
-
 // A few rows at a time from left to right: planes larger than the L1 cache are read in the order in which they lie there.
 template <int S>
 void planes_of(const PlanesArgs& a) {
@@ -254,7 +249,7 @@ void planes_of(const PlanesArgs& a) {
       next(Number<1>{});
       // Curves are no part of the loop: their constants would take its registers.
       const bool last = begin + kStrips * kLanes >= a.out_width;
-      if (curved && last) activate_all(y, a.out_height * a.out_width, a.epilogue);
+      if (curved && last) curve(y, a.out_height * a.out_width, a.epilogue);
     }
   }
 }
