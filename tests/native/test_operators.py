@@ -171,7 +171,9 @@ BIG = {
 @example(BIG | {"shape": (64, 128, 3, 3), "sizes": [29, 31], "strides": [2, 2], "block": 4})
 @example(BIG | {"shape": (8, 4, 3, 3), "sizes": [40, 300], "block": 2})
 @example(BIG | {"shape": (8, 24, 3, 3), "sizes": [7, 7], "mode": "shift", "activation": "silu", "threads": 1})
-# Tiles for several turns of the kernel.
+# Tiles for several turns of the kernel, and outputs of which no tile may hold all.
+@example(BIG | {"shape": (4, 2, 3, 3), "sizes": [70000, 2]})
+@example(BIG | {"shape": (4, 2, 3, 3), "sizes": [2, 70000], "block": 4})
 @example(BIG | {"shape": (32, 12, 3, 3), "sizes": [30, 57], "block": 4})
 @example(BIG | {"shape": (32, 12, 3, 3), "sizes": [29, 13], "block": 4, "mode": "shift"})
 @example(BIG | {"shape": (6, 12, 3, 3), "sizes": [59, 56], "mode": "shift", "batch": 2})

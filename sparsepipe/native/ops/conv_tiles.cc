@@ -41,6 +41,9 @@ void size_stage(const Attributes& a, Geometry& g, std::int64_t rows, std::int64_
   }
 }
 
+// Of one channel: what is packed together for several turns of the kernel must stay in the L2 cache.
+constexpr std::int64_t kTileFloats = 1 << 16;
+
 // Cycles in which packing loads and stores a vector: 64 bytes at once come no faster from L2 than 32 bytes twice.
 double move(int lanes) { return lanes == 8 ? 1.5 : 2.5; }
 
@@ -195,17 +198,17 @@ void candidates(const Attributes& a, const Geometry& shape, int most,
     if (!whole || a.mode != Mode::kDirect) each_size(Mode::kFlat, flat_geometry);
     return;
   }
-  // Tiles of one turn, and of several where the output is higher.
+  // Tiles of several turns, then all of one turn.
   const auto each_height = [&](Mode mode, std::int64_t row_floats, std::int64_t pitch, const auto& make) {
     Geometry g = shape;
     g.mode = mode;
     const std::int64_t of_a_turn = most * shape.lanes / row_floats;
-    std::int64_t before = 0;
-    for (std::int64_t tiles = 1; tiles <= shape.out_height;) {
-      const std::int64_t rows = ceil_div(shape.out_height, tiles);
-      if (rows != before) consider(make(a, g, rows, pitch, most));
-      before = rows;
-      tiles += rows > of_a_turn ? std::max<std::int64_t>(1, tiles / 3) : 1;
+    std::int64_t tiles = std::min(shape.out_height, ceil_div(shape.out_height * row_floats, kTileFloats));
+    for (std::int64_t rows = ceil_div(shape.out_height, tiles);; rows = ceil_div(shape.out_height, tiles)) {
+      consider(make(a, g, rows, pitch, most));
+      if (rows == 1) return;
+      const std::int64_t fewer = ceil_div(shape.out_height, rows - 1);
+      tiles = rows > of_a_turn ? std::min(shape.out_height, std::max(fewer, tiles + tiles / 3)) : fewer;
     }
   };
   const std::int64_t pitch = shift_pitch(a, shape);
@@ -214,7 +217,7 @@ void candidates(const Attributes& a, const Geometry& shape, int most,
   if (any || a.mode == Mode::kRows) {
     const std::int64_t wide = ceil_div(shape.out_width, shape.lanes);
     const std::int64_t narrow = ceil_div(wide, ceil_div(wide, most));
-    each_height(Mode::kRows, wide * shape.lanes, wide, rows_geometry);
+    if (wide * shape.lanes <= kTileFloats) each_height(Mode::kRows, wide * shape.lanes, wide, rows_geometry);
     if (narrow < wide) each_height(Mode::kRows, narrow * shape.lanes, narrow, rows_geometry);
   }
   if (shifts && (any || a.mode == Mode::kShift)) each_height(Mode::kShift, pitch, pitch, shift_geometry);

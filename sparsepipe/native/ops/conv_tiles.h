@@ -9,11 +9,11 @@
 //   shift    output rows padded to whole vectors, in one copy; the sums of a kernel column move by a position before
 //            those of the column to its left are added
 //   columns  one copy per kernel position of the tile's positions, without padding between rows
+// The attribute 'mode' asks for one of them by its number in `Mode`. Where that does not fit the window or the planes,
+// and for 0, the plan takes the cheapest by its model of cycles.
 //
 // In `rows` and `shift` a tile may be packed for several turns of the kernel: rows of the input between two output rows
 // are then copied once for both. The turns cut a tile anywhere in `rows`, and between output rows in `shift`.
-// The attribute 'mode' asks for one of them by its number in `Mode`. Where that does not fit the window or the planes,
-// and for 0, the plan takes the cheapest by its model of cycles.
 #pragma once
 
 #include <algorithm>
