@@ -67,7 +67,7 @@ def training_multiple(inference: float | Sequence[float], dense_gradient_every: 
     on dense tensors spend all of it.
 
     Args:
-        inference: `inference_multiple`, or one for each epoch so far.
+        inference: `inference_multiple`, or one for each epoch so far, in the mean over its steps.
         dense_gradient_every: dT in steps, `method.dense_gradient_every`.
     """
     forward = inference if isinstance(inference, int | float) else fmean(inference)

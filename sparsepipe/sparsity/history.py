@@ -85,6 +85,11 @@ class MaskHistory:
         self._totals: dict[str, Tensor] = {}
         """The same, summed over the updates since the figures were last taken."""
         self._updates = 0
+        self._weight_steps: dict[str, Tensor | int] = {}
+        """Active weights of each layer, summed over the steps since the figures were last taken that are settled."""
+        self._settled = 0
+        self._steps = 0
+        """Those after them, in which the masks were as they are now."""
         self._gradients: dict[str, Tensor] = {}
         self.film: Film | None = None
         if film is not None or masks.counters:
@@ -110,6 +115,10 @@ class MaskHistory:
             born.masked_fill_(grown, now)
             self._born[name] = born.masked_select(mask)
 
+    def end_step(self) -> None:
+        """Note that an optimizer step was taken; before `end_round`, if masks are updated after it."""
+        self._steps += 1
+
     def end_round(self, step: int, gradients: Mapping[str, Tensor]) -> None:
         """Note that the update after optimizer step `step` is complete."""
         self._updates += 1
@@ -122,6 +131,7 @@ class MaskHistory:
                     self._gradients[name] = _of_inactive(gradients[name], self.masks[name])
             before = self._totals.get(name)
             self._totals[name] = self._round[name] if before is None else before + self._round[name]
+        self._settle({name: counts[2] for name, counts in self._round.items()})
         self._round.clear()
         if self.film is None and self.masks.counters:
             layer = self._choice()
@@ -140,13 +150,15 @@ class MaskHistory:
             smallest age that half, or nine tenths, of them do not exceed), and, where the method uses the dense
             gradient, `inactive_gradient_norm` (L2) and `inactive_gradient_mean` (mean absolute value) over the
             weights that were inactive in the last update. `churn` is `dropped` of all these layers together, None
-            where there was no update, and `age` holds `median` and `p90` over all of them.
+            where there was no update, and `age` holds `median` and `p90` over all of them. `mean_density` is the share
+            of active weights in the mean over the optimizer steps since.
         """
         totals = {name: counts.tolist() for name, counts in self._totals.items()}
         gradients = {name: values.tolist() for name, values in self._gradients.items()}
         ages = {name: self.ages(name) for name in self.masks.counters}
         all_ages = [sum(each) for each in zip(*ages.values(), strict=True)]
         active = sum(before for _, _, before in totals.values())
+        self._settle({name: self.masks.nnz_of(name) for name in self.masks.counters})
         figures: dict[str, Any] = {
             "mask_updates": self._updates,
             "churn": sum(dropped for dropped, _, _ in totals.values()) / active if active else None,
@@ -156,6 +168,11 @@ class MaskHistory:
             "exploration": {
                 name: int(self.masks.ever_active(name).count_nonzero()) / self.masks[name].numel() for name in ages
             },
+            "mean_density": {
+                name: int(count) / (self._settled * self.masks[name].numel())
+                for name, count in self._weight_steps.items()
+                if self._settled
+            },
             "age_median": {name: quantile(counts, 0.5) for name, counts in ages.items()},
             "age_p90": {name: quantile(counts, 0.9) for name, counts in ages.items()},
         }
@@ -163,6 +180,7 @@ class MaskHistory:
             known = {name: values[position] for name, values in gradients.items()}
             figures[key] = {name: value if isfinite(value) else None for name, value in known.items()}
         self._totals, self._gradients, self._updates = {}, {}, 0
+        self._weight_steps, self._settled = {}, 0
         return figures
 
     def ages(self, name: str) -> list[int]:
@@ -185,6 +203,9 @@ class MaskHistory:
             "step": self._step,
             "first": self._first,
             "updates": self._updates,
+            "steps": self._steps,
+            "settled": self._settled,
+            "weight_steps": dict(self._weight_steps),
             "born": dict(self._born),
             "totals": dict(self._totals),
             "gradients": dict(self._gradients),
@@ -194,12 +215,23 @@ class MaskHistory:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`, once the masks themselves are loaded."""
         self._start, self._step, self._first = state["start"], state["step"], state["first"]
-        self._updates = state["updates"]
+        self._updates, self._steps, self._settled = state["updates"], state["steps"], state["settled"]
+        self._weight_steps = {
+            name: count.to(self.masks[name].device) if isinstance(count, Tensor) else count
+            for name, count in state["weight_steps"].items()
+        }
         self._born, self._totals, self._gradients = (
             {name: values.to(self.masks[name].device) for name, values in state[key].items()}
             for key in ("born", "totals", "gradients")
         )
         self.film = None if state["film"] is None else Film(**deepcopy(state["film"]))
+
+    def _settle(self, active: Mapping[str, Tensor | int]) -> None:
+        """Count the steps since the masks last changed, in which so many weights of each sparse layer were active."""
+        for name, count in active.items():
+            earlier = self._weight_steps.get(name, self.masks[name].numel() * self._settled)  # dense until now
+            self._weight_steps[name] = earlier + count * self._steps
+        self._settled, self._steps = self._settled + self._steps, 0
 
     def _choice(self) -> str:
         """Of the sparse layers of up to FILMED_SIZE weights the one with most active ones, or the smallest of all."""

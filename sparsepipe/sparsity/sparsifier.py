@@ -490,6 +490,8 @@ class Sparsifier:
         self._stepping = self._prepared = False
         if not self._skipped:
             self.step += 1
+            if self.history is not None:
+                self.history.end_step()
             self._network.step_own()
             self._network.mask_weights()
             rounds = self.mask_set.rounds

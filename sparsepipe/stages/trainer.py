@@ -131,7 +131,7 @@ def _run(training: Assembly, building: Draft | None, identity: Mapping[str, Any]
     """Train to the end; with a `building`, write logs and checkpoints.
 
     Returns:
-        The inference FLOPs multiple of each epoch that is logged.
+        The inference FLOPs multiple of each epoch that is logged, in the mean over its steps.
 
     Raises:
         InterruptedBySignal: it was asked to stop; the state is saved.
@@ -179,20 +179,21 @@ def _run(training: Assembly, building: Draft | None, identity: Mapping[str, Any]
 
 def _multiples(metrics: MetricsLog) -> list[float]:
     try:
-        return [float(record["inference_flops_multiple"]) for record in metrics.records]
+        return [float(record["mean_inference_flops_multiple"]) for record in metrics.records]
     except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(
-            "An epoch has no number 'inference_flops_multiple'.",
+            "An epoch has no number 'mean_inference_flops_multiple'.",
             where=FILE,
             advice="Train from the start, without --resume.",
         ) from error
 
 
 def _record(training: Assembly, epoch: Epoch, earlier: list[float]) -> dict[str, Any]:
-    """What is logged of one epoch; `earlier` are the inference multiples of the epochs before."""
-    state = training.sparsifier.metrics()
+    """What is logged of one epoch; `earlier` are the mean inference multiples of the epochs before."""
+    state, changes = training.sparsifier.metrics(), training.history.take()
     multiple = flops.inference_multiple(training.macs, state["density"])
-    spent = flops.training_multiple([*earlier, multiple], training.sparsifier.method.dense_gradient_every)
+    mean = flops.inference_multiple(training.macs, changes["mean_density"])
+    spent = flops.training_multiple([*earlier, mean], training.sparsifier.method.dense_gradient_every)
     return {
         "epoch": epoch.number,
         "step": epoch.step,
@@ -206,9 +207,10 @@ def _record(training: Assembly, epoch: Epoch, earlier: list[float]) -> dict[str,
         "exploration_rate": state["exploration_rate"],
         "drop_fraction": state["drop_fraction"],
         "density": state["density"],
-        **training.history.take(),
+        **changes,
         "inference_flops": flops.inference_flops(training.macs, multiple),
         "inference_flops_multiple": multiple,
+        "mean_inference_flops_multiple": mean,
         "training_flops": flops.training_flops(training.macs, spent, epoch.step * training.samples_per_step),
         "training_flops_multiple": spent,
         "seconds": epoch.seconds,

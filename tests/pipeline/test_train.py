@@ -63,6 +63,8 @@ LOGGED = {
     "inactive_gradient_mean",
     "inference_flops",
     "inference_flops_multiple",
+    "mean_density",
+    "mean_inference_flops_multiple",
     "training_flops",
     "training_flops_multiple",
     "seconds",
@@ -294,6 +296,19 @@ def test_the_masks_are_followed_to_the_end(finished: Artefact) -> None:
     samples = STEPS_PER_EPOCH * EPOCHS * 16
     spent = 3 * dense * samples * finished.metrics["training_flops_multiple"]
     assert finished.metrics["training_flops"] == pytest.approx(spent)
+
+
+def test_training_flops_count_the_steps_before_each_pruning(tmp_path: Path) -> None:
+    """Pruned after steps 2, 4, ..., 18 of 24, so that a mean over the ends of epochs would be too low."""
+    artefact = run(tmp_path / "train", "method={name='gmp', sparsity=0.9, update_every=2, stop_at=0.75}")
+    records = metrics.read(artefact.file(metrics.FILE))
+    ends = [1.0, *(record["inference_flops_multiple"] for record in records)]
+    means = [record["mean_inference_flops_multiple"] for record in records]
+    pruned = [(before, mean, after) for before, mean, after in zip(ends, means, ends[1:], strict=False) if before > after]
+    assert len(pruned) >= 3
+    assert all(before > mean > after for before, mean, after in pruned)
+    assert means[-1] == ends[-1]
+    assert artefact.metrics["training_flops_multiple"] == pytest.approx(np.mean(means))
 
 
 def test_the_best_epoch_is_selected_among_those_with_final_masks(finished: Artefact) -> None:

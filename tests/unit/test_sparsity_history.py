@@ -107,8 +107,14 @@ def test_all_figures_equal_those_of_an_onlooker_who_kept_every_mask(name: str, c
     sparsifier, record = train(METHODS[name](), channels_last=channels_last)
     sparse = {layer for layer, masks in record.masks.items() if not all(mask.all() for mask in masks)}
     seen = 0
-    for updates, figures in record.taken:
+    for number, (updates, figures) in enumerate(record.taken):
         assert figures["mask_updates"] == updates - seen
+        steps = range(12 * number + 1, 12 * number + 13)
+        for layer, mean in figures["mean_density"].items():
+            # An update comes after its step, which therefore ran with the mask before.
+            masks = [record.masks[layer][sum(update < step for update in record.steps)] for step in steps]
+            assert mean == pytest.approx(np.mean(masks))
+        assert set(figures["mean_density"]) == set(figures["exploration"])
         everything, all_ages = [0, 0], []
         for layer in sparse & set(sparsifier.mask_set.counters):
             masks = record.masks[layer][: updates + 1]
