@@ -1,14 +1,15 @@
 """The study of methods on a CPU: which trainings there are, how they are made, and what they say.
 
     python examples/study/study.py run --jobs 2     # trains what has no row yet, in the order of PARTS
+    python examples/study/study.py again NAME ...   # trains what has a row once more, and replaces the row
     python examples/study/study.py files            # exports the networks trained here, and tests the files
     python examples/study/study.py speed            # times one file of each network in turns, on an idle machine
     python examples/study/study.py report           # rebuilds the tables and figures of examples/RESULTS.md
 
 Each training that ends leaves a row in examples/results/study: a small JSON file with its recipe, commit, environment,
 accuracies and what happened in each epoch. What has a row is not trained again, so `run` goes on wherever it was
-interrupted, also in a fresh checkout. A row's `command` makes that one training again. Run all of this from the root of
-the repository, with the data in ../shared/data/cifar10-jpeg.
+interrupted, also in a fresh checkout. Run all of this from the root of the repository, with the data in
+../shared/data/cifar10-jpeg.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import datetime
 import sys
 from pathlib import Path
 
+import study_choice
 import study_report
+import study_rows
 
-from sparsepipe import comparison
+from sparsepipe import comparison, rows
 from sparsepipe.artefact import write_text
 from sparsepipe.comparison import Grid, Training
 from sparsepipe.reporting import markdown
@@ -47,6 +50,12 @@ def _methods(names: tuple[str, ...], sparsity: float, seeds: tuple[int, ...] = S
     return Grid(names, (sparsity,), seeds, {"method.c": (C,)})
 
 
+def _exploring(names: tuple[str, ...], *c: str, **others: str) -> Grid:
+    """Where masks explore more than in the comparison at 98%: what keeps DST-EE from gaining by it?"""
+    varied = {f"method.{name}": (value,) for name, value in others.items()}
+    return Grid(names, (0.98,), SEEDS, {"method.c": c, **varied})
+
+
 def _blocks(pattern: str, *sparsities: float, seeds: tuple[int, ...] = SEEDS) -> Grid:
     return Grid(("dst-ee",), sparsities, seeds, {"method.c": (C,), "method.pattern": (pattern,)})
 
@@ -60,10 +69,13 @@ PARTS = (
     _blocks("4x4", 0.8),
     _methods(("dst-ee",), 0.9),
     _methods(DYNAMIC, 0.98, PAIRED_SEEDS),
+    _exploring(("dst-ee",), "1e-3", "1e-2"),
     _methods(ALL, 0.95),
+    _exploring(("dst-ee", "rigl"), "1e-3", update_every="10"),
+    _blocks("4x1", 0.9, 0.95),
     _methods(ALL, 0.9),
     _methods(ALL, 0.98),
-    _blocks("4x1", 0.9, 0.95),
+    _exploring(("dst-ee",), "1e-3", stop_at="0.95"),
 )
 """All trainings, the most valuable first."""
 
@@ -89,41 +101,53 @@ def run(jobs: int) -> int:
     return failures
 
 
+def again(names: list[str], jobs: int) -> int:
+    """Train once more what has a row, and replace the row; the number of trainings that failed."""
+    listed = {each.folder.name: each for each in trainings()}
+    if unknown := sorted({*names} - {*listed}):
+        sys.exit(f"The study has no training {', '.join(unknown)}. It has: {', '.join(listed)}.")
+    wanted = [listed[name] for name in names]
+    failures = 0
+    for index, found, error in comparison.train(RECIPE, wanted, jobs):
+        if found is not None:
+            rows.write(ROWS / f"{names[index]}.json", found)
+        print(f"{names[index]}: {error or 'its row is written'}", flush=True)
+        failures += found is None
+    return failures
+
+
 def files() -> None:
-    """Export and test the networks that a table of files shows, as far as they were trained here."""
+    """Export and test the networks that a table of files shows, as far as they were trained here; name the others."""
     import study_files
 
-    shown = [each for each in trainings() if any(_is(each, *network[:3]) for network in study_report.FILES)]
-    print(*study_files.accuracies(shown, FILES), sep="\n")
+    shown = [each for each in trainings() if any(_is(each, *network[:3]) for network in study_choice.FILES)]
+    written = study_files.accuracies(shown, FILES)
+    missing = [each.folder.name for each in shown if not (FILES / f"{each.folder.name}.json").is_file()]
+    if written:
+        print("written:", *written, sep="\n  ")
+    if missing:
+        print("not trained here (`study.py again` trains what has a row):", *missing, sep="\n  ")
 
 
 def speed(seconds: float) -> None:
     """Time the files that `files` exported, of each network the first seed that is here, the dense fp32 one first."""
     import study_files
 
-    found: dict[str, Path] = {}
-    for method, sparsity, pattern, key in study_report.FILES:
-        label = study_report.file_label(method, sparsity, pattern, key)
+    found: dict[str, tuple[str, Path]] = {}
+    for method, sparsity, pattern, key in study_choice.FILES:
+        label = study_choice.file_label(method, sparsity, pattern, key)
         for training in trainings():
             path = training.folder / "export" / f"model.{key}.onnx"
             if _is(training, method, sparsity, pattern) and path.is_file():
-                found.setdefault(label, path)
-    if (dense := study_report.file_label(*study_report.FILES[0])) not in found:
+                found.setdefault(label, (training.folder.name, path))
+    if (dense := study_choice.file_label(*study_choice.FILES[0])) not in found:
         sys.exit(f"There is no file '{dense}' in {OUT} to compare with. Run `run` and `files` for a dense network.")
     print(study_files.speed(found, FILES, seconds))
 
 
 def _is(training: Training, method: str, sparsity: float, pattern: str) -> bool:
     """Whether a training is of this network, with the study's c."""
-    setting = training.setting
-    others = dict(setting.others)
-    wanted = (method, sparsity, pattern, C)
-    return (
-        setting.method,
-        setting.sparsity or 0.0,
-        others.get("method.pattern", "unstructured"),
-        others.get("method.c", C),
-    ) == wanted
+    return study_rows.identity(training) == study_rows.network(method, sparsity, C, pattern=pattern)
 
 
 def report(kept: Path = ROWS, exported: Path = FILES, document: Path = DOCUMENT) -> list[Path]:
@@ -134,7 +158,7 @@ def report(kept: Path = ROWS, exported: Path = FILES, document: Path = DOCUMENT)
     """
     from study_figures import FIGURES  # needs matplotlib, which training does not
 
-    results = study_report.Results(kept, exported, float(C))
+    results = study_rows.Results(trainings(), kept, exported, C)
     blocks = {name: block(results) for name, block in study_report.BLOCKS.items()}
     written = []
     for name, (draw, alt) in FIGURES.items():
@@ -156,6 +180,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="train what has no row yet")
     running.add_argument("--jobs", type=int, default=2, help="trainings at once, one thread each")
+    repeating = commands.add_parser("again", help="train once more what has a row, and replace the row")
+    repeating.add_argument("names", nargs="+", metavar="NAME", help="of a row, as dense_s0")
+    repeating.add_argument("--jobs", type=int, default=2, help="trainings at once, one thread each")
     commands.add_parser("report", help="rebuild tables and figures from the rows")
     commands.add_parser("files", help="export the networks that were trained here, and test the files")
     timing = commands.add_parser("speed", help="time one file of each network on an idle machine")
@@ -163,6 +190,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "run":
         sys.exit(1 if run(options.jobs) else 0)
+    elif options.command == "again":
+        sys.exit(1 if again(options.names, options.jobs) else 0)
     elif options.command == "files":
         files()
     elif options.command == "speed":

@@ -8,13 +8,13 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
-from study_report import METHODS, REFERENCE, SPARSITIES, Results, Run, bonus, files, layer_gradients, mean, sweep
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, NullLocator
+from study_choice import FILES, file_label, files
+from study_report import EXPLORING, METHODS, PRIMARY_SPARSITY, SPARSITIES, VALIDATION
+from study_rows import REFERENCE, SWEEP_SPARSITY, Estimate, Results, Run, bonus, layer_gradients, mean, minus, sweep
 
 from sparsepipe.reporting.comparison import MARKERS, NARROW, STYLES
 from sparsepipe.reporting.svg import DENSE, INK, SPARSE, STYLE, new_figure, standalone, to_svg
-
-PAIRED_SPARSITY = 0.98
 
 
 def accuracy(results: Results) -> str | None:
@@ -25,6 +25,8 @@ def accuracy(results: Results) -> str | None:
 
     def draw(axes: Axes) -> None:
         for number, (method, by_sparsity) in enumerate(found.items()):
+            if not by_sparsity:
+                continue
             estimates = [mean(runs, "test_accuracy") for runs in by_sparsity.values()]
             # Side by side, so that intervals can be told apart.
             shift = 0.0012 * (number - (len(found) - 1) / 2)
@@ -40,44 +42,56 @@ def accuracy(results: Results) -> str | None:
 
 
 def exploration(results: Results) -> str | None:
-    """Test accuracy of each run against the exploration rate that it reached."""
-    groups = {
-        (method, sparsity): runs
-        for sparsity in SPARSITIES
-        for method in METHODS
-        if method != "gmp" and (runs := results.by_seed(method, sparsity))
-    }
-    if not groups:
+    """Validation accuracy of each run against the exploration rate that it reached, at each sparsity."""
+    panels = {sparsity: found for sparsity in SPARSITIES if (found := _explorers(results, sparsity))}
+    if not panels:
         return None
+    with matplotlib.rc_context(STYLE):
+        figure, whole = new_figure(720, 300)
+        figure.delaxes(whole)
+        places = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (sparsity, found) in zip(places, panels.items(), strict=True):
+            for number, (label, runs) in enumerate(found.items()):
+                axes.plot(
+                    [run.metrics["exploration_rate"] for run in runs],
+                    [run.metrics["validation_accuracy"] for run in runs],
+                    linestyle="none",
+                    marker=MARKERS[number],
+                    markersize=6,
+                    markerfacecolor="none",
+                    markeredgewidth=1.3,
+                    color=SPARSE if label.startswith(REFERENCE) else INK,
+                    label=label,
+                )
+            axes.set_title(f"{100 * sparsity:g}{NARROW}%", fontsize="medium")
+            axes.set_xlim(0, 1)
+            axes.yaxis.set_major_formatter(_per_cent(1))
+            axes.yaxis.set_major_locator(MaxNLocator(6, min_n_ticks=3))
+        figure.supxlabel("exploration rate: share of the weights that were active at any time", fontsize="medium")
+        figure.supylabel("validation accuracy", fontsize="medium")
+        shown = {str(line.get_label()): line for axes in places for line in axes.lines if len(line.get_xdata())}
+        figure.legend(shown.values(), shown.keys(), loc="outside upper left", ncols=5)
+        return _svg(figure, "exploration")
 
-    def draw(axes: Axes) -> None:
-        for method, sparsity in groups:
-            runs = groups[method, sparsity].values()
-            number = METHODS.index(method)
-            axes.plot(
-                [run.metrics["exploration_rate"] for run in runs],
-                [run.metrics["test_accuracy"] for run in runs],
-                linestyle="none",
-                marker=MARKERS[number],
-                markersize=6 + 2 * SPARSITIES.index(sparsity),
-                markerfacecolor="none",
-                markeredgewidth=1.3,
-                color=SPARSE if method == REFERENCE else INK,
-                label=f"{method}, {100 * sparsity:g}{NARROW}%",
-            )
-        axes.set_xlabel("exploration rate: share of the weights that were active at any time")
-        axes.set_ylabel("test accuracy")
 
-    return _drawn(draw, "exploration")
+def _explorers(results: Results, sparsity: float) -> dict[str, list[Run]]:
+    """The runs of drop-and-grow methods and static masks at a sparsity, those of DST-EE with any c, by method."""
+    found = {method: [*results.by_seed(method, sparsity).values()] for method in METHODS if method != "gmp"}
+    other = [*(sweep(results) if sparsity == SWEEP_SPARSITY else [])]
+    if sparsity == PRIMARY_SPARSITY:
+        other += [run for options in EXPLORING for run in results.by_seed(REFERENCE, sparsity, **options).values()]
+    chosen = {run.name for run in found[REFERENCE]}
+    found[f"{REFERENCE}, other c or schedule"] = [run for run in other if run.name not in chosen]
+    return found if any(found.values()) else {}
 
 
 def paired(results: Results) -> str | None:
     """Differences of DST-EE and the others at one sparsity, seed by seed."""
-    own = results.by_seed(REFERENCE, PAIRED_SPARSITY)
+    own = results.by_seed(REFERENCE, PRIMARY_SPARSITY)
     others = {
         method: runs
         for method in METHODS[1:]
-        if (runs := results.by_seed(method, PAIRED_SPARSITY)) and own.keys() & runs
+        if (runs := results.by_seed(method, PRIMARY_SPARSITY)) and own.keys() & runs
     }
     if not others:
         return None
@@ -88,10 +102,9 @@ def paired(results: Results) -> str | None:
             values = [own[s].metrics["test_accuracy"] - runs[s].metrics["test_accuracy"] for s in seeds]
             spread = [place + 0.05 * (index - (len(seeds) - 1) / 2) for index in range(len(seeds))]
             axes.plot(values, spread, linestyle="none", marker="o", markerfacecolor="none", color=INK, markersize=6)
-            if minus := results.minus(runs, PAIRED_SPARSITY):
-                half = (minus["high"] or minus["value"]) - minus["value"]
+            if gain := minus(own, runs):
                 axes.errorbar(
-                    minus["value"], place + 0.33, xerr=half, marker="D", color=SPARSE, capsize=4, markersize=7
+                    gain["value"], place + 0.33, xerr=_half(gain), marker="D", color=SPARSE, capsize=4, markersize=7
                 )
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_yticks(range(len(others)), [f"minus {method}" for method in others])
@@ -111,7 +124,7 @@ def by_c(results: Results) -> str | None:
         figure, top = new_figure(720, 460)
         figure.delaxes(top)
         above, below = figure.subplots(2, 1, sharex=True)
-        x = [run.c or 0.0 for run in found]
+        x = [float(run.c or 0) for run in found]
         for axes, key, label, number in (
             (above, "validation_accuracy", "validation accuracy", 0),
             (below, "exploration_rate", "exploration rate", 1),
@@ -121,13 +134,15 @@ def by_c(results: Results) -> str | None:
             low, high = _meeting(found)
             axes.axvspan(low, high, facecolor="none", edgecolor=INK, hatch="//", alpha=0.35, linewidth=0)
             axes.set_xscale("log")
-            axes.set_xticks(x, [f"{c:.0e}".replace("e-0", "e-") for c in x])
+            axes.set_xticks(x, [run.c or "" for run in found])
             axes.xaxis.set_minor_locator(NullLocator())
             axes.tick_params(length=3)
-        # One standard error on 5,000 images around all points, so that noise does not look like a trend.
+        # With the standard error of each, so that noise does not look like a trend.
         accuracies = [run.metrics["validation_accuracy"] for run in found]
-        above.set_ylim(min(accuracies) - 0.007, max(accuracies) + 0.007)
+        errors = [(each * (1 - each) / VALIDATION) ** 0.5 for each in accuracies]
+        above.errorbar(x, accuracies, yerr=errors, linestyle="none", color=SPARSE, capsize=3)
         above.yaxis.set_major_formatter(_per_cent(1))
+        above.yaxis.set_major_locator(MultipleLocator(0.005))
         below.set_xlabel(
             "c; hatched: bonus of a never-active weight = mean abs gradient, from the least layer to the largest"
         )
@@ -141,15 +156,16 @@ def latency(results: Results) -> str | None:
         return None
 
     def draw(axes: Axes) -> None:
-        for number, each in enumerate(found):
+        labels = [file_label(*network) for network in FILES]
+        for each in found:
             assert each.timed is not None
+            number = labels.index(each.label)
             p50, dense = each.timed["latency_ms"]["p50"], each.label.startswith("dense")
             x, y = p50["value"], each.accuracy["value"]
             axes.errorbar(
                 x,
                 y,
-                xerr=[[x - (p50["low"] or x)], [(p50["high"] or x) - x]],
-                yerr=(each.accuracy["high"] or y) - y,
+                yerr=_half(each.accuracy),
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=8,
                 markerfacecolor="none" if each.label.endswith("int8") else None,
@@ -167,9 +183,8 @@ def latency(results: Results) -> str | None:
 
 def _meeting(found: Sequence[Run]) -> tuple[float, float]:
     """The c at which the bonus equals the mean gradient of the layer with the least, and with the largest."""
-    run = found[0]
-    assert run.c is not None
-    scales = [value * run.c / bonus(run, 0) for each in found for value in layer_gradients(each).values()]
+    per_c = bonus(found[0], 0) / float(found[0].c or 0)
+    scales = [value / per_c for each in found for value in layer_gradients(each).values()]
     return min(scales), max(scales)
 
 
@@ -184,7 +199,7 @@ def _points(
     axes.errorbar(
         x,
         [each["value"] for each in estimates],
-        yerr=[(each["high"] or each["value"]) - each["value"] for each in estimates],
+        yerr=[_half(each) for each in estimates],
         label=label,
         color=SPARSE if label == REFERENCE else INK,
         marker=MARKERS[number],
@@ -193,6 +208,11 @@ def _points(
         linewidth=1.4,
         capsize=3,
     )
+
+
+def _half(estimate: Estimate) -> float:
+    """Half of an interval; 0 for a single seed."""
+    return 0.0 if estimate["high"] is None else estimate["high"] - estimate["value"]
 
 
 def _per_cent(digits: int) -> FuncFormatter:
@@ -216,8 +236,8 @@ def _svg(figure: Figure, name: str) -> str:
 
 FIGURES: dict[str, tuple[Callable[[Results], str | None], str]] = {
     "accuracy": (accuracy, "Test accuracy of each method against sparsity"),
-    "exploration": (exploration, "Test accuracy of each run against its exploration rate"),
-    "paired": (paired, f"DST-EE minus other methods at {100 * PAIRED_SPARSITY:g}%, seed by seed"),
+    "exploration": (exploration, "Validation accuracy of each run against its exploration rate, at each sparsity"),
+    "paired": (paired, f"DST-EE minus other methods at {100 * PRIMARY_SPARSITY:g}%, seed by seed"),
     "c": (by_c, "Validation accuracy and exploration rate of DST-EE against c"),
     "latency": (latency, "Test accuracy of each file against its latency"),
 }

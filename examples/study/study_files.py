@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsepipe import rows
-from sparsepipe.artefact import Artefact, read_json, write_json
+from sparsepipe import pipeline, rows
+from sparsepipe.artefact import Artefact, digest_file, read_json, write_json
 from sparsepipe.comparison import Training
 from sparsepipe.recipe import Bench, Choice, Conversion, Export
 from sparsepipe.stages import bench, convert, export, freeze, validate
@@ -22,7 +22,8 @@ SPEED_FILE = "speed.json"
 def accuracies(trainings: Sequence[Training], folder: Path) -> list[Path]:
     """Export each training whose run folder is here, fp32 and int8, and test its files in onnxruntime.
 
-    Calibration takes samples of the training split; nothing is chosen by the test split.
+    Calibration takes samples of the training split; nothing is chosen by the test split. A folder of another recipe
+    counts as none.
 
     Returns:
         The files written into `folder`, one for each training; those that are there already stay as they are.
@@ -30,14 +31,14 @@ def accuracies(trainings: Sequence[Training], folder: Path) -> list[Path]:
     written = []
     for training in trainings:
         path = folder / f"{training.folder.name}.json"
-        if not path.is_file() and (training.folder / "train").is_dir():
-            write_json(path, _tested(training))
+        trained = None if path.is_file() else pipeline.unchanged(training.stage, {}, training.folder / "train")
+        if trained is not None:
+            write_json(path, _tested(training, trained))
             written.append(path)
     return written
 
 
-def _tested(training: Training) -> dict[str, Any]:
-    trained = Artefact.read(training.folder / "train", "train")
+def _tested(training: Training, trained: Artefact) -> dict[str, Any]:
     data = Choice.model_validate(trained.manifest.config["data"])
     frozen = freeze.run(FreezeConfig(), {"train": trained}, training.folder / "freeze")
     converted = convert.run(Conversion(), {"freeze": frozen}, training.folder / "convert")
@@ -71,17 +72,19 @@ def _tested(training: Training) -> dict[str, Any]:
     }
 
 
-def speed(files: Mapping[str, Path], folder: Path, seconds: float) -> Path:
+def speed(files: Mapping[str, tuple[str, Path]], folder: Path, seconds: float) -> Path:
     """Time files in turns, one thread, batch 1; the machine should be idle.
 
     Args:
-        files: by what to call them; the first is what the others are compared with.
+        files: by what to call them, the training that each is of and where it is; the first is what the others are
+            compared with.
         folder: where the result is written.
         seconds: measuring time for each file.
     """
-    result = bench.measure(list(files.values()), Bench(threads=(1,), batch=(1,), seconds=seconds))
-    for name, row in zip(files, result["results"], strict=True):
-        row["file"] = name
+    paths = [path for _, path in files.values()]
+    result = bench.measure(paths, Bench(threads=(1,), batch=(1,), seconds=seconds))
+    for (name, (training, path)), row in zip(files.items(), result["results"], strict=True):
+        row |= {"file": name, "training": training, "digest": digest_file(path)}
     result["baseline"] = next(iter(files))
     path = folder / SPEED_FILE
     write_json(path, {"speed_schema": SCHEMA_VERSION, **result, "commit": rows.source_commit()})

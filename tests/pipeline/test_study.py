@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import local_jobs
@@ -17,7 +17,10 @@ from scipy import stats
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
+import matplotlib
+
 from sparsepipe.comparison import Grid
+from sparsepipe.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +57,7 @@ def tiny(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(study, "FILES", tmp_path / "files")
     monkeypatch.setattr(study, "OUT", tmp_path / "runs")
     monkeypatch.setattr(study, "C", "1e6")
-    monkeypatch.setattr(study.study_report, "INPUT_SHAPE", (1, 8, 8))
+    monkeypatch.setattr(study.study_rows, "INPUT_SHAPE", (1, 8, 8))
     grids = (
         Grid(("dst-ee",), (0.95,), (0,), {"method.c": ("1e-3",)}),
         Grid(("dst-ee", "rigl"), (0.95,), (0, 1), {"method.c": ("1e6",)}),
@@ -77,6 +80,11 @@ def table(document: str, name: str) -> list[dict[str, str]]:
         [cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")
     ]
     return [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
+
+
+def coordinates(picture: str) -> list[float]:
+    """All numbers of a picture but those in identifiers, which are digests of exact coordinates."""
+    return [float(found) for found in re.findall(r"(?<![\w.#-])-?\d+\.?\d*(?![\w-])", picture)]
 
 
 def numbers(cell: str) -> list[float]:
@@ -137,8 +145,12 @@ def test_the_tables_of_the_results_are_what_the_rows_give(study: ModuleType, tmp
     committed = study.DOCUMENT.read_text()
     assert document.read_text() == committed
     assert check_methods(committed, study.ROWS, study.C) >= 1
-    drawn = {path.name for path in (tmp_path / "results").glob("*.svg")}
-    assert {path.name for path in study.ROWS.parent.glob(f"{study.ROWS.name}_*.svg")} == drawn
+    drawn = {path.name: path.read_text() for path in (tmp_path / "results").glob("*.svg")}
+    kept = {path.name: path.read_text() for path in study.ROWS.parent.glob(f"{study.ROWS.name}_*.svg")}
+    assert kept.keys() == drawn.keys()
+    if f"matplotlib=={matplotlib.__version__}\n" in (ROOT / "constraints.txt").read_text():  # others draw otherwise
+        for name, picture in kept.items():
+            assert coordinates(picture) == pytest.approx(coordinates(drawn[name]), abs=0.1), name
     for name in re.findall(r"\((results/[^)]*\.svg)\)", committed):
         assert (study.DOCUMENT.parent / name).is_file(), name
 
@@ -179,7 +191,76 @@ def test_a_grid_goes_on_from_rows_alone(tiny: ModuleType, tmp_path: Path, calls:
     rate, bound = numbers(line["exploration rate (bound)"])
     assert rate == pytest.approx(bound, abs=0.03)
     assert rate > 2 * 0.05
-    assert [row["c"] for row in table(document.read_text(), "study: c")] == ["1e-3", "1e+06"]
+    assert [row["c"] for row in table(document.read_text(), "study: c")] == ["1e-3", "1e6"]
+
+
+def test_rows_and_files_of_other_trainings_are_refused(
+    tiny: ModuleType, tmp_path: Path, calls: list[list[str]]
+) -> None:
+    tiny.run(1)
+    document, rows = tmp_path / "RESULTS.md", tmp_path / "rows"
+    before = document.read_bytes()
+    name = rows / "rigl_0.95_s1.json"
+    kept = name.read_text()
+    row = json.loads(kept)
+    row["config"]["train"]["epochs"] = 1
+    name.write_text(json.dumps(row))
+    with pytest.raises(RecipeError, match=r"train\.epochs"):
+        tiny.report(rows, tmp_path / "files", document)
+    name.rename(rows / "rigl_0.95_epochs=1_s1.json")
+    with pytest.raises(RecipeError, match="no such training"):
+        tiny.report(rows, tmp_path / "files", document)
+    (rows / "rigl_0.95_epochs=1_s1.json").unlink()
+    assert document.read_bytes() == before
+
+    (tmp_path / "files").mkdir()
+    file = {"accuracy": {"value": 0.5}, "reference_accuracy": {"value": 0.125}}
+    text = json.dumps({"training": "dense_s0", "files": {"dense": file}})
+    (tmp_path / "files/dense_s0.json").write_text(text)
+    with pytest.raises(RecipeError, match="its accuracy is another"):
+        tiny.report(rows, tmp_path / "files", document)
+
+
+def test_a_training_can_be_made_again_in_place_of_its_row(
+    tiny: ModuleType, tmp_path: Path, calls: list[list[str]]
+) -> None:
+    tiny.run(1)
+    made, shown = len(calls), json.loads((tmp_path / "rows/rigl_0.95_s0.json").read_text())
+    shown["metrics"]["test_accuracy"] = 0.0
+    (tmp_path / "rows/rigl_0.95_s0.json").write_text(json.dumps(shown))
+    shutil.rmtree(tmp_path / "runs")
+    assert tiny.again(["rigl_0.95_s0"], 1) == 0
+    assert len(calls) == made + 1
+    assert json.loads((tmp_path / "rows/rigl_0.95_s0.json").read_text())["metrics"]["test_accuracy"] > 0.1
+    with pytest.raises(SystemExit, match="The study has no training"):
+        tiny.again(["rigl_0.5_s0"], 1)
+
+
+@pytest.mark.parametrize(
+    ("differences", "said"),
+    [
+        ([0.004, 0.006, 0.005, 0.007, 0.003, 0.005], "**DST-EE is better**"),
+        ([-0.004, -0.006, -0.005, -0.007, -0.003, -0.005], "**DST-EE is worse**"),
+        ([0.004, -0.006, 0.005, -0.007, 0.003, -0.002], "**not told apart**"),
+        ([0.01, 0.01, 0.01, 0.01], "too few for a verdict"),
+        # Outside its own interval at 95%, but not at the level that two comparisons share.
+        ([0.009, 0.003, 0.0005, 0.008, 0.002, 0.003], "**not told apart**"),
+    ],
+)
+def test_a_verdict_is_given_on_enough_pairs_only(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch, differences: list[float], said: str
+) -> None:
+    def runs(values: list[float]) -> dict[int, Any]:
+        return {seed: SimpleNamespace(metrics={"test_accuracy": value}) for seed, value in enumerate(values)}
+
+    found = {"dst-ee": runs([0.6 + each for each in differences]), "rigl": runs([0.6] * len(differences)), "set": {}}
+    results = SimpleNamespace(by_seed=lambda method, sparsity: found[method])
+    (greedy, uniform) = study.study_report.verdicts(results).splitlines()
+    assert said in greedy
+    assert "0 pairs, too few" in uniform
+    if len(differences) >= 5:
+        low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.975)
+        assert numbers(greedy.split("interval")[1])[:2] == pytest.approx([100 * low, 100 * high], abs=0.0051)
 
 
 @pytest.mark.usefixtures("decided_by_size")

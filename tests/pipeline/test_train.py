@@ -304,7 +304,9 @@ def test_training_flops_count_the_steps_before_each_pruning(tmp_path: Path) -> N
     records = metrics.read(artefact.file(metrics.FILE))
     ends = [1.0, *(record["inference_flops_multiple"] for record in records)]
     means = [record["mean_inference_flops_multiple"] for record in records]
-    pruned = [(before, mean, after) for before, mean, after in zip(ends, means, ends[1:], strict=False) if before > after]
+    pruned = [
+        (before, mean, after) for before, mean, after in zip(ends, means, ends[1:], strict=False) if before > after
+    ]
     assert len(pruned) >= 3
     assert all(before > mean > after for before, mean, after in pruned)
     assert means[-1] == ends[-1]
