@@ -52,6 +52,9 @@ OF_EPOCHS = (
 )
 """What a row holds of each epoch."""
 
+SOURCES = ("sparsepipe", "models", "cli", "examples/*.toml", "examples/*.py")
+"""Of a checkout, what a training may run."""
+
 DIGITS = 5
 """Of the figures of epochs."""
 
@@ -128,7 +131,7 @@ def source_commit() -> str | None:
         return done.stdout.strip()
 
     commit = git("rev-parse", "HEAD") if (root / ".git").exists() else None
-    changed = commit and git("status", "--porcelain", "--untracked-files=no", "--", "sparsepipe", "models", "cli")
+    changed = commit and git("status", "--porcelain", "--untracked-files=no", "--", *SOURCES)
     return f"{commit}+" if changed else commit
 
 

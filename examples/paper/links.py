@@ -54,17 +54,13 @@ def run(data: str, jobs: int) -> None:
     """
     found: list[dict[str, Any]] = []
     environments: list[dict[str, Any]] = []
+    configs: list[dict[str, Any]] = []
     shipped: dict[str, Any] = {}
     for network, recipe in RECIPES.items():
         kept, out = OUT / "rows" / network, OUT / network
-        for grid, rows_of in (
-            (Grid(METHODS, SPARSITIES, SEEDS, {}), kept),
-            (Grid(("dst-ee",), (0.95,), SWEEP_SEEDS, {"method.c": SWEEP[network]}), kept),
-            (SHIPPED, None),  # its folder is needed, not its row alone
-        ):
-            result = comparison.compare(
-                recipe, grid, out, overrides=(f"data=edgelist:{data}", "train.threads=1"), workers=jobs, kept=rows_of
-            )
+        # Of the training that is shipped its folder is needed, not its row alone.
+        for grid, rows_of in (*((each, kept) for each in grids(network)), (SHIPPED, None)):
+            result = comparison.compare(recipe, grid, out, overrides=overrides(data), workers=jobs, kept=rows_of)
             for each in result["runs"]:
                 if each["error"]:
                     sys.exit(f"Failed: {each['command']}\n{each['error']}")
@@ -72,19 +68,37 @@ def run(data: str, jobs: int) -> None:
         for path in sorted(kept.glob("*.json")):
             row = rows.read(path)
             made = {key: row[key] for key in ("machine", "versions")}
-            if made not in environments:
-                environments.append(made)
+            shared = {key: value for key, value in row["config"].items() if key not in ("method", "seed")}
+            for known, this in ((environments, made), (configs, shared)):
+                if this not in known:
+                    known.append(this)
             found.append(
                 {
                     "network": network,
                     "name": path.stem,
                     "seed": row["config"]["seed"],
-                    **{key: row[key] for key in ("command", "recipe_digest", "commit", "created", "metrics")},
+                    "method": row["config"]["method"],
+                    "config": configs.index(shared),
                     "environment": environments.index(made),
+                    **{key: row[key] for key in ("command", "commit", "created", "metrics")},
                 }
             )
-    result = {"data": "ia-email-EU", "environments": environments, "rows": found, "exported": shipped}
+    result = {"data": "ia-email-EU", "environments": environments, "configs": configs}
+    result |= {"rows": found, "exported": shipped}
     write_json(RESULT, {**result, "heuristics": heuristics(Path(data))})
+
+
+def grids(network: str) -> tuple[Grid, Grid]:
+    """What is trained with a network."""
+    return (
+        Grid(METHODS, SPARSITIES, SEEDS, {}),
+        Grid(("dst-ee",), (0.95,), SWEEP_SEEDS, {"method.c": SWEEP[network]}),
+    )
+
+
+def overrides(data: str) -> tuple[str, ...]:
+    """What every training has beyond its recipe."""
+    return f"data=edgelist:{data}", "train.threads=1"
 
 
 def heuristics(file: Path) -> dict[str, dict[str, float | None]]:
