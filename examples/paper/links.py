@@ -15,7 +15,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+from scipy import stats
 
 from sparsepipe import comparison, rows
 from sparsepipe.artefact import Artefact, read_json, write_json, write_text
@@ -154,6 +157,7 @@ def blocks(result: Mapping[str, Any]) -> dict[str, str]:
         "links: conditions": conditions(result["rows"], result["environments"]),
         "links: heuristics": without_training(result["heuristics"]),
         **{f"links: {network}": methods(result["rows"], network) for network in RECIPES},
+        "links: against rigl": against_rigl(result["rows"]),
         "links: sweep": sweep(result["rows"]),
         "links: exported": exported(result["exported"]),
     }
@@ -199,6 +203,26 @@ def sweep(found: Sequence[Row]) -> str:
     ]
     headers = ["network", "c", "validation ROC-AUC", "validation accuracy", "exploration rate"]
     return Table("DST-EE at 95%, mean of the same seeds", headers, lines).markdown()
+
+
+def against_rigl(found: Sequence[Row]) -> str:
+    """In words, whether DST-EE differs from RigL in any cell, each for itself and all together (Holm)."""
+    cells: dict[str, tuple[float, float]] = {}
+    for network in RECIPES:
+        for sparsity in SPARSITIES:
+            own, other = (_of(found, network, f"{method}_{sparsity:g}") for method in ("dst-ee", "rigl"))
+            differences = [own[seed]["test_auc"] - other[seed]["test_auc"] for seed in sorted({*own} & {*other})]
+            p = float(stats.ttest_1samp(differences, 0).pvalue)
+            cells[f"`link-{network}` at {100 * sparsity:g}%"] = fmean(differences), p
+    outside = {cell: value for cell, (value, p) in cells.items() if p < 0.05}
+    ordered = sorted(p for _, p in cells.values())
+    kept = [p < 0.05 / (len(ordered) - rank) for rank, p in enumerate(ordered)]
+    together = kept.index(False) if False in kept else len(kept)
+    named = "; ".join(f"{cell}, {value:+.4f}".replace("-0", "−0") for cell, value in outside.items())
+    return (
+        f"DST-EE minus RigL, test ROC-AUC: of {len(cells)} cells {len(outside)} differ from 0 by their own interval"
+        f"{f' ({named})' if named else ''}, and {together} by Holm's over all of them."
+    )
 
 
 def exported(shipped: Mapping[str, Mapping[str, Row]]) -> str:

@@ -16,6 +16,7 @@ image = pytest.importorskip("PIL.Image")
 
 from sparsepipe import recipe as recipes  # noqa: E402
 from sparsepipe.artefact import Artefact, read_json  # noqa: E402
+from sparsepipe.comparison import plan  # noqa: E402
 from sparsepipe.reporting.markdown import block  # noqa: E402
 from sparsepipe.stages import train  # noqa: E402
 
@@ -104,3 +105,23 @@ def test_the_page_on_link_prediction_says_what_its_results_say(monkeypatch: pyte
     for name, content in links.blocks(result).items():
         assert block(text, name, where="LINKS.md") == content, name
     assert all(file["passed"] for files in result["exported"].values() for file in files.values())
+
+
+def test_every_row_of_link_prediction_is_of_the_recipe_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.chdir(RECIPES.parents[1])
+    links = import_module("links")
+    result = read_json(links.RESULT)
+    rows = {(row["network"], row["name"]): row for row in result["rows"]}
+    listed = 0
+    for network, recipe in links.RECIPES.items():
+        for grid in links.grids(network):
+            for training in plan(recipe, grid, links.overrides("FILE"), links.OUT / network):
+                row, config = rows[network, training.folder.name], training.stage.config
+                kept = {**result["configs"][row["config"]], "method": row["method"], "seed": row["seed"]}
+                kept["data"]["name"] = "edgelist:FILE"
+                # Through the model, so that a setting that recipes did not have yet counts as its default.
+                before = recipes.check(type(config), kept, where=row["name"])
+                assert before.model_dump() == config.model_dump(), row["name"]
+                listed += 1
+    assert listed == len(rows)
