@@ -1,5 +1,5 @@
 // AVX-512 in plain C++: the float32 kernels for it compile to AVX2 and run where the processor lacks it. Included before
-// kernels/avx512.cc by the build option SPARSEPIPE_EMULATED_AVX512. A sanitizer sees each lane that is read or written.
+// kernels/avx512.cc by the build option SPARSEPIPE_EMULATED. A sanitizer sees each lane that is read or written.
 #pragma once
 
 #include <immintrin.h>

@@ -62,6 +62,8 @@ struct KernelContext {
   unsigned threads;
   bool inplace;  // the output takes the memory of the last input
   Value output;
+  bool in_turn = false;           // tasks are dealt to the threads, so that each works
+  mutable std::size_t tasks = 0;  // of the last loop over tasks, 0 where there was none
 };
 
 namespace fake {
@@ -130,12 +132,14 @@ inline Status* output(KernelContext* c, std::size_t, const std::int64_t* dims, s
 inline Status* parallel_for(const KernelContext* c, void (*task)(void*, std::size_t), std::size_t total, std::size_t,
                             void* data) {
   std::atomic<std::size_t> next{0};
-  const auto work = [&] {
-    for (std::size_t i; (i = next.fetch_add(1)) < total;) task(data, i);
+  c->tasks = total;
+  const auto work = [&](std::size_t thread) {
+    for (std::size_t i = thread; c->in_turn && i < total; i += c->threads) task(data, i);
+    for (std::size_t i; !c->in_turn && (i = next.fetch_add(1)) < total;) task(data, i);
   };
   std::vector<std::thread> helpers;
-  for (unsigned t = 1; t < c->threads; ++t) helpers.emplace_back(work);
-  work();
+  for (unsigned t = 1; t < c->threads; ++t) helpers.emplace_back(work, t);
+  work(0);
   for (std::thread& helper : helpers) helper.join();
   return nullptr;
 }

@@ -41,8 +41,8 @@ void size_stage(const Attributes& a, Geometry& g, std::int64_t rows, std::int64_
   }
 }
 
-// Of one channel: what is packed together for several turns of the kernel must stay in the L2 cache.
-constexpr std::int64_t kTileFloats = 1 << 16;
+// Of one channel, in the largest tile that is tried: planning takes time and memory with it.
+constexpr std::int64_t kChannelFloats = 1 << 16;
 
 // Cycles in which packing loads and stores a vector: 64 bytes at once come no faster from L2 than 32 bytes twice.
 double move(int lanes) { return lanes == 8 ? 1.5 : 2.5; }
@@ -203,7 +203,7 @@ void candidates(const Attributes& a, const Geometry& shape, int most,
     Geometry g = shape;
     g.mode = mode;
     const std::int64_t of_a_turn = most * shape.lanes / row_floats;
-    std::int64_t tiles = std::min(shape.out_height, ceil_div(shape.out_height * row_floats, kTileFloats));
+    std::int64_t tiles = std::min(shape.out_height, ceil_div(shape.out_height * row_floats, kChannelFloats));
     for (std::int64_t rows = ceil_div(shape.out_height, tiles);; rows = ceil_div(shape.out_height, tiles)) {
       consider(make(a, g, rows, pitch, most));
       if (rows == 1) return;
@@ -217,7 +217,7 @@ void candidates(const Attributes& a, const Geometry& shape, int most,
   if (any || a.mode == Mode::kRows) {
     const std::int64_t wide = ceil_div(shape.out_width, shape.lanes);
     const std::int64_t narrow = ceil_div(wide, ceil_div(wide, most));
-    if (wide * shape.lanes <= kTileFloats) each_height(Mode::kRows, wide * shape.lanes, wide, rows_geometry);
+    if (wide * shape.lanes <= kChannelFloats) each_height(Mode::kRows, wide * shape.lanes, wide, rows_geometry);
     if (narrow < wide) each_height(Mode::kRows, narrow * shape.lanes, narrow, rows_geometry);
   }
   if (shifts && (any || a.mode == Mode::kShift)) each_height(Mode::kShift, pitch, pitch, shift_geometry);

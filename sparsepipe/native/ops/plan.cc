@@ -179,7 +179,7 @@ std::int64_t row_chunks(const SparseWeight& weight, std::int64_t tiles, double t
 }
 
 Makespan makespan(const SparseWeight& weight, const TileLayout& layout, std::int64_t tiles, double tile_cycles,
-                  std::int64_t threads) {
+                  std::int64_t threads, int lanes) {
   // Cycles of a line that no thread has read yet (from L3), and of one that lies in another core's cache.
   constexpr double kWeightLine = 30, kPackedLine = 20;
   constexpr double kHandOver = 20000;  // a second round of tasks
@@ -187,7 +187,9 @@ Makespan makespan(const SparseWeight& weight, const TileLayout& layout, std::int
   if (threads == 1) return {all, all + kHandOver};
   const auto n = static_cast<double>(threads);
   const double lines = weight.entries() * (4.0 + 4.0 * weight.block) / 64 * kWeightLine;
-  const double floats = layout.tap.size() == 1 ? layout.vectors * 16.0 : static_cast<double>(layout.channel_stride);
+  // Of a plane that is read in place, the part of the tile.
+  const bool one_turn = layout.tap.size() == 1 && layout.turns == 1;
+  const double floats = one_turn ? layout.vectors * lanes : static_cast<double>(layout.channel_stride);
   const double packed = static_cast<double>(tiles * layout.channels) * floats / 16 * kPackedLine;
   const std::int64_t rounds = (tiles + threads - 1) / threads;
   return {static_cast<double>(rounds) * tile_cycles + lines, (all + lines) / n + packed * (1 - 1 / n) + kHandOver};

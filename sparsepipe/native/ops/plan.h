@@ -1,6 +1,7 @@
 // How a sparse product runs for one shape: the tiles, the blocks of input channels, the weight laid out for them.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -81,7 +82,7 @@ struct Makespan {
   double least() const { return whole < shared ? whole : shared; }
 };
 Makespan makespan(const SparseWeight& weight, const TileLayout& layout, std::int64_t tiles, double tile_cycles,
-                  std::int64_t threads);
+                  std::int64_t threads, int lanes);
 
 // A way to cut the work into tiles, as far as it decides in which order the entries of a row are added.
 struct Tiling {
@@ -108,7 +109,7 @@ class Helpers {
   std::atomic<std::int64_t> threads_{1};
 };
 
-// The last few plans of a kernel, by shape, each for a number of threads: one for another number takes its place.
+// The plans of a kernel that were used last, by shape, each for a number of threads: one for another number takes its place.
 // A plan is immutable once it is in here.
 template <typename Plan>
 class PlanCache {
@@ -119,7 +120,8 @@ class PlanCache {
     for (Entry& entry : plans_) {
       if (entry.key != key) continue;
       if (entry.threads != threads) entry = {key, threads, make()};
-      return entry.plan;
+      std::rotate(&entry, &entry + 1, plans_.data() + plans_.size());  // to the end: used last
+      return plans_.back().plan;
     }
     if (plans_.size() >= kMost) plans_.erase(plans_.begin());
     plans_.push_back({key, threads, make()});

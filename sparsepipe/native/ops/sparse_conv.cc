@@ -13,6 +13,10 @@ using kernels::Copy;
 using kernels::Isa;
 using kernels::StageRow;
 
+// What a tile of several turns of the kernel may take, or what is packed to learn of other threads: 4 MB. Tiles that do
+// not stay in the caches take twice the time (NOTES.md).
+constexpr std::int64_t kTileFloats = 1 << 20;
+
 struct Plan {
   Geometry geometry;
   PackedWeight weight;
@@ -77,9 +81,10 @@ class SparseConv final : public Kernel {
       candidates(a_, shape, isa_.max_vectors[weight_.block], [&](const Geometry& g) {
         if (g.mode != Mode::kDirect && g.layout.channel_stride * 8 > kMostFloats) return;
         const Blocking blocking = best_blocking(weight_, g.layout, g.cost, g.lanes);
+        if (g.layout.turns > 1 && floats_in_use(g, blocking.block_channels) > kTileFloats) return;
         if (count > 1 && g.mode != mode) return;
         if (count > 1 && !same_order(weight_.block, alone, tiling(g, blocking.block_channels))) return;
-        const double cycles = makespan(weight_, g.layout, batch * g.tiles, blocking.cycles, count).least();
+        const double cycles = makespan(weight_, g.layout, batch * g.tiles, blocking.cycles, count, g.lanes).least();
         if (best == 0 || cycles < best) {
           best = cycles;
           tile_cycles = blocking.cycles;
@@ -94,11 +99,23 @@ class SparseConv final : public Kernel {
     if (chosen.mode != Mode::kDirect) {  // offsets are 32-bit
       block_channels = std::min(block_channels, std::max<std::int64_t>(1, kMostFloats / chosen.layout.channel_stride));
     }
-    const Makespan span = makespan(weight_, chosen.layout, batch * chosen.tiles, tile_cycles, threads);
-    const bool split = threads == 1 || span.shared < span.whole;  // one thread splits to learn of others
-    const std::int64_t chunks = split ? row_chunks(weight_, batch * chosen.tiles, tile_cycles) : 1;
+    const std::int64_t tiles = batch * chosen.tiles;
+    const Makespan span = makespan(weight_, chosen.layout, tiles, tile_cycles, threads, chosen.lanes);
+    // One thread splits to learn of others, unless much would be packed for it alone and there are a few tiles, too.
+    const bool little = chosen.mode == Mode::kDirect || tiles * packed_floats(chosen) <= kTileFloats;
+    const bool learns = threads == 1 && (little || tiles < 4);
+    const bool split = learns || (threads > 1 && span.shared < span.whole);
+    const std::int64_t chunks = split ? row_chunks(weight_, tiles, tile_cycles) : 1;
     return std::make_shared<const Plan>(
         Plan{chosen, PackedWeight(weight_, chosen.layout, block_channels), split_rows(weight_, chunks)});
+  }
+
+  static std::int64_t packed_floats(const Geometry& g) { return g.layout.channels * g.layout.channel_stride; }
+
+  // Packed, and kept of sums between blocks of channels, while a tile is multiplied.
+  std::int64_t floats_in_use(const Geometry& g, std::int64_t block_channels) const {
+    const bool blocks = block_channels < g.layout.channels;
+    return block_channels * g.layout.channel_stride + (blocks ? a_.out * g.tile_floats() : 0);
   }
 
   // What packing one tile needs, the same for all channels.
@@ -261,10 +278,14 @@ class SparseConv final : public Kernel {
     const Geometry& g = plan.geometry;
     const std::int64_t in_plane = g.height * g.width;
     const std::int64_t out_plane = g.out_height * g.out_width;
-    const std::int64_t tile_size = g.layout.channel_stride * g.layout.channels;
-    const auto all_chunks = static_cast<std::int64_t>(plan.row_bounds.size()) - 1;
-    const std::int64_t chunks = all_chunks > 1 && helpers_.expected() ? all_chunks : 1;
+    const std::int64_t tile_size = packed_floats(g);
+    const bool packs = g.mode != Mode::kDirect;
     const std::int64_t tiles = batch * g.tiles;
+    const auto all_chunks = static_cast<std::int64_t>(plan.row_bounds.size()) - 1;
+    // A layer that is one task for one thread would never learn of others: it is packed in parts.
+    const bool alone = tiles == 1 && all_chunks == 1 && packs && helpers_.threads() == 1;
+    const bool asks = (all_chunks > 1 || alone) && helpers_.expected();
+    const std::int64_t chunks = asks ? all_chunks : 1;
     std::atomic<std::uint64_t> seen{0};
     const double most_cached = 0.75 * caches().l2 / sizeof(float);
     const bool prefetch_input = static_cast<double>(a_.in * in_plane) > most_cached;
@@ -272,12 +293,12 @@ class SparseConv final : public Kernel {
 
     // Split rows need the packed input at once; it is packed first, by all threads together.
     float* shared = nullptr;
-    const bool packs = g.mode != Mode::kDirect;
     constexpr std::int64_t kSlack = 64;
-    if (chunks > 1 && packs) {
+    if (asks && packs) {
       shared = scratch().shared.at_least(static_cast<std::size_t>(tiles * tile_size + kSlack));
       const std::int64_t parts = std::min<std::int64_t>(g.layout.channels, 8);
       call.parallel(static_cast<std::size_t>(tiles * parts), [&](std::size_t task) {
+        seen.fetch_or(scratch().bit, std::memory_order_relaxed);
         const std::int64_t index = static_cast<std::int64_t>(task) / parts;
         const std::int64_t part = static_cast<std::int64_t>(task) % parts;
         const std::int64_t first = g.layout.channels * part / parts;
@@ -360,7 +381,7 @@ class SparseConv final : public Kernel {
         }
       }
     });
-    if (tiles * chunks > 1) helpers_.saw_threads(seen);
+    if (tiles * chunks > 1 || asks) helpers_.saw_threads(seen);
   }
 
   const Isa& isa_;

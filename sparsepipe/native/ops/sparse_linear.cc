@@ -20,12 +20,13 @@ enum class Mode : int { kChoose = 0, kVector = 1, kTiles = 2 };
 constexpr std::int64_t kFewRows = 3;       // up to here row by row
 constexpr std::int64_t kManyRows = 16;     // from here in tiles, whatever the mode: it was chosen for another batch
 constexpr std::int64_t kOutputGroup = 64;  // outputs that are transposed back at once
+constexpr std::int64_t kAnyVectors = 1 << 20;  // for a plan for any number of vectors that is more than two tiles
 
 struct Plan {
   TileLayout layout;
-  std::int64_t tiles;
+  double tile_cycles;
   PackedWeight weight;
-  std::vector<std::int64_t> row_bounds;
+  std::vector<std::int64_t> row_bounds;  // of the chunks of rows, where work is split further than tiles
 };
 
 class SparseLinear final : public Kernel {
@@ -63,16 +64,18 @@ class SparseLinear final : public Kernel {
     const auto* data = static_cast<const float*>(x->data);
     const bool few = mode_ == Mode::kChoose ? rows <= kFewRows : mode_ == Mode::kVector && rows < kManyRows;
     if (few) return by_row(call, data, rows, residual, y);
-    // All tile widths that many rows choose from are the same, so many row counts share one plan.
+    // Row counts that fill more than two tiles share a plan, which therefore knows nothing of their number.
     const std::int64_t vectors = ceil_div(rows, isa_.lanes);
-    const std::int64_t wide = isa_.max_vectors[weight_.block];
-    const std::int64_t key = vectors <= wide ? vectors : wide + 1;
     const std::int64_t threads = helpers_.threads();
-    const std::shared_ptr<const Plan> plan = plans_.get({key}, [&] { return make_plan(vectors, threads); }, threads);
+    const bool any = is_any(vectors);
+    const auto make = [&] { return any ? make_plan(kAnyVectors, 1) : make_plan(vectors, threads); };
+    const std::shared_ptr<const Plan> plan = plans_.get({any ? kAnyVectors : vectors}, make, any ? 1 : threads);
     by_tile(call, *plan, data, rows, residual, y);
   }
 
  private:
+  bool is_any(std::int64_t vectors) const { return vectors > 2 * isa_.max_vectors[weight_.block]; }
+
   void by_row(const Call& call, const float* x, std::int64_t rows, const float* residual, float* y) const {
     const auto chunks = static_cast<std::int64_t>(vector_bounds_.size()) - 1;
     call.parallel(static_cast<std::size_t>(chunks * rows), [&](std::size_t task) {
@@ -110,7 +113,7 @@ class SparseLinear final : public Kernel {
         cost.finish = 10;
         const Blocking blocking = best_blocking(weight_, layout, cost, isa_.lanes);
         if (count > 1 && !same_order(weight_.block, alone, tiling(layout, blocking))) continue;
-        const double cycles = makespan(weight_, layout, tiles, blocking.cycles, count).least();
+        const double cycles = makespan(weight_, layout, tiles, blocking.cycles, count, isa_.lanes).least();
         if (best == 0 || cycles < best) {
           best = cycles;
           chosen = layout;
@@ -120,23 +123,50 @@ class SparseLinear final : public Kernel {
     };
     choose(1);
     if (threads > 1) choose(threads);  // among those that give the same bits
-    const std::int64_t tiles = ceil_div(all, chosen.vectors);
-    const Makespan span = makespan(weight_, chosen, tiles, chosen_blocking.cycles, threads);
-    const bool split = threads == 1 || span.shared < span.whole;  // one thread splits to learn of others
-    const std::int64_t chunks = split ? row_chunks(weight_, tiles, chosen_blocking.cycles) : 1;
-    return std::make_shared<const Plan>(
-        Plan{chosen, tiles, PackedWeight(weight_, chosen, chosen_blocking.block_channels), split_rows(weight_, chunks)});
+    const std::int64_t fewest = all == kAnyVectors ? 3 : ceil_div(all, chosen.vectors);
+    const std::int64_t chunks = row_chunks(weight_, fewest, chosen_blocking.cycles);
+    return std::make_shared<const Plan>(Plan{chosen, chosen_blocking.cycles,
+                                             PackedWeight(weight_, chosen, chosen_blocking.block_channels),
+                                             split_rows(weight_, chunks)});
+  }
+
+  // The vectors of a tile (the last one has what is left), and whether the rows of tiles are split among threads.
+  struct Division {
+    std::int64_t size;
+    bool split;
+  };
+
+  // All numbers of threads give the same bits: tiles become smaller only where sums are added in turn before and after.
+  Division divide(const Plan& plan, std::int64_t vectors, std::int64_t threads) const {
+    const std::int64_t fewest = ceil_div(vectors, plan.layout.vectors);
+    const auto even = [&](std::int64_t tiles) { return ceil_div(vectors, tiles); };
+    const auto span = [&](std::int64_t size) {
+      const double share = static_cast<double>(size) / plan.layout.vectors;
+      return makespan(weight_, plan.layout, ceil_div(vectors, size), share * plan.tile_cycles, threads, isa_.lanes);
+    };
+    const std::int64_t size = is_any(vectors) ? even(fewest) : plan.layout.vectors;
+    const bool splits = row_chunks(weight_, fewest, plan.tile_cycles) > 1;
+    if (threads == 1) return {size, splits};  // one thread splits to learn of others
+    const auto in_turn = [&](std::int64_t each) {
+      return ((vectors - 1) % each + 1) * weight_.block >= kernels::kSumsForOneChain;
+    };
+    const std::int64_t finer = even(ceil_div(fewest, threads) * threads);
+    const bool alike = is_any(vectors) && in_turn(size) && in_turn(finer);
+    const std::int64_t whole = alike && span(finer).whole < span(size).whole ? finer : size;
+    return span(size).shared < span(whole).whole ? Division{size, splits} : Division{whole, false};
   }
 
   void by_tile(const Call& call, const Plan& plan, const float* x, std::int64_t rows, const float* residual,
                float* y) const {
-    const std::int64_t width = plan.layout.channel_stride;  // rows of x in a tile
-    const std::int64_t tiles = ceil_div(rows, width);
+    const std::int64_t width = plan.layout.channel_stride;  // rows of x in a tile, at most
+    const Division division = divide(plan, ceil_div(rows, isa_.lanes), helpers_.threads());
+    const std::int64_t size = division.size * isa_.lanes;
+    const std::int64_t tiles = ceil_div(rows, size);
     const auto all_chunks = static_cast<std::int64_t>(plan.row_bounds.size()) - 1;
-    const std::int64_t chunks = all_chunks > 1 && helpers_.expected() ? all_chunks : 1;
-    const auto rows_of = [&](std::int64_t tile) { return std::min(width, rows - tile * width); };
+    const std::int64_t chunks = division.split && all_chunks > 1 && helpers_.expected() ? all_chunks : 1;
+    const auto rows_of = [&](std::int64_t tile) { return std::min(size, rows - tile * size); };
     const auto pack = [&](std::int64_t tile, std::int64_t first, std::int64_t last, float* to) {
-      isa_.transpose(x + tile * width * in_ + first, in_, rows_of(tile), last - first, to, width);
+      isa_.transpose(x + tile * size * in_ + first, in_, rows_of(tile), last - first, to, width);
     };
 
     float* shared = nullptr;
@@ -196,7 +226,7 @@ class SparseLinear final : public Kernel {
           args.row_end = std::min(end, row + step);
           args.partial = partial ? partial + (row - begin) * block * args.y_stride : nullptr;
           args.y = out;
-          const std::int64_t first_output = tile * width * out_ + row * block;
+          const std::int64_t first_output = tile * size * out_ + row * block;
           if (args.last && residual) {
             isa_.transpose(residual + first_output, out_, rows_of(tile), (args.row_end - row) * block, added,
                            args.y_stride);
