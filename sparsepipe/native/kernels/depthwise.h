@@ -73,7 +73,7 @@ void depthwise(const DepthwiseArgs& a) {
   }
 }
 
-// Planes without a stage: three loads for each row of the input, masked where they reach beyond it. Only where masks are
+// Planes without a stage: three or four loads for each row of the input, masked where they reach beyond it. Only where masks are
 // in the instruction set. A Strip is a vector of neighbouring output columns: it reads the inputs of the three kernel
 // columns for them from a row, and stores them.
 #if defined(__AVX512F__) && SPARSEPIPE_LANES == 16

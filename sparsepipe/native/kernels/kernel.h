@@ -127,7 +127,7 @@ struct Isa {
   void (*pack_stage)(const PackArgs&);
   void (*pack_rows)(const PackRowsArgs&);
   void (*depthwise)(const DepthwiseArgs&);
-  void (*depthwise_planes)(const PlanesArgs&, int stride);  // nullptr where the stage is as good
+  void (*depthwise_planes)(const PlanesArgs&, int stride);  // nullptr without masked loads
   // output[column * output_stride + row] = input[row * input_stride + column].
   void (*transpose)(const float* input, std::int64_t input_stride, std::int64_t rows, std::int64_t columns,
                     float* output, std::int64_t output_stride);

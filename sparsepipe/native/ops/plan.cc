@@ -39,6 +39,7 @@ struct Core {
   double page;            // an entry whose page is not among those that the core has at hand
 };
 
+// Vectors of 16 bytes (SSE4, NEON, portable) have the numbers of Zen 4's halves: unmeasured.
 const Core& core(int lanes) {
   static constexpr Core kFull = {0.65, 0.85, 1.5, 2.3, 0.8, 1.7, 28, 20, 1.3, 0.8, 0.7, 0, 1.7};
   static constexpr Core kHalf = {1.0, 1.0, 2.2, 3.5, 0.8, 1.7, 28, 20, 1.3, 0.8, 0.7, 0, 1.7};
@@ -153,29 +154,30 @@ std::int64_t PackedWeight::last_channel(std::int64_t block) const {
   return std::min(channels_, (block + 1) * block_channels_);
 }
 
-std::vector<std::int64_t> split_rows(const SparseWeight& weight, std::int64_t chunks) {
-  // A row costs its entries and about four more.
+std::vector<std::int64_t> split_rows(const std::vector<std::uint32_t>& row_start, double row_entries,
+                                     std::int64_t chunks) {
+  const auto rows = static_cast<std::int64_t>(row_start.size()) - 1;
   const auto work = [&](std::int64_t row) {
-    return static_cast<double>(weight.row_start[static_cast<std::size_t>(row)]) + 4.0 * static_cast<double>(row);
+    return static_cast<double>(row_start[static_cast<std::size_t>(row)]) + row_entries * static_cast<double>(row);
   };
   std::vector<std::int64_t> bounds{0};
   std::int64_t row = 0;
   for (std::int64_t c = 1; c < chunks; ++c) {
-    const double goal = work(weight.rows) * static_cast<double>(c) / static_cast<double>(chunks);
-    while (row < weight.rows && work(row) < goal) ++row;
+    const double goal = work(rows) * static_cast<double>(c) / static_cast<double>(chunks);
+    while (row < rows && work(row) < goal) ++row;
     bounds.push_back(row);
   }
-  bounds.push_back(weight.rows);
+  bounds.push_back(rows);
   return bounds;
 }
 
-std::int64_t row_chunks(const SparseWeight& weight, std::int64_t tiles, double tile_cycles) {
+std::int64_t row_chunks(std::int64_t most, std::int64_t tiles, double tile_cycles) {
   constexpr std::int64_t kTasks = 16;
   constexpr double kLeastCycles = 40000;  // about 10 us: what a task must weigh to be worth handing over
   if (tiles >= kTasks) return 1;
   const auto affordable = static_cast<std::int64_t>(tile_cycles / kLeastCycles);
   const std::int64_t wanted = (kTasks + tiles - 1) / tiles;
-  return std::max<std::int64_t>(1, std::min({wanted, affordable, weight.rows / 8}));
+  return std::max<std::int64_t>(1, std::min({wanted, affordable, most}));
 }
 
 Makespan makespan(const SparseWeight& weight, const TileLayout& layout, std::int64_t tiles, double tile_cycles,

@@ -69,11 +69,17 @@ class PackedWeight {
   std::vector<std::uint32_t> row_start_;
 };
 
-// Splits the block rows into `chunks` ranges of about equal work; returns chunks + 1 bounds.
-std::vector<std::int64_t> split_rows(const SparseWeight& weight, std::int64_t chunks);
+constexpr double kRowEntries = 4;         // that a block row costs besides its own
+constexpr std::int64_t kLeastRows = 8;    // of a chunk
 
-// Chunks of rows so that a few threads find work even where the tiles are few; 1 where splitting does not pay.
-std::int64_t row_chunks(const SparseWeight& weight, std::int64_t tiles, double tile_cycles);
+// Splits block rows into `chunks` ranges of about equal work, a row costing its entries and `row_entries` more; returns
+// chunks + 1 bounds.
+std::vector<std::int64_t> split_rows(const std::vector<std::uint32_t>& row_start, double row_entries,
+                                     std::int64_t chunks);
+
+// Chunks of rows, at most `most`, so that a few threads find work even where the tiles are few; 1 where splitting does
+// not pay.
+std::int64_t row_chunks(std::int64_t most, std::int64_t tiles, double tile_cycles);
 
 // Cycles until `threads` threads are done with `tiles` tiles of one call.
 struct Makespan {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "ops/plan.h"
+
 namespace sparsepipe {
 
 using kernels::kQuad;
@@ -33,30 +35,14 @@ PackedQWeight::PackedQWeight(const QWeight& weight, std::int64_t group_bytes, co
   }
 }
 
-std::vector<std::int64_t> PackedQWeight::split(std::int64_t chunks) const {
-  // A row costs its entries and about eight more.
-  const auto rows = static_cast<std::int64_t>(row_start_.size()) - 1;
-  const auto work = [&](std::int64_t row) {
-    return static_cast<double>(row_start_[static_cast<std::size_t>(row)]) + 8.0 * static_cast<double>(row);
-  };
-  std::vector<std::int64_t> bounds{0};
-  std::int64_t row = 0;
-  for (std::int64_t c = 1; c < chunks; ++c) {
-    const double goal = work(rows) * static_cast<double>(c) / static_cast<double>(chunks);
-    while (row < rows && work(row) < goal) ++row;
-    bounds.push_back(row);
-  }
-  bounds.push_back(rows);
-  return bounds;
-}
+std::vector<std::int64_t> PackedQWeight::split(std::int64_t chunks) const { return split_rows(row_start_, 8, chunks); }
 
-double qtile_cycles(const QWeight& weight, const kernels::QIsa& isa, int vectors) {
-  // Measured on AVX-512 VNNI (NOTES.md): two products a cycle, the end of a row is mispredicted.
+double qtile_cycles(const QWeight& weight, int vectors) {
+  // Measured on AVX-512 VNNI (NOTES.md), for all instruction sets: two products a cycle, the end of a row is mispredicted.
   constexpr double kProduct = 0.5, kLeast = 2.5, kRow = 22, kBytes = 3.2;
   const double sums = static_cast<double>(weight.block) * vectors;
   const double entry = std::max(kLeast, kProduct * sums);
   const double requantized = kBytes * weight.block * (vectors + 1);
-  (void)isa;
   return static_cast<double>(weight.entries()) * entry + static_cast<double>(weight.rows) * (kRow + requantized);
 }
 
@@ -67,22 +53,13 @@ int best_qvectors(const QWeight& weight, const kernels::QIsa& isa, std::int64_t 
   for (std::int64_t most = isa.most_vectors[weight.block]; most >= 1; --most) {
     const std::int64_t tiles = (all + most - 1) / most;
     const auto vectors = static_cast<int>((all + tiles - 1) / tiles);
-    const double cycles = qtile_cycles(weight, isa, vectors) * static_cast<double>(tiles);
+    const double cycles = qtile_cycles(weight, vectors) * static_cast<double>(tiles);
     if (least == 0 || cycles < least) {
       least = cycles;
       best = vectors;
     }
   }
   return best;
-}
-
-std::int64_t qrow_chunks(const QWeight& weight, std::int64_t tiles, double tile_cycles) {
-  constexpr std::int64_t kTasks = 16;
-  constexpr double kLeastCycles = 40000;  // about 10 us: what a task must weigh to be worth handing over
-  if (tiles >= kTasks) return 1;
-  const auto affordable = static_cast<std::int64_t>(tile_cycles / kLeastCycles);
-  const std::int64_t wanted = (kTasks + tiles - 1) / tiles;
-  return std::max<std::int64_t>(1, std::min({wanted, affordable, weight.rows / 4}));
 }
 
 }  // namespace sparsepipe

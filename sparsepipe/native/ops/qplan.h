@@ -25,12 +25,9 @@ class PackedQWeight {
 };
 
 // Cycles of one tile of so many vectors, roughly.
-double qtile_cycles(const QWeight& weight, const kernels::QIsa& isa, int vectors);
+double qtile_cycles(const QWeight& weight, int vectors);
 
 // Vectors of a tile for `positions` positions: those of least cost, evened out over the tiles.
 int best_qvectors(const QWeight& weight, const kernels::QIsa& isa, std::int64_t positions);
-
-// Chunks of rows so that a few threads find work even where the tiles are few; 1 where splitting does not pay.
-std::int64_t qrow_chunks(const QWeight& weight, std::int64_t tiles, double tile_cycles);
 
 }  // namespace sparsepipe

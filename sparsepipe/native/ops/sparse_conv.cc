@@ -1,17 +1,13 @@
 // SparseConv: Y = activation(conv(X, W) + B + residual) with a sparse W, on NCHW tensors. ops/conv_tiles.h says how.
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 
-#include "ops/conv_tiles.h"
+#include "ops/conv_pack.h"
 #include "ops/ops.h"
 
 namespace sparsepipe {
 namespace {
 
-using kernels::Copy;
 using kernels::Isa;
-using kernels::StageRow;
 
 // What a tile of several turns of the kernel may take, or what is packed to learn of other threads: 4 MB. Tiles that do
 // not stay in the caches take twice the time (NOTES.md).
@@ -105,9 +101,9 @@ class SparseConv final : public Kernel {
     const bool little = chosen.mode == Mode::kDirect || tiles * packed_floats(chosen) <= kTileFloats;
     const bool learns = threads == 1 && (little || tiles < 4);
     const bool split = learns || (threads > 1 && span.shared < span.whole);
-    const std::int64_t chunks = split ? row_chunks(weight_, tiles, tile_cycles) : 1;
+    const std::int64_t chunks = split ? row_chunks(weight_.rows / kLeastRows, tiles, tile_cycles) : 1;
     return std::make_shared<const Plan>(
-        Plan{chosen, PackedWeight(weight_, chosen.layout, block_channels), split_rows(weight_, chunks)});
+        Plan{chosen, PackedWeight(weight_, chosen.layout, block_channels), split_rows(weight_.row_start, kRowEntries, chunks)});
   }
 
   static std::int64_t packed_floats(const Geometry& g) { return g.layout.channels * g.layout.channel_stride; }
@@ -116,161 +112,6 @@ class SparseConv final : public Kernel {
   std::int64_t floats_in_use(const Geometry& g, std::int64_t block_channels) const {
     const bool blocks = block_channels < g.layout.channels;
     return block_channels * g.layout.channel_stride + (blocks ? a_.out * g.tile_floats() : 0);
-  }
-
-  // What packing one tile needs, the same for all channels.
-  struct TilePacking {
-    std::vector<StageRow> rows;
-    std::vector<Copy> copies;
-    kernels::PackArgs args;
-    std::int32_t row_floats;  // kShift: of a row of the plane that are read
-  };
-
-  void prepare(const Geometry& g, std::int64_t tile, TilePacking& packing) const {
-    const std::int64_t first_position = tile * g.tile_floats();
-    const std::int64_t first_row = g.by_rows() ? tile / g.column_tiles * g.tile_rows : first_position / g.out_width;
-    const std::int64_t first_column = g.by_rows() ? tile % g.column_tiles * g.pitch : 0;
-    const std::int64_t from = first_column * a_.stride_w - a_.left;  // input column of stage column 0
-    const std::int64_t source = std::max<std::int64_t>(from, 0);
-    const std::int64_t lead = source - from;
-    const auto slots = static_cast<std::int64_t>(g.slot_row.size());
-    // Input columns that some kernel position reads.
-    const std::int64_t columns = g.by_rows() ? g.pitch : g.out_width;
-    const std::int64_t span = (columns - 1) * a_.stride_w + (a_.kernel_w - 1) * a_.dilation_w + 1;
-    const std::int64_t count = std::max<std::int64_t>(0, std::min(g.width - source, span - lead));
-    packing.row_floats = static_cast<std::int32_t>(std::min(count, columns - lead));
-    packing.rows.clear();
-    packing.copies.clear();
-    for (std::int64_t s = 0; s < slots; ++s) {
-      const std::int64_t row = first_row * a_.stride_h - a_.top + g.slot_row[static_cast<std::size_t>(s)];
-      if (g.mode == Mode::kShift && a_.stride_w == 1) {  // straight to the tile, zeros included
-        const bool inside = row >= 0 && row < g.height;
-        packing.rows.push_back({static_cast<std::int32_t>(inside ? row * g.width : 0),
-                                static_cast<std::int32_t>(s * columns),
-                                inside ? packing.row_floats : 0});
-        continue;
-      }
-      if (row < 0 || row >= g.height || count == 0) continue;  // stays zero
-      packing.rows.push_back({static_cast<std::int32_t>(row * g.width + source),
-                              static_cast<std::int32_t>(s * g.stage_pitch), static_cast<std::int32_t>(count)});
-    }
-    std::int64_t copy_floats = 0;
-    if (g.mode == Mode::kShift) {
-      copy_floats = columns;
-      for (std::int64_t phase = 0; phase < std::min(a_.stride_w, a_.kernel_w); ++phase) {
-        for (std::int64_t s = 0; s < slots; ++s) {
-          packing.copies.push_back({static_cast<std::int32_t>(s * g.stage_pitch + phase * g.phase_stride),
-                                    static_cast<std::int32_t>((phase * slots + s) * columns)});
-        }
-      }
-    } else if (g.mode == Mode::kRows) {
-      copy_floats = columns;
-      for (std::int64_t j = 0; j < a_.kernel_w; ++j) {
-        for (std::int64_t s = 0; s < slots; ++s) {
-          packing.copies.push_back({static_cast<std::int32_t>(s * g.stage_pitch + stage_column(a_, g, j)),
-                                    static_cast<std::int32_t>((j * slots + s) * copy_floats)});
-        }
-      }
-    } else {
-      copy_floats = std::min(g.out_width, g.tile_floats());
-      const std::int64_t end = std::min(first_position + g.tile_floats(), g.out_height * g.out_width);
-      std::size_t tap = 0;
-      for (std::int64_t i = 0; i < a_.kernel_h; ++i) {
-        const std::int64_t slot = slot_of(g, i * a_.dilation_h);
-        for (std::int64_t j = 0; j < a_.kernel_w; ++j, ++tap) {
-          const std::int64_t column = stage_column(a_, g, j);
-          for (std::int64_t p = first_position; p < end;) {
-            const std::int64_t row = p / g.out_width;
-            // A tile may start inside a row; runs longer than a tile do not occur, a tile of a wide row is one run.
-            packing.copies.push_back(
-                {static_cast<std::int32_t>((slot + row - first_row) * g.stage_pitch + column + p % g.out_width),
-                 static_cast<std::int32_t>(g.layout.tap[tap] + (p - first_position))});
-            p = std::min(end, (row + 1) * g.out_width);
-          }
-        }
-      }
-    }
-    // With room for a copy that is rounded up to vectors.
-    const auto stage_floats = static_cast<std::size_t>(slots * g.stage_pitch + copy_floats + 4 * g.lanes);
-    float* stage = scratch().stage.at_least(stage_floats);
-    std::memset(stage, 0, stage_floats * sizeof(float));
-    kernels::PackArgs& args = packing.args;
-    args.stage = stage;
-    args.stage_stride = 0;
-    args.stage_count = 1;
-    args.rows = packing.rows.data();
-    args.row_count = static_cast<std::int32_t>(packing.rows.size());
-    args.step = static_cast<std::int32_t>(a_.stride_w);
-    args.lead = static_cast<std::int32_t>(lead);
-    args.phase_stride = static_cast<std::int32_t>(g.phase_stride);
-    args.copies = packing.copies.data();
-    args.copy_count = static_cast<std::int32_t>(packing.copies.size());
-    args.copy_floats = static_cast<std::int32_t>(copy_floats);
-    args.output_stride = g.layout.channel_stride;
-    args.input_stride = g.height * g.width;
-  }
-
-  // Packs channels [first, last) of a tile of one image.
-  void pack(const Geometry& g, TilePacking& packing, const float* image, std::int64_t tile, std::int64_t first,
-            std::int64_t last, float* to) const {
-    const std::int64_t plane = g.height * g.width;
-    if (g.mode == Mode::kFlat) {
-      const std::int64_t position = tile * g.tile_floats();
-      isa_.pack_flat(image + first * plane + position, plane, last - first,
-                     std::min(g.tile_floats(), plane - position), to, g.layout.channel_stride);
-      return;
-    }
-    if (g.mode == Mode::kShift && a_.stride_w == 1) {
-      isa_.pack_rows({image + first * plane, plane, last - first, to, g.layout.channel_stride, packing.rows.data(),
-                      static_cast<std::int32_t>(packing.rows.size()), packing.args.lead, packing.row_floats,
-                      packing.args.copy_floats});
-      return;
-    }
-    packing.args.input = image + first * plane;
-    packing.args.channels = last - first;
-    packing.args.output = to;
-    isa_.pack_stage(packing.args);
-  }
-
-  // Where the vectors of a turn, from the tile's vector `from` on, go in an output plane.
-  struct Targets {
-    std::int32_t pitch, positions, position_rows;
-    std::int32_t target[kernels::kMaxVectors];
-    std::int32_t count[kernels::kMaxVectors];
-    bool whole;
-  };
-  static Targets targets(const Geometry& g, std::int64_t tile, int from) {
-    Targets t{};
-    if (g.by_rows() && g.pitch % g.lanes) {
-      t.pitch = static_cast<std::int32_t>(g.pitch);
-      t.positions = static_cast<std::int32_t>(g.out_width);
-      const std::int64_t first = from * g.lanes / g.pitch, rows = std::int64_t{g.at_once} * g.lanes / g.pitch;
-      t.position_rows = static_cast<std::int32_t>(std::min(rows, g.rows_of(tile) - first));
-      for (int i = 0; i < g.at_once; ++i) {
-        t.target[i] = static_cast<std::int32_t>((tile * g.tile_rows + first) * g.out_width);
-      }
-      return t;
-    }
-    t.whole = true;
-    for (int i = 0; i < g.turn_of(tile, from); ++i) {
-      const int v = from + i;
-      std::int64_t position, count;
-      if (g.by_rows()) {
-        const std::int64_t row_vectors = g.pitch / g.lanes;
-        const std::int64_t row = tile / g.column_tiles * g.tile_rows + v / row_vectors;
-        const std::int64_t column = (tile % g.column_tiles * row_vectors + v % row_vectors) * g.lanes;
-        position = row * g.out_width + column;
-        count = row < g.out_height ? g.out_width - column : 0;
-      } else {
-        position = tile * g.tile_floats() + static_cast<std::int64_t>(v) * g.lanes;
-        count = g.out_height * g.out_width - position;
-      }
-      count = std::clamp<std::int64_t>(count, 0, g.lanes);
-      t.target[i] = static_cast<std::int32_t>(count > 0 ? position : 0);
-      t.count[i] = static_cast<std::int32_t>(count);
-      t.whole = t.whole && count == g.lanes && t.target[i] == t.target[0] + i * g.lanes;
-    }
-    return t;
   }
 
   void run(const Call& call, const Plan& plan, const float* x, std::int64_t batch, const float* residual,
@@ -304,9 +145,9 @@ class SparseConv final : public Kernel {
         const std::int64_t first = g.layout.channels * part / parts;
         const std::int64_t last = g.layout.channels * (part + 1) / parts;
         thread_local TilePacking packing;
-        if (g.mode != Mode::kFlat) prepare(g, index % g.tiles, packing);
-        pack(g, packing, x + index / g.tiles * a_.in * in_plane, index % g.tiles, first, last,
-             shared + index * tile_size + first * g.layout.channel_stride);
+        packing.prepare(a_, g, index % g.tiles);
+        packing.pack(isa_, x + index / g.tiles * a_.in * in_plane, first, last,
+                     shared + index * tile_size + first * g.layout.channel_stride);
       });
       std::fill_n(shared + tiles * tile_size, g.lanes, 0.0f);
     }
@@ -341,7 +182,7 @@ class SparseConv final : public Kernel {
       if (blocks > 1) partial = mine.partial.at_least(static_cast<std::size_t>(outputs * g.tile_floats()));
       const float* source = x + image * a_.in * in_plane;
       thread_local TilePacking packing;
-      if (packs && !shared && g.mode != Mode::kFlat) prepare(g, tile, packing);
+      if (packs && !shared) packing.prepare(a_, g, tile);
       for (std::int64_t b = 0; b < blocks; ++b) {
         const std::int64_t first = plan.weight.first_channel(b);
         const std::int64_t last = plan.weight.last_channel(b);
@@ -359,7 +200,7 @@ class SparseConv final : public Kernel {
         } else {
           float* packed =
               mine.tile.at_least(static_cast<std::size_t>((last - first) * g.layout.channel_stride + kSlack));
-          pack(g, packing, source, tile, first, last, packed);
+          packing.pack(isa_, source, first, last, packed);
           std::fill_n(packed + (last - first) * g.layout.channel_stride, g.lanes, 0.0f);  // what follows the last row
           args.x = packed;
         }
@@ -368,13 +209,8 @@ class SparseConv final : public Kernel {
         args.last = b + 1 == blocks;
         const float* begin = args.x;
         for (int from = 0; from < g.vectors_of(tile); from += g.at_once) {
-          const Targets where = targets(g, tile, from);
-          args.target = where.target;
-          args.count = where.count;
-          args.whole = where.whole;
-          args.pitch = where.pitch;
-          args.positions = where.positions;
-          args.position_rows = where.position_rows;
+          const Targets where = targets_of(g, tile, from);
+          where.fill(args);
           args.x = begin + from * g.lanes;
           args.partial = blocks > 1 ? partial + outputs * from * g.lanes : nullptr;
           isa_.rows(args, weight_.block, g.turn_of(tile, from));

@@ -39,7 +39,8 @@ class SparseLinear final : public Kernel {
     weight_ = read_weight(node, out_, in_);
     bias_ = read_bias(node, 3, out_);
     epilogue_.bias = bias_.empty() ? nullptr : bias_.data();
-    vector_bounds_ = split_rows(weight_, row_chunks(weight_, 1, 2.0 * weight_.entries()));
+    const std::int64_t chunks = row_chunks(weight_.rows / kLeastRows, 1, 2.0 * weight_.entries());
+    vector_bounds_ = split_rows(weight_.row_start, kRowEntries, chunks);
   }
 
   void compute(const Call& call) override {
@@ -124,10 +125,10 @@ class SparseLinear final : public Kernel {
     choose(1);
     if (threads > 1) choose(threads);  // among those that give the same bits
     const std::int64_t fewest = all == kAnyVectors ? 3 : ceil_div(all, chosen.vectors);
-    const std::int64_t chunks = row_chunks(weight_, fewest, chosen_blocking.cycles);
+    const std::int64_t chunks = row_chunks(weight_.rows / kLeastRows, fewest, chosen_blocking.cycles);
     return std::make_shared<const Plan>(Plan{chosen, chosen_blocking.cycles,
                                              PackedWeight(weight_, chosen, chosen_blocking.block_channels),
-                                             split_rows(weight_, chunks)});
+                                             split_rows(weight_.row_start, kRowEntries, chunks)});
   }
 
   // The vectors of a tile (the last one has what is left), and whether the rows of tiles are split among threads.
@@ -145,7 +146,7 @@ class SparseLinear final : public Kernel {
       return makespan(weight_, plan.layout, ceil_div(vectors, size), share * plan.tile_cycles, threads, isa_.lanes);
     };
     const std::int64_t size = is_any(vectors) ? even(fewest) : plan.layout.vectors;
-    const bool splits = row_chunks(weight_, fewest, plan.tile_cycles) > 1;
+    const bool splits = row_chunks(weight_.rows / kLeastRows, fewest, plan.tile_cycles) > 1;
     if (threads == 1) return {size, splits};  // one thread splits to learn of others
     const auto in_turn = [&](std::int64_t each) {
       return ((vectors - 1) % each + 1) * weight_.block >= kernels::kSumsForOneChain;

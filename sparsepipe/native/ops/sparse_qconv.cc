@@ -114,8 +114,8 @@ class SparseQConv final : public Kernel {
     if (weight_.groups > (kMostFloats - kSlack) / g.group_bytes) {
       throw Error("stride, dilation and input are too large together");
     }
-    const double tile_cycles = qtile_cycles(weight_, isa_, g.vectors);
-    const std::int64_t chunks = qrow_chunks(weight_, g.batch * g.tiles, tile_cycles);
+    const double tile_cycles = qtile_cycles(weight_, g.vectors);
+    const std::int64_t chunks = row_chunks(weight_.rows / 4, g.batch * g.tiles, tile_cycles);
     PackedQWeight packed(weight_, g.group_bytes, g.tap, isa_.wide);
     std::vector<std::int64_t> bounds = packed.split(chunks);
     return std::make_shared<const Plan>(Plan{std::move(g), std::move(packed), std::move(bounds)});

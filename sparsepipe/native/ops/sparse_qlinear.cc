@@ -72,7 +72,7 @@ class SparseQLinear final : public Kernel {
     const std::shared_ptr<const Plan> plan = plans_.get({vectors}, [&] {
       const std::int64_t width = static_cast<std::int64_t>(vectors) * q_.lanes;
       if (weight_.groups > kMostFloats / (kQuad * width)) throw Error("the weight has too many columns");
-      const std::int64_t chunks = qrow_chunks(weight_, ceil_div(rows, width), qtile_cycles(weight_, q_, vectors));
+      const std::int64_t chunks = row_chunks(weight_.rows / 4, ceil_div(rows, width), qtile_cycles(weight_, vectors));
       PackedQWeight packed(weight_, kQuad * width, {0}, q_.wide);
       std::vector<std::int64_t> bounds = packed.split(chunks);
       return std::make_shared<const Plan>(Plan{vectors, width, std::move(packed), std::move(bounds)});
@@ -96,7 +96,7 @@ class SparseQLinear final : public Kernel {
               std::uint8_t* y) {
     const std::shared_ptr<const Plan> plan = plans_.get({0}, [&] {
       PackedQWeight packed(weight_, kQuad, {0}, q_.wide);
-      std::vector<std::int64_t> bounds = packed.split(qrow_chunks(weight_, 1, 2.0 * weight_.entries()));
+      std::vector<std::int64_t> bounds = packed.split(row_chunks(weight_.rows / 4, 1, 2.0 * weight_.entries()));
       return std::make_shared<const Plan>(Plan{0, 0, std::move(packed), std::move(bounds)});
     });
     const std::int64_t padded = weight_.groups * kQuad;
