@@ -286,12 +286,6 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Method:
         RecipeError: unknown name, an option that no method takes, or a value that is not allowed.
         MissingExtraError: torch is not installed.
     """
-    if name not in METHODS:
-        raise RecipeError(
-            f"There is no method '{name}'{_hint(name, METHODS)}.",
-            where="method",
-            advice=f"Methods: {', '.join(METHODS)}.",
-        )
     options = options or {}
     own = options_of(name)
     foreign = [key for key in options if key not in own]
@@ -307,7 +301,12 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Method:
 
 
 def options_of(name: str) -> list[str]:
-    """Names of the options that the method `name` takes: those it shares with most others first, its own last."""
+    """Names of the options that the method `name` takes: those it shares with most others first, its own last.
+
+    Raises:
+        RecipeError: unknown name.
+        MissingExtraError: torch is not installed.
+    """
     levels: list[list[str]] = []
     for base in _load(name).__mro__:
         if "__init__" in vars(base) and base is not object:
@@ -319,6 +318,12 @@ def options_of(name: str) -> list[str]:
 
 
 def _load(name: str) -> Any:
+    if name not in METHODS:
+        raise RecipeError(
+            f"There is no method '{name}'{_hint(name, METHODS)}.",
+            where="method",
+            advice=f"Methods: {', '.join(METHODS)}.",
+        )
     module, _, attribute = METHODS[name].home.partition(":")
     try:
         return getattr(import_module(module), attribute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -93,6 +94,8 @@ def test_models_takes_a_wildcard(invoke: Invoke) -> None:
         (["train", "{recipe}", "--set", "data=mnist"], ["mnist", "mnist5k"]),
         (["train", "{recipe}", "--set", "data=cifar10:/no/such/dir"], ["/no/such/dir"]),
         (["train", "{recipe}", "--set", "method=dstee"], ["dstee", "dst-ee"]),
+        (["compare", "{recipe}", "--methods", "dst-ee,rigle"], ["'rigle'", "did you mean 'rigl'", "Methods: dst-ee"]),
+        (["emc", "{recipe}", "--methods", "foo"], ["'foo'", "Methods: dst-ee"]),
         (["train", "{recipe}", "--set", "method.sparsty=0.5"], ["sparsty", "sparsity"]),
         (["train", "{recipe}", "--set", "method.sparsity=1.5"], ["sparsity", "1.5"]),
         (["train", "{recipe}", "--set", "method.pattern=3y1"], ["3y1"]),
@@ -127,7 +130,7 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(
         "onnx": linear_onnx(tmp_path / "m.onnx"),
     }
     given = [argument.format(**places) for argument in arguments]
-    if given[0] == "train":
+    if given[0] in ("train", "compare", "emc"):
         given += ["--out", str(tmp_path / "out")]
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     code, out, err = invoke(*given)
@@ -254,6 +257,31 @@ def test_tables_align_numbers_to_the_right_and_sentences_that_begin_with_one_to_
     assert first.index("9 B") + len("9 B") == second.index("12.1 kB") + len("12.1 kB")
     assert first.index(")") == second.index("–")
     assert first.index("90.0%") == second.index("0.0%")
+
+
+def test_names_in_a_table_are_text_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    from sparsepipe.cli import common
+
+    names = ["a[/b].onnx", "[ab]: c", "[red]", "d:x:", "e\\"]
+    for title in names:
+        common.print_table(names, [names], title=title)
+        title_line, header, _, row = (line for line in capsys.readouterr().out.splitlines() if line.strip())
+        assert title_line.strip() == title
+        assert all(name in header and name in row for name in names)
+
+
+def test_a_progress_bar_shows_its_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from sparsepipe import progress
+
+    written = io.StringIO()
+    terminal = Console(file=written, force_terminal=True, width=120, height=20)
+    monkeypatch.setattr(progress, "console", terminal)
+    with progress.bar("Measure a[/b].onnx", 2) as running:
+        running.advance(note="c[/d]")
+    assert "Measure a[/b].onnx" in written.getvalue()
+    assert "c[/d]" in written.getvalue()
 
 
 def test_log_lines_in_a_file_are_whole_and_have_their_time(
