@@ -146,7 +146,6 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
     """A table on stdout; a column of numbers, with their units and intervals, is right-aligned."""
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     lines = [[_text(cell) for cell in row] for row in rows]
@@ -156,10 +155,11 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
         numeric = bool(cells) and all(NUMBER.fullmatch(cell) for cell in cells)
         table.add_column(header, justify="right" if numeric else "left", overflow="fold")
     for line in lines:
-        table.add_row(*(escape(cell) for cell in line))
-    console = Console()
+        table.add_row(*line)
+    plain = functools.partial(Console, markup=False, emoji=False)  # a name may hold "[b]" or ":x:"
+    console = plain()
     if not console.is_terminal:  # a file or a pipe has no width to fit into
-        console = Console(width=240)
+        console = plain(width=240)
     console.print(table)
 
 
