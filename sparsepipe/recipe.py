@@ -32,6 +32,8 @@ from sparsepipe.errors import RecipeError
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Target = Literal["dense", "portable", "universal"]
 DEFAULT_METHOD = "dst-ee"
+LONGEST_NAME = 200
+"""Bytes; file systems take 255 for a folder, and verbs append to it what they are."""
 WeightFormat = Literal["csr", "bsr", "nm", "bitmask", "dense"]
 
 
@@ -251,6 +253,10 @@ class Recipe(Section):
     def _name_is_a_file_name(cls, name: str) -> str:
         if not name or name.startswith(".") or "/" in name or "\\" in name:
             raise ValueError("name must be usable as the name of a folder")
+        if not name.isprintable():
+            raise ValueError("the name of a folder has no control characters")
+        if len(name.encode()) > LONGEST_NAME:
+            raise ValueError(f"the name of a folder has at most {LONGEST_NAME} bytes, not {len(name.encode())}")
         return name
 
 

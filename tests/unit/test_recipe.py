@@ -64,6 +64,9 @@ def test_an_option_of_a_short_form_section_can_be_set() -> None:
         ("export.targets=['tflite']", ["export.targets", "'dense'", "'portable'"]),
         ("seed.x=1", ["seed"]),
         ("name=../outside", ["name", "folder"]),
+        ('name="x\\u0000y"', ["'name'", "control characters"]),
+        ('name="two\\nlines"', ["'name'", "control characters"]),
+        (f"name={'ä' * 128}", ["'name'", "256", "bytes"]),
         ("nonsense", ["nonsense", "key=value"]),
     ],
 )
