@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from sparsepipe.native import operators
+from sparsepipe.runtime.library import library_path
 
 Array = NDArray[np.float32]
 
@@ -313,13 +314,14 @@ def measure(name: str, settings: list[tuple[float, int]], library: Path, seconds
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    default = Path(__file__).with_name("libsparsepipe_ops.so")
-    parser.add_argument("--library", type=Path, default=Path(os.environ.get("SPARSEPIPE_LIBRARY", default)))
+    parser.add_argument("--library", type=Path, default=os.environ.get("SPARSEPIPE_LIBRARY") or library_path())
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--sparsity", default="0.8,0.9,0.95,0.98")
     parser.add_argument("--blocks", default="1,4", help="output channels of a block: 1, 2, 4")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each cell of the table")
     arguments = parser.parse_args()
+    if arguments.library is None or not arguments.library.is_file():
+        parser.error(f"there is no kernel library {arguments.library or 'in this installation'}; name one by --library")
     settings = [(float(s), int(b)) for b in arguments.blocks.split(",") for s in arguments.sparsity.split(",")]
     print(f"{'model':12} {'block':>5} {'sparsity':>8} {'dense ms':>9} {'sparse ms':>9} {'ratio':>6} {'error':>8}")
     for name in arguments.models.split(","):

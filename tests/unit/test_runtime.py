@@ -84,6 +84,26 @@ def test_a_library_that_does_not_load_is_a_reason_and_not_a_crash(
         session(model)
 
 
+def test_the_benchmark_of_the_kernels_takes_the_library_that_was_built(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sparsepipe.native import bench
+
+    monkeypatch.setattr("sparsepipe.__path__", [str(tmp_path / "sources"), str(tmp_path)])
+    monkeypatch.delenv("SPARSEPIPE_LIBRARY", raising=False)
+    monkeypatch.setattr(sys, "argv", ["bench", "--models", "mlp"])
+    taken: list[Path] = []
+    monkeypatch.setattr(bench, "measure", lambda name, settings, library, seconds: taken.append(library) or ())
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert "no kernel library" in capsys.readouterr().err
+    path = tmp_path / "native" / library.FILE_NAMES.get(sys.platform, library.DEFAULT_FILE_NAME)
+    path.parent.mkdir()
+    path.touch()
+    bench.main()
+    assert taken == [path]
+
+
 @pytest.mark.skipif(sys.platform == "win32" or shutil.which("cc") is None, reason="needs a C compiler")
 def test_a_library_that_loads_is_registered_with_every_session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "native" / library.FILE_NAMES.get(sys.platform, library.DEFAULT_FILE_NAME)
