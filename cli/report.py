@@ -28,7 +28,8 @@ def command(sources: tuple[Path, ...], out: Path | None, title: str | None, into
     """Write one self-contained HTML page about everything that a run folder holds.
 
     With --out PAGE.html: the page of one or several results of `bench` and `profile` (JSON files, or folders).
-    SOURCE may also be the JSON file of `bench --suite` alone; its tables are printed as Markdown.
+    SOURCE may also be the JSON file of `bench --suite` alone; its tables are printed as Markdown. With --into they go
+    into a document, and the picture of `--suite peers` beside the result.
 
     \b
     sparsepipe report runs/quickstart
@@ -43,32 +44,32 @@ def command(sources: tuple[Path, ...], out: Path | None, title: str | None, into
     elif len(sources) > 1:
         raise click.UsageError("Several sources need --out PAGE.html.")
     elif source.is_file():
-        _tables(source, into)
+        common.refuse_idle({"out": ("--out PAGE.html or a run folder",), "title": ("a page",)}, [])
+        _tables(source, into, as_json)
     elif into is not None:
         raise click.UsageError("--into belongs to the result of a suite, a JSON file.")
     else:
         _page(source, out, title, as_json)
 
 
-def _tables(source: Path, into: Path | None) -> None:
+def _tables(source: Path, into: Path | None, as_json: bool) -> None:
     from sparsepipe.artefact import write_text
     from sparsepipe.reporting import markdown, peers, speed
     from sparsepipe.stages import suite
 
     result = suite.read(source)
-    if result["suite"] == "peers":
-        drawn = source.with_suffix(".png")
-        peers.picture(result, drawn)
-        place = into.parent if into else Path()
-        text = peers.markdown(result, link=Path(os.path.relpath(drawn, place)).as_posix())
-    else:
-        text = speed.markdown(result)
-    if into is None:
-        click.echo(text)
-    else:
+    drawn = source.with_suffix(".png") if into is not None and result["suite"] == "peers" else None
+    link = "" if into is None or drawn is None else Path(os.path.relpath(drawn, into.parent)).as_posix()
+    text = peers.markdown(result, link=link) if result["suite"] == "peers" else speed.markdown(result)
+    if into is not None:
         document = markdown.with_block(into.read_text(encoding="utf-8"), source.name, text, where=str(into))
+        if drawn is not None:
+            peers.picture(result, drawn)
         write_text(into, document)
-        click.echo(str(into))
+    if as_json:
+        common.print_json(result)
+    else:
+        click.echo(text if into is None else str(into))
 
 
 def _bench_page(sources: tuple[Path, ...], out: Path, title: str | None, as_json: bool) -> None:
