@@ -15,16 +15,18 @@ BELONGS = {
     "sparsity": ("--model", "--suite"),
     "pattern": ("--model", "--suite"),
     "precision": ("--model",),
-    "input": ("--model", "files"),
+    "input_": ("--model", "ONNX files"),
     "network": ("--suite",),
     "force": ("--suite",),
-    "peers": ("files", "--suite"),
-    "install_peers": ("files", "--suite"),
-    "calibrate": ("files",),
-    "profile": ("files",),
-    "memory_limit": ("files",),
+    "peers": ("ONNX files", "--suite"),
+    "install_peers": ("ONNX files", "--suite"),
+    "calibrate": ("ONNX files",),
+    "profile": ("ONNX files",),
+    "memory_limit": ("ONNX files",),
 }
 """Options that only some forms of the command have."""
+COMPARES = ("compare", "as_json", "verbose", "quiet")
+"""All that `--compare` has."""
 
 
 def _listed(convert: Callable[[str], Any], separator: str = ",") -> Callable[..., tuple[Any, ...]]:
@@ -134,8 +136,8 @@ def command(
     sparsepipe bench --compare OLD NEW    what got slower from one result to the next
     """
     if compare:
-        if onnx or model or suite:
-            raise click.UsageError("--compare takes two results and measures nothing; leave the rest out.")
+        if rest := [flag for name, flag in common.on_command_line().items() if name not in COMPARES]:
+            raise click.UsageError(f"--compare takes two results and measures nothing; leave {', '.join(rest)} out.")
         from sparsepipe.cli import bench_compare
 
         bench_compare.run(*compare, as_json=as_json)
@@ -194,18 +196,13 @@ def _files(
 def _form(
     onnx: Sequence[Path], model: str | None, suite: str | None, out: Path | None, options: Mapping[str, Any]
 ) -> str:
-    """Which of the three forms of the command was given."""
-    given = [name for name, value in (("files", onnx), ("--model", model), ("--suite", suite)) if value]
+    """Which of the three forms of the command was given, a key of `bench_tables.SHOW`."""
+    given = [name for name, value in (("ONNX files", onnx), ("--model", model), ("--suite", suite)) if value]
     if not given:
         raise click.UsageError("Name ONNX files, or --model NAME|FILE.onnx, or --suite kernels.")
     if len(given) > 1:
-        named = " and ".join("ONNX files" if name == "files" else name for name in given)
-        raise click.UsageError(f"{named} exclude one another; give one of them.")
-    for option, forms in BELONGS.items():
-        if options[option] and given[0] not in forms:
-            raise click.UsageError(
-                f"--{option.replace('_', '-')} belongs to {' or '.join(forms).replace('files', 'ONNX files')}."
-            )
+        raise click.UsageError(f"{' and '.join(given)} exclude one another; give one of them.")
+    common.refuse_idle(BELONGS, given)
     if not options["peers"] and not suite and (options["install_peers"] or options["calibrate"]):
         raise click.UsageError("--install-peers and --calibrate belong to --peers.")
     if options["profile"] and options["peers"]:

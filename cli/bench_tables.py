@@ -173,7 +173,7 @@ def _limit(limit: Row | None) -> str | None:
     return f"{'fits' if limit['fits'] else 'does not fit'} into {common.size_text(limit['bytes'])}"
 
 
-SHOW = {"edge": edge, "files": files, "--peers": peers, "--model": what_if, "--suite": suite}
+SHOW = {"edge": edge, "ONNX files": files, "--peers": peers, "--model": what_if, "--suite": suite}
 """Form of the command -> how its result is shown."""
 
 

@@ -6,11 +6,12 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
 from sparsepipe import launch
 from sparsepipe.errors import ArtefactError
@@ -113,6 +114,31 @@ def input_option(function: F) -> F:
         help="Shape of an input, batch first, where a file leaves sizes open; without a name, of the only input "
         "(repeatable).",
     )(function)  # fmt: skip
+
+
+def on_command_line() -> dict[str, str]:
+    """Name of each parameter of the running verb that was given, with what a user calls it: `--max-drop`, `SOURCE`."""
+    context = click.get_current_context()
+    return {
+        parameter.name: parameter.opts[-1] if isinstance(parameter, click.Option) else parameter.human_readable_name
+        for parameter in context.command.params
+        if parameter.name and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    }
+
+
+def refuse_idle(belongs: Mapping[str, Sequence[str]], here: Collection[str]) -> None:
+    """Refuse the options on the command line that would have no effect.
+
+    Args:
+        belongs: name of a parameter -> what it belongs to: one of these must hold. Others belong everywhere.
+        here: what holds in this call.
+
+    Raises:
+        UsageError: an option was given that belongs to nothing in `here`.
+    """
+    for name, flag in on_command_line().items():
+        if name in belongs and not set(belongs[name]) & set(here):
+            raise click.UsageError(f"{flag} belongs to {' or '.join(belongs[name])}; here it has no effect.")
 
 
 def existing_path(**options: Any) -> click.Path:

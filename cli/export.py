@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sparsepipe.cli import common
+
+if TYPE_CHECKING:
+    from sparsepipe.recipe import Export
+
+
+INT8 = ("--precision int8",)
+BELONGS = {
+    "calibrate": INT8,
+    "calibration": INT8,
+    "calibration_samples": INT8,
+    "max_drop": INT8,
+    "isa": ("--target universal in fp32",),
+    "measure_seconds": ("--measure",),
+    "trusted_model": ("a run folder",),
+}
+"""Options that only some exports have."""
 
 
 @click.command("export")
@@ -89,10 +105,12 @@ def command(
     }
     if source.is_file():
         config = common.section(None, "export", overrides, flags)
+        _refuse_idle(source, config, targets)
         artefact = export.from_onnx(source, config, common.required_out(out, source))
     else:
         saved = common.find_input(source, ["convert", "freeze"])
         config = common.section(saved.folder, "export", overrides, flags)
+        _refuse_idle(source, config, targets)
         artefact = export.run(
             config,
             {saved.manifest.stage: saved},
@@ -118,6 +136,20 @@ def command(
         )
     for file in metrics["files"].values():
         click.echo(f"{artefact.folder / file['name']}  {common.size_text(file['bytes'])}")
+
+
+def _refuse_idle(source: Path, config: Export, targets: Sequence[str]) -> None:
+    """Refuse options that would change nothing in this export; `targets` are those on the command line."""
+    fp32 = "fp32" in config.precision
+    if "portable" in targets and not fp32:
+        raise click.UsageError("--target portable has no int8 form; name dense, universal or both.")
+    holds = {
+        "--precision int8": "int8" in config.precision,
+        "--target universal in fp32": "universal" in config.targets and fp32,
+        "--measure": config.measure,
+        "a run folder": source.is_dir(),
+    }
+    common.refuse_idle(BELONGS, [name for name, held in holds.items() if held])
 
 
 def _stored(layer: Mapping[str, Any]) -> str:

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from sparsepipe.artefact import Artefact
 
 
+CHECKPOINT = "a checkpoint from elsewhere"
+BELONGS = {"model": (CHECKPOINT,), "data": (CHECKPOINT,), "overrides": (CHECKPOINT,)}
+"""Options that only one kind of source has."""
+
+
 @click.command("freeze")
 @click.argument("source", type=common.existing_path())
 @click.option("--out", type=click.Path(path_type=Path), help="Output folder. Default: freeze/ in the run folder.")
@@ -34,6 +39,7 @@ def command(
     """
     from sparsepipe.stages import freeze
 
+    common.refuse_idle(BELONGS, [CHECKPOINT] if source.is_file() else [])
     if source.is_file():
         artefact = _from_checkpoint(source, common.required_out(out, source), model, data, overrides)
     else:

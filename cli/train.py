@@ -9,6 +9,8 @@ import click
 
 from sparsepipe.cli import common
 
+BELONGS = {"tolerance": ("--target-sparsity",), "trials": ("--target-sparsity",)}
+
 
 @click.command("train")
 @common.recipe_options()
@@ -24,7 +26,7 @@ from sparsepipe.cli import common
     metavar="FRACTION",
     help="For methods without a target: train again and again, bisecting the method's knob, until it is reached.",
 )
-@click.option("--tolerance", type=float, default=0.01, show_default=True, help="Of --target-sparsity.")
+@click.option("--tolerance", type=click.FloatRange(0), default=0.01, show_default=True, help="Of --target-sparsity.")
 @click.option("--trials", type=click.IntRange(1), default=10, show_default=True, help="At most, of --target-sparsity.")
 @common.output_options
 def command(
@@ -48,6 +50,7 @@ def command(
     from sparsepipe import recipe as recipes
     from sparsepipe.stages import target, train
 
+    common.refuse_idle(BELONGS, ["--target-sparsity"] if target_sparsity is not None else [])
     if target_sparsity is not None and launch.world_size() > 1:
         raise click.UsageError(
             "--target-sparsity searches in one process: it trains again and again. Run it without torchrun, and train "

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparsepipe.recipe import Choice
 
 SHOWN_LAYERS = 3
+BELONGS = {"epsilon": ("--attack pgd",), "steps": ("--attack pgd",)}
 
 
 @click.command("validate")
@@ -81,8 +82,7 @@ def command(
     }
     tolerances = common.section(against, "validate", overrides, flags)
     given = {key: value for key, value in (("epsilon", epsilon), ("steps", steps)) if value is not None}
-    if given and attack is None:
-        raise click.UsageError(f"--{next(iter(given))} belongs to --attack pgd.")
+    common.refuse_idle(BELONGS, ["--attack pgd"] if attack else [])
     attacked = None if attack is None else {"name": attack, **given}
     table = {**tolerances.model_dump(), "samples": samples, "input": input_, "attack": attacked}
     config = recipe.check(validate.ValidateConfig, table, where="validate")

@@ -209,6 +209,10 @@ except MissingExtraError as error:
         (["--model", "resnet8", "--input", "1x3xA"], "not a shape"),
         (["FILE", "--threads", "1;2"], "not a list of whole numbers"),
         (["--suite", "everything"], "kernels"),
+        (["--compare", "FILE", "FILE", "--threads", "2", "--out", "z"], "leave --threads, --out out"),
+        (["--compare", "FILE", "FILE", "--force"], "leave --force out"),
+        (["--compare", "FILE", "FILE", "--no-pin", "--set", "seed=1"], "leave --pin, --set out"),
+        (["FILE", "--compare", "FILE", "FILE"], "leave ONNX out"),
     ],
 )
 def test_forms_exclude_one_another_and_options_belong_to_theirs(

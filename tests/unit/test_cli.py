@@ -109,6 +109,26 @@ def test_models_takes_a_wildcard(invoke: Invoke) -> None:
         (["export", "{onnx}", "--opset", "3", "--out", "{folder}/o"], ["opset", "3"]),
         (["validate", "{text}", "--against", "{onnx}"], ["ONNX"]),
         (["bench", "{text}"], ["ONNX"]),
+        (["export", "{onnx}", "--max-drop", "0", "--out", "{folder}/o"], ["--max-drop belongs to --precision int8"]),
+        (["export", "{onnx}", "--calibrate", "none", "--out", "{folder}/o"], ["--calibrate belongs to"]),
+        (["export", "{onnx}", "--calibration", "minmax", "--out", "{folder}/o"], ["--calibration belongs to"]),
+        (
+            ["export", "{onnx}", "--measure-seconds", "9", "--out", "{folder}/o"],
+            ["--measure-seconds belongs to --measure"],
+        ),
+        (["export", "{onnx}", "--model", "a:b", "--out", "{folder}/o"], ["--model belongs to a run folder"]),
+        (["export", "{onnx}", "--target", "dense", "--isa", "any", "--out", "{folder}/o"], ["--isa belongs to"]),
+        (
+            [
+                *("export", "{onnx}", "--target", "dense", "--target", "portable", "--target", "universal"),
+                *("--precision", "int8", "--calibrate", "digits", "--out", "{folder}/o"),
+            ],
+            ["--target portable has no int8 form"],
+        ),
+        (["freeze", "{folder}", "--model", "resnet20"], ["--model belongs to a checkpoint from elsewhere"]),
+        (["freeze", "{folder}", "--set", "garbage"], ["--set belongs to a checkpoint from elsewhere"]),
+        (["train", "{recipe}", "--target-sparsity", "0.5", "--tolerance", "-1"], ["--tolerance", "-1"]),
+        (["train", "{recipe}", "--trials", "3"], ["--trials belongs to --target-sparsity"]),
         (["report", "{folder}"], ["No stage"]),
         (["inspect", "{text}"], ["text.txt"]),
         (["frobnicate"], ["frobnicate"]),
@@ -312,6 +332,23 @@ def test_a_verb_writes_beside_its_input_whatever_way_the_folder_is_named(
     (tmp_path / "run" / "freeze" / "inner").mkdir()
     monkeypatch.chdir(tmp_path / "run" / "freeze" / "inner")
     assert common.output_folder(None, Artefact.read(Path("..")), "convert").resolve() == tmp_path / "run" / "convert"
+
+
+@pytest.mark.parametrize("name", ["benchmarks/peers.json", "results/kernels.json"])
+def test_the_tables_of_a_suite_are_printed_and_nothing_else_happens(invoke: Invoke, tmp_path: Path, name: str) -> None:
+    source = tmp_path / "suite.json"
+    source.write_bytes((Path(__file__).parents[2] / "examples" / name).read_bytes())
+    code, out, err = invoke("report", source, "--json")
+    assert code == 0, err
+    assert json.loads(out) == json.loads(source.read_text())
+    code, out, _ = invoke("report", source)
+    assert code == 0
+    assert "| ResNet-50 224 |" in out
+    for option in ("--out", "--title"):
+        code, out, err = invoke("report", source, option, tmp_path / "page")
+        assert (code, out) == (2, "")
+        assert f"{option} belongs to" in err
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_flags_win_over_set_and_set_over_the_recipe(tmp_path: Path) -> None:
