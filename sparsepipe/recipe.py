@@ -322,8 +322,11 @@ def check(model: type[ModelT], table: dict[str, Any], *, where: str) -> ModelT:
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        problems = "; ".join(_describe(model, problem) for problem in error.errors())
-        raise RecipeError(f"{problems}.", where=where) from error
+        found = error.errors()
+        inside = {problem["loc"][:depth] for problem in found for depth in range(len(problem["loc"]))}
+        # A list that lost a bad entry is too short for pydantic, too; that the entry is bad says it all.
+        told = [problem for problem in found if problem["type"] != "too_short" or problem["loc"] not in inside]
+        raise RecipeError(f"{'; '.join(_describe(model, problem) for problem in told)}.", where=where) from error
 
 
 def _apply(table: dict[str, Any], override: str) -> None:
@@ -358,7 +361,7 @@ def _parse_value(text: str) -> Any:
 
 def _describe(model: type[BaseModel], problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
-    key = ".".join(path) or "recipe"
+    key = ".".join(part for part in path if part) or "recipe"
     if problem["type"] == "extra_forbidden":
         allowed = _allowed_keys(model, path[:-1])
         close = difflib.get_close_matches(path[-1], allowed, n=1)
@@ -366,6 +369,13 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         return f"unknown key '{key}'{hint}; allowed here: {', '.join(allowed)}"
     if problem["type"] == "missing":
         return f"the key '{key}' is missing"
+    if problem["type"] == "model_type":
+        chosen = problem["ctx"]["class_name"] == Choice.__name__
+        allowed = "" if chosen else f"; allowed in it: {', '.join(_allowed_keys(model, path))}"
+        wanted = "a name, or a section of a name and its options" if chosen else "a section"
+        return f"'{key}' = {problem['input']!r}: it should be {wanted}{allowed}"
+    if problem["type"] == "too_short":
+        return f"'{key}' = {problem['input']!r}: it should have at least one entry"
     message = problem["msg"].removeprefix("Value error, ")
     return f"'{key}' = {problem['input']!r}: {message[0].lower()}{message[1:]}"
 

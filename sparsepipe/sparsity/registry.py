@@ -296,7 +296,11 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Method:
             raise RecipeError(f"No method takes an option '{key}'{_hint(key, known)}.", where="method", advice=listed)
     if foreign:
         log.info("The method '%s' has no use for: %s.", name, ", ".join(foreign))
-    method: Method = _load(name)(**{key: value for key, value in options.items() if key in own})
+    try:
+        method: Method = _load(name)(**{key: value for key, value in options.items() if key in own})
+    except RecipeError as error:
+        where = "method" if error.where is None else f"method.{error.where}"
+        raise RecipeError(error.what, where=where, advice=error.advice) from error
     return method
 
 

@@ -66,6 +66,9 @@ def test_an_option_of_a_short_form_section_can_be_set() -> None:
         ("name=../outside", ["name", "folder"]),
         ('name="x\\u0000y"', ["'name'", "control characters"]),
         ('name="two\\nlines"', ["'name'", "control characters"]),
+        ("method=[1, 2]", ["'method' = [1, 2]: it should be a name, or a section of a name and its options"]),
+        ("train=3", ["'train' = 3: it should be a section", "epochs"]),
+        ("bench.threads=[]", ["'bench.threads' = []: it should have at least one entry"]),
         (f"name={'ä' * 128}", ["'name'", "256", "bytes"]),
         ("nonsense", ["nonsense", "key=value"]),
     ],
@@ -76,6 +79,22 @@ def test_errors_name_the_key_and_what_is_allowed(override: str, parts: list[str]
     message = str(caught.value)
     assert all(part in message for part in parts), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bench.threads=[0]", "recipe: 'bench.threads.0' = 0: input should be greater than 0."),
+        (
+            "export.targets=['dens']",
+            "recipe: 'export.targets.0' = 'dens': input should be 'dense', 'portable' or 'universal'.",
+        ),
+    ],
+)
+def test_a_bad_entry_of_a_list_is_told_once(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(override)
+    assert str(caught.value) == message
 
 
 def test_a_missing_section_is_named() -> None:
