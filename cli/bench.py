@@ -148,6 +148,7 @@ def command(
     if options["input"]:
         shared["input"] = options["input"]
     config = common.section(onnx[0] if onnx else None, "bench", overrides, shared)
+    common.check_threads(config.threads)
     if form == "--model":
         from sparsepipe.stages import whatif
 

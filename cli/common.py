@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from sparsepipe import launch
-from sparsepipe.errors import ArtefactError
+from sparsepipe.errors import ArtefactError, RecipeError
 
 if TYPE_CHECKING:
     from sparsepipe.artefact import Artefact
@@ -139,6 +139,19 @@ def refuse_idle(belongs: Mapping[str, Sequence[str]], here: Collection[str]) -> 
     for name, flag in on_command_line().items():
         if name in belongs and not set(belongs[name]) & set(here):
             raise click.UsageError(f"{flag} belongs to {' or '.join(belongs[name])}; here it has no effect.")
+
+
+def check_threads(counts: Iterable[int]) -> None:
+    """Refuse to measure more threads than there are cores: they would wait for one another, spinning."""
+    from sparsepipe import environment
+
+    cores = environment.usable_cores()
+    if (most := max(counts)) > cores:
+        raise RecipeError(
+            f"{most} threads cannot be measured: this process may use {cores} core{'' if cores == 1 else 's'}.",
+            where="threads",
+            advice=f"Give a number up to {cores}.",
+        )
 
 
 def existing_path(**options: Any) -> click.Path:

@@ -43,6 +43,7 @@ def command(
     if input_:
         given["input"] = input_
     config = recipe.check(profile.ProfileConfig, given, where="profile")
+    common.check_threads([config.threads])
     if out is None:
         result = profile.measure(model, config, against)
     else:

@@ -29,6 +29,7 @@ def command(recipe: Path, out: Path | None, force: bool, overrides: tuple[str, .
     from sparsepipe.reporting import summary
 
     loaded, folder = common.load_recipe(recipe, overrides, out)
+    common.check_threads(loaded.bench.threads)
 
     def announce(stage: Stage, skipped: bool) -> None:
         if stage.needs:  # training has accepted the recipe, so it may take the place of the one that stands there

@@ -47,13 +47,18 @@ def describe_machine() -> dict[str, Any]:
         "isa": [flag for flag in known if flag in flags],
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_logical": psutil.cpu_count(),
-        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores_usable": usable_cores(),
         "caches": _caches(),
         "memory_bytes": psutil.virtual_memory().total,
         "governor": _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
         "virtual": "hypervisor" in flags,
         "os": platform.platform(),
     }
+
+
+def usable_cores() -> int:
+    """Cores, logical ones, that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def int8_saturates() -> bool:

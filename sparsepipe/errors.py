@@ -47,6 +47,21 @@ class GraphError(SparsepipeError):
     """An ONNX file cannot be read, rewritten or run."""
 
 
+class NotOnnxError(GraphError):
+    """A file is no ONNX model: another kind of file, or the beginning of one.
+
+    Args:
+        where: the file.
+    """
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            "This is not an ONNX file, or it was cut off.",
+            where=where,
+            advice="Compare its size with the original, or export it again.",
+        )
+
+
 class InterruptedBySignal(KeyboardInterrupt):
     """Ctrl-C, or the system's wish that this process ends.
 

@@ -43,7 +43,8 @@ def inspect(path: Path) -> dict[str, Any]:
     if path.is_dir():
         return _inspect_artefact(path) if (path / MANIFEST).is_file() else _inspect_run(path)
     if not path.is_file():
-        raise ArtefactError("There is no such file or folder.", where=str(path))
+        missing = "This is neither a file nor a folder." if path.exists() else "There is no such file or folder."
+        raise ArtefactError(missing, where=str(path))
     if path.suffix == ".onnx":
         return _inspect_onnx(path)
     if path.suffix == ".safetensors":

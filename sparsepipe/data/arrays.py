@@ -34,8 +34,10 @@ class Npz:
             with file:
                 arrays = {key: file[key] for key in file.files}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            # numpy advises to trust such a file, and to let it run code.
+            reason = "it holds Python objects, or it is of another kind" if "pickle" in str(error) else error
             raise DataError(
-                f"The file cannot be read: {error}.",
+                f"The file cannot be read: {reason}.",
                 where=argument,
                 advice="It must be an .npz file (numpy.savez) of numbers, without Python objects.",
             ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from sparsepipe.data.options import ImageOptions
 from sparsepipe.data.split import IntArray
+from sparsepipe.environment import usable_cores
 from sparsepipe.errors import DataError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def decode(
         return len(chosen)
 
     starts = range(0, len(indices), CHUNK)
-    threads = min(_cores(), len(starts)) if np.prod(decoder.shape[:2]) >= THREADS_FROM_PIXELS else 1
+    threads = min(usable_cores(), len(starts)) if np.prod(decoder.shape[:2]) >= THREADS_FROM_PIXELS else 1
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         for done in pool.map(work, starts) if threads > 1 else map(work, starts):
             if advance is not None:
@@ -178,10 +178,6 @@ def _corrupt(error: Exception, where: str) -> DataError:
     if type(error).__name__ == "UnidentifiedImageError":  # its text shows a Python object
         reason = f"it is not one of {', '.join(FORMATS)}"
     return DataError(f"The image cannot be decoded: {reason}.", where=where, advice="Replace or remove it.")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

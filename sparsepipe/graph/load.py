@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, ModelProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
-from sparsepipe.errors import GraphError
+from sparsepipe.errors import GraphError, NotOnnxError
 from sparsepipe.graph.index import NUMBERS, all_nodes, attribute, constant_value, graphs, is_standard, opset
 from sparsepipe.graph.restore import Compact, restore
 
@@ -88,14 +88,10 @@ def _parse(path: Path) -> ModelProto:
     try:
         model = onnx.load_model_from_string(path.read_bytes())
     except Exception as error:  # protobuf's DecodeError
-        raise GraphError(
-            "This is not an ONNX file, or it was cut off.",
-            where=str(path),
-            advice="Compare its size with the original, or export it again.",
-        ) from error
+        raise NotOnnxError(str(path)) from error
     # Any short file of the right form decodes; what makes it a model is a version and a graph.
     if model.ir_version < 1 or not model.HasField("graph") or not (model.graph.node or model.graph.output):
-        raise GraphError("The file holds no ONNX model.", where=str(path), advice="Export it again.")
+        raise NotOnnxError(str(path))
     return model
 
 

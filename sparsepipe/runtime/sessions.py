@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsepipe.errors import GraphError
+from sparsepipe.errors import GraphError, NotOnnxError
 from sparsepipe.runtime.library import library_path
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ log = logging.getLogger("sparsepipe")
 
 PROVIDERS = ["CPUExecutionProvider"]
 _IR_TOO_NEW = re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")
+_NO_MODEL = re.compile(r"INVALID_PROTOBUF|No graph was found in the protobuf")
 EXACT_INT8 = "session.x64quantprecision"
 """An entry of a session's configuration: "1" where onnxruntime's int8 operators are exact on any processor."""
 _EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -81,6 +82,8 @@ def session(
             model = _with_ir_version(path, int(too_new[2]))
             return _open(model, settings)
     except Exception as error:  # onnxruntime's errors have no common base class
+        if _NO_MODEL.search(str(error)):
+            raise NotOnnxError(where) from error
         raise GraphError(f"onnxruntime cannot load it: {one_line(error)}", where=where) from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from torch import distributed
 
 from sparsepipe import launch
+from sparsepipe.environment import usable_cores
 from sparsepipe.errors import RecipeError, SparsepipeError
 
 log = logging.getLogger("sparsepipe")
@@ -94,11 +94,6 @@ def _precision(name: str, device: str) -> Precision:
 
 class ConnectionLostError(SparsepipeError):
     """Another process of a distributed training ended early."""
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from sparsepipe import environment
 from sparsepipe.benchmark import harness, networks
 from sparsepipe.benchmark.client import WorkerProcess
 from sparsepipe.benchmark.peers import environments
@@ -384,6 +385,7 @@ def test_the_suite_says_how_long_it_takes_and_leaves_out_the_peers_that_are_not_
 
     monkeypatch.setattr(peers_row, "measure", measured)
     monkeypatch.setattr(networks, "build", lambda name, seed: None)
+    monkeypatch.setattr(environment, "usable_cores", lambda: 2)
     call = ["--suite", "peers", "--network", "mlp", "--peers", "mnn,openvino", "--seconds", "2"]
     call += ["--threads", "1,2", "--out", str(tmp_path / "peers.json")]
     with caplog.at_level("INFO", "sparsepipe"):

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
+from sparsepipe import environment
 from sparsepipe.artefact import Artefact
 from sparsepipe.benchmark import harness, records
 from sparsepipe.cli import bench_tables
@@ -234,6 +235,7 @@ def test_lists_may_be_written_with_commas_or_by_repeating_the_option(
         return {}
 
     monkeypatch.setattr(whatif, "measure", record)
+    monkeypatch.setattr(environment, "usable_cores", lambda: 2)
     words = ["--model", str(dense_file), "--sparsity", "0.8,0.9", "--sparsity", ".95", "--threads", "1,2", "--json"]
     done = CliRunner().invoke(command, [*words, "--pattern", "2x1, unstructured", "--input", "4x3x8x8"])
     assert done.exit_code == 0, done.output

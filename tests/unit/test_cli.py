@@ -19,6 +19,8 @@ from sparsepipe.cli import main as cli
 
 Invoke = Callable[..., tuple[int, str, str]]
 
+NO_ONNX = "not an ONNX file, or it was cut off. Compare its size with the original, or export it again."
+
 
 @pytest.fixture
 def invoke(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Invoke:
@@ -106,11 +108,22 @@ def test_models_takes_a_wildcard(invoke: Invoke) -> None:
         (["freeze", "{folder}"], ["'train'"]),
         (["convert", "{folder}"], ["'freeze'"]),
         (["export", "{folder}", "--format", "onnx"], ["'convert'"]),
-        (["export", "{text}", "--out", "{folder}/o"], ["ONNX"]),
+        (["export", "{text}", "--out", "{folder}/o"], [NO_ONNX]),
+        (["export", "{empty}", "--out", "{folder}/o"], [NO_ONNX]),
         (["export", "{onnx}"], ["--out"]),
         (["export", "{onnx}", "--opset", "3", "--out", "{folder}/o"], ["opset", "3"]),
-        (["validate", "{text}", "--against", "{onnx}"], ["ONNX"]),
-        (["bench", "{text}"], ["ONNX"]),
+        (["validate", "{text}", "--against", "{onnx}"], [NO_ONNX]),
+        (["validate", "{onnx}", "--against", "{cut}"], [NO_ONNX]),
+        (["bench", "{text}"], [NO_ONNX]),
+        (["bench", "{cut}"], [NO_ONNX]),
+        (["bench", "{empty}"], [NO_ONNX]),
+        (["profile", "{text}"], [NO_ONNX]),
+        (["inspect", "{cut}"], [NO_ONNX]),
+        (["inspect", "/dev/null"], ["neither a file nor a folder"]),
+        (["train", "{recipe}", "--set", "data=npz:{text}"], ["Python objects, or it is of another kind", "savez"]),
+        (["bench", "{onnx}", "--threads", "1000"], ["1000 threads cannot be measured", "core"]),
+        (["profile", "{onnx}", "--threads", "1000"], ["1000 threads cannot be measured", "core"]),
+        (["run", "{recipe}", "--set", "bench.threads=[1, 1000]"], ["1000 threads cannot be measured", "core"]),
         (["export", "{onnx}", "--max-drop", "0", "--out", "{folder}/o"], ["--max-drop belongs to --precision int8"]),
         (["export", "{onnx}", "--calibrate", "none", "--out", "{folder}/o"], ["--calibrate belongs to"]),
         (["export", "{onnx}", "--calibration", "minmax", "--out", "{folder}/o"], ["--calibration belongs to"]),
@@ -144,12 +157,17 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(
     (tmp_path / "r.toml").write_text('model = "mlp"\ndata = "digits"\n[train]\nepochs = 1\n')
     (tmp_path / "text.txt").write_text("not a model")
     (tmp_path / "folder").mkdir()
+    whole = linear_onnx(tmp_path / "m.onnx")
+    (tmp_path / "cut.onnx").write_bytes(whole.read_bytes()[:-100])
+    (tmp_path / "empty.onnx").touch()
     places = {
+        "cut": tmp_path / "cut.onnx",
+        "empty": tmp_path / "empty.onnx",
         "bad_toml": tmp_path / "bad.toml",
         "recipe": tmp_path / "r.toml",
         "text": tmp_path / "text.txt",
         "folder": tmp_path / "folder",
-        "onnx": linear_onnx(tmp_path / "m.onnx"),
+        "onnx": whole,
     }
     given = [argument.format(**places) for argument in arguments]
     if given[0] in ("train", "compare", "emc"):
@@ -159,6 +177,7 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(
     assert code == 2, err
     assert not out
     assert "Traceback" not in err
+    assert "allow_pickle" not in err
     assert all(part in err for part in parts), err
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before, "something was left half-written"
 
