@@ -1,7 +1,7 @@
 """How many weights each layer keeps: target densities, and exact whole numbers that add up to the target.
 
-Functions of shapes and numbers alone. `dense` names layers that keep everything whatever the rule says; the others
-make up for it, so that the target holds over all the shapes given, except with `uniform`.
+Functions of shapes and numbers alone. `dense` names layers that keep everything whatever the rule says (a mapping also
+says why); the others make up for it, so that the target holds over all the shapes given, except with `uniform`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ Shape = tuple[int, ...]
 
 
 def uniform(shapes: Mapping[str, Shape], sparsity: float, dense: Collection[str] = ()) -> dict[str, float]:
-    """The same density 1 - sparsity in every layer; layers in `dense` are not made up for."""
+    """The same density 1 - sparsity in every layer; layers in `dense` are not made up for.
+
+    Raises:
+        RecipeError: every layer is in `dense`, and the sparsity is not 0.
+    """
+    if sparsity and shapes and set(shapes) <= set(dense):
+        raise _too_dense(sparsity, dense)
     return {name: 1.0 if name in dense else 1 - sparsity for name in shapes}
 
 
@@ -73,10 +79,11 @@ def proportional(
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     full = set(dense) & set(shapes)
     budget = (1 - sparsity) * sum(sizes.values())
+    if sum(sizes[name] for name in full) > round(budget):
+        raise _too_dense(sparsity, dense)
     while free := {name: raw[name] for name in shapes if name not in full}:
-        eps = (budget - sum(sizes[name] for name in full)) / sum(value * sizes[name] for name, value in free.items())
-        if eps < 0:
-            raise _too_dense(sparsity, full)
+        left = max(budget - sum(sizes[name] for name in full), 0)  # below 0 by less than half a weight
+        eps = left / sum(value * sizes[name] for name, value in free.items())
         highest = max(free.values())
         if eps * highest <= 1:
             return {name: eps * free[name] if name in free else 1.0 for name in shapes}
@@ -96,12 +103,12 @@ def global_magnitude(scores: Mapping[str, Tensor], sparsity: float, dense: Colle
         RecipeError: the layers in `dense` alone exceed the target.
     """
     free = {name: score.reshape(-1) for name, score in scores.items() if name not in dense}
-    if not free:
-        return dict.fromkeys(scores, 1.0)
     total = sum(score.numel() for score in scores.values())
     kept = round((1 - sparsity) * total) - sum(scores[name].numel() for name in dense)
     if kept < 0:
         raise _too_dense(sparsity, dense)
+    if not free:
+        return dict.fromkeys(scores, 1.0)
     if kept == 0:
         return {name: float(name not in free) for name in scores}
     merged = torch.cat(list(free.values()))
@@ -190,9 +197,13 @@ def allocate(total: int, shares: Sequence[float], low: Sequence[int], high: Sequ
 
 
 def _too_dense(sparsity: float, dense: Collection[str]) -> RecipeError:
+    named: dict[str, list[str]] = {}
+    for name in sorted(dense):
+        named.setdefault(f" ({dense[name]})" if isinstance(dense, Mapping) else "", []).append(name)
+    listed = "; ".join(", ".join(names) + reason for reason, names in named.items())
     return RecipeError(
-        f"A sparsity of {sparsity:g} cannot be reached: the layers that stay dense ({', '.join(sorted(dense))}) hold "
-        "more weights than that leaves.",
+        f"A sparsity of {sparsity:g} cannot be reached: the layers that stay dense hold more weights than that leaves: "
+        f"{listed}.",
         where="sparsity",
         advice="Lower the sparsity, choose another pattern, or exclude these layers with an override.",
     )

@@ -27,6 +27,7 @@ from sparsepipe.sparsity.optimizer import let_hooks_run, within_own_step, withou
 from sparsepipe.sparsity.replicas import Replicas, refuse_sharded
 from sparsepipe.sparsity.samples import Loss, Samples
 from sparsepipe.sparsity.scaling import refuse_scaled
+from sparsepipe.sparsity.target import Layer
 from sparsepipe.sparsity.weights import maskable, same_weights, unwrapped
 
 log = logging.getLogger("sparsepipe")
@@ -153,6 +154,11 @@ class Sparsifier:
     def masks(self) -> Mapping[str, Tensor]:
         """Parameter name -> bool tensor, True where the weight is active. It changes in place; do not write to it."""
         return self._network.masks
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The method's plan for each weight: its pattern, and why it stays dense where it does."""
+        return self._network.layers
 
     @property
     def left_out(self) -> Mapping[str, str]:

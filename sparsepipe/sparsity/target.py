@@ -76,6 +76,8 @@ class Layer:
     """Density from an override or from the pattern itself; None where the distribution decides."""
     dense_because: str | None
     """Why it keeps everything, whatever the distribution says."""
+    misfit: bool = False
+    """Whether that is because its shape cannot have the pattern asked for."""
 
     @property
     def unit(self) -> int:
@@ -173,7 +175,8 @@ class Target:
             density, reason = None, policy
         if reason:
             pattern = Unstructured()
-        return Layer(weight.name, weight.shape, pattern, *pattern.grid(weight.shape), density, reason)
+        fails = reason is not None and reason == misfit
+        return Layer(weight.name, weight.shape, pattern, *pattern.grid(weight.shape), density, reason, fails)
 
     def kept(self, layers: Mapping[str, Layer], scores: Mapping[str, Tensor], progress: float = 1.0) -> dict[str, int]:
         """Groups that each row of each layer keeps.
@@ -185,11 +188,14 @@ class Target:
                 ever keeps more later on.
 
         Raises:
-            RecipeError: the layers that must stay dense exceed the target, or the distribution leaves a layer out.
+            RecipeError: the layers that must stay dense exceed the target or are all there are, or the distribution
+                leaves a layer out.
         """
         free = {name: layer for name, layer in layers.items() if layer.density is None}
-        dense = {name for name, layer in free.items() if layer.dense_because}
-        if self.distribution == "global":
+        dense = {name: layer.dense_because for name, layer in free.items() if layer.dense_because}
+        if len(dense) == len(free) and self._settled_by_pattern(layers):
+            densities = dict.fromkeys(free, 1.0)
+        elif self.distribution == "global":
             grouped = {name: _mean_over_groups(scores[name], layer.pattern) for name, layer in free.items()}
             densities = global_magnitude(grouped, self.sparsity * progress, dense)
         else:
@@ -211,6 +217,10 @@ class Target:
             name: final[name] if name in settled else final[name] + ceil((groups[name] - final[name]) * (1 - progress))
             for name in layers
         }
+
+    def _settled_by_pattern(self, layers: Mapping[str, Layer]) -> bool:
+        """Whether the pattern (N:M) gives layers their density: no distribution could make up for the others."""
+        return self.pattern.density is not None and any(layer.pattern == self.pattern for layer in layers.values())
 
     def _relative_density(self, name: str) -> float:
         for glob, value in self.relative_densities:

@@ -107,13 +107,15 @@ def _restore(training: Assembly, state: Mapping[str, Any], where: str) -> None:
 
 
 def _tell_what_stays_dense(training: Assembly) -> None:
-    """Log why layers stay dense, and warn of weights that no method masks."""
+    """Log why layers stay dense; warn where the pattern does not fit them, and of weights that no method masks."""
     if not isinstance(training.sparsifier.method, TargetMethod):
         return
     masks = training.sparsifier.mask_set
+    misfits = {layer.dense_because for layer in training.sparsifier.layers.values() if layer.misfit}
     for reason in dict.fromkeys(masks.reasons.values()):
         names = ", ".join(name for name, given in masks.reasons.items() if given == reason)
-        log.info("These layers stay dense (%s): %s.", reason, names)
+        level = logging.WARNING if reason in misfits else logging.INFO
+        log.log(level, "These layers stay dense (%s): %s.", reason, names)
     parameters = dict(training.loop.model.named_parameters())
     known = {*masks, *training.sparsifier.left_out}
     unmasked = [name for name, value in parameters.items() if value.ndim >= 2 and name not in known]

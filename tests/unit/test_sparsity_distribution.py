@@ -216,8 +216,30 @@ def test_a_layer_forced_dense_is_made_up_for_by_the_others() -> None:
 
 
 def test_dense_layers_beyond_the_target_are_an_error_that_names_them() -> None:
-    with pytest.raises(RecipeError, match=r"'?big'?.*hold more"):
+    with pytest.raises(RecipeError, match=r"hold more.*big"):
         erk({"big": (100, 100), "small": (10, 10)}, 0.9, dense={"big"})
+
+
+@pytest.mark.parametrize("rule", [uniform, er, erk])
+def test_a_sparsity_with_nothing_to_make_sparse_is_an_error_that_says_why(rule: Any) -> None:
+    shapes, why = {"a": (10, 10), "b": (5, 5)}, {"a": "too odd", "b": "too small"}
+    with pytest.raises(RecipeError, match=r"0\.9 cannot be reached.* a \(too odd\); b \(too small\)"):
+        rule(shapes, 0.9, why)
+    assert rule(shapes, 0.0, why) == {"a": 1.0, "b": 1.0}
+
+
+def test_global_with_nothing_to_make_sparse_is_an_error() -> None:
+    with pytest.raises(RecipeError, match=r"0\.9 cannot be reached.* a\."):
+        global_magnitude({"a": torch.ones(10)}, 0.9, {"a"})
+    assert global_magnitude({"a": torch.ones(10)}, 0.0, {"a"}) == {"a": 1.0}
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.7, 0.3])  # 1 - 0.9 and 1 - 0.7 are not 0.1 and 0.3 in binary
+def test_dense_layers_that_are_just_the_budget_are_none(sparsity: float) -> None:
+    size = round(100 * (1 - sparsity))
+    densities = erk({"kept": (size, 10), "cut": (100 - size, 10)}, sparsity, dense={"kept"})
+    assert densities["kept"] == 1
+    assert 0 <= densities["cut"] < 1e-12
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.floats(0, 1)), min_size=1, max_size=8), st.integers(1, 8))
@@ -258,7 +280,7 @@ def plan(**options: object) -> tuple[dict[str, int], dict[str, object]]:
     settings = {"sparsity": 0.8, "distribution": "uniform", "pattern": "unstructured", "overrides": []} | options
     target = Target.of(**settings)  # type: ignore[arg-type]
     layers = target.plan(weights)
-    kept = target.kept(layers, {})
+    kept = target.kept(layers, {name: weight.parameter.detach().abs() for name, weight in weights.items()})
     return {name: kept[name] * layer.unit for name, layer in layers.items()}, dict(layers)
 
 
@@ -306,6 +328,19 @@ def test_n_of_m_fixes_the_density() -> None:
         plan(pattern="2:4")
     nnz, _ = plan(overrides=[{"layers": "4", "pattern": "1:4"}])
     assert nnz["4.weight"] == 640
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "erk", "global", {"*": 1}])
+def test_a_pattern_that_fits_no_layer_is_refused_with_layers_and_reasons(distribution: object) -> None:
+    reason = r"0\.weight \(8 output channels are not divisible by 7 \(7x3 blocks\)\); 1\.weight, 2\.weight \(16 out"
+    with pytest.raises(RecipeError, match=rf"0\.8 cannot be reached.*{reason}"):
+        plan(pattern="7x3", distribution=distribution)
+    with pytest.raises(RecipeError, match="cannot be reached"):  # an override of one layer does not excuse the others
+        plan(pattern="7x3", distribution=distribution, overrides=[{"layers": "4", "sparsity": 0.5, "pattern": "1x1"}])
+    with pytest.raises(RecipeError, match="cannot be reached"):
+        plan(pattern="5:7", sparsity=1 - 5 / 7, distribution=distribution)
+    nnz, _ = plan(pattern="7x3", distribution=distribution, overrides=[{"layers": "*", "dense": True}])
+    assert sum(nnz.values()) == 8 * 27 + 16 * 72 + 256 + 2560
 
 
 @pytest.mark.parametrize(
