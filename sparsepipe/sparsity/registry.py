@@ -29,7 +29,7 @@ class MethodInfo:
     summary: str
     source: str
     exact: bool = True
-    """Whether it reaches the target sparsity exactly."""
+    """Whether it reaches the target sparsity exactly, with its own default of `distribution`."""
     state: str = "mask, int16 counter"
     """What it keeps for each weight while it trains."""
     knob: str = ""
@@ -124,8 +124,9 @@ METHODS: dict[str, MethodInfo] = {
         MethodInfo(
             "random",
             "sparsepipe.sparsity.methods.random:Random",
-            "random masks of the same density in every layer, which never change",
+            "random masks of the same density in every layer but the first convolution (dense), which never change",
             "baseline of arXiv 2202.02643",
+            exact=False,
         ),
         MethodInfo(
             "erk-static",
@@ -254,7 +255,7 @@ METHODS: dict[str, MethodInfo] = {
 
 
 SPREADS: dict[str, str] = {
-    "uniform": "the same density in every layer; the first convolution stays dense",
+    "uniform": "the same density in every layer; the first convolution stays dense and is not made up for",
     "er": "density in proportion to (outputs + inputs) / (outputs x inputs)",
     "erk": "the same with the kernel's height and width (the default)",
     "global": "the largest magnitudes of the whole network",

@@ -12,7 +12,8 @@ class Random(SparseFromStart):
     """Train inside random masks of the same density in every layer (baseline in arXiv 2202.02643).
 
     Args:
-        distribution: see `TargetMethod`; uniform, which keeps the first convolution dense.
+        distribution: see `TargetMethod`; uniform, which keeps the first convolution dense, as RigL's experiments do.
+            The other layers do not make up for it, so networks with one are less sparse than `sparsity`.
         **shared: the options of `SparseFromStart`.
     """
 
