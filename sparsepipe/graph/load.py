@@ -31,9 +31,9 @@ def load(path: Path) -> ModelProto:
         path: the file; external data is read from its folder only.
 
     Raises:
-        GraphError: there is no such file, it is not ONNX or cut off, its opset is not supported, its external data is
-            missing, cut off, outside of the folder or too large, onnx.checker refuses it, or an operator of the domain
-            `sparsepipe` is malformed.
+        GraphError: there is no such file, it is not ONNX or cut off, its opset or the data type of a tensor is not
+            supported, its external data is missing, cut off, outside of the folder or too large, onnx.checker refuses
+            it, or an operator of the domain `sparsepipe` is malformed.
     """
     return load_with_rows(path)[0]
 
@@ -42,6 +42,7 @@ def load_with_rows(path: Path) -> tuple[ModelProto, list[Compact]]:
     """As `load`, with a row for each weight that the operators of a universal file hold."""
     model = _parse(path)
     _check_opset(model, path)
+    _check_types(model, path)
     _read_external(model, path)
     _densify(model, path)
     _complete_outputs(model)
@@ -106,6 +107,19 @@ def _check_opset(model: ModelProto, path: Path) -> None:
             advice="Export it with another opset"
             + (", or install a newer onnx package." if version > NEWEST_OPSET else "."),
         )
+
+
+def _check_types(model: ModelProto, path: Path) -> None:
+    """Refuse types of value that the onnx package does not know: onnx.checker lets them pass."""
+    known = helper.get_all_tensor_dtypes()
+    for tensor in _tensors(model):
+        if tensor.data_type not in known:
+            raise GraphError(
+                f"The tensor '{tensor.name}' has a data type that is unknown, {tensor.data_type}.",
+                where=str(path),
+                advice="The file is damaged, or newer than the installed onnx package: export it again, or install a "
+                "newer onnx.",
+            )
 
 
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:
@@ -210,11 +224,9 @@ def _densify(model: ModelProto, path: Path) -> None:
 
 
 def _dense_bytes(sparse: SparseTensorProto) -> int:
-    # Negative sizes and unknown types are found to be malformed later; here they must not make the sum smaller.
-    known = sparse.values.data_type in helper.get_all_tensor_dtypes()
-    width = helper.tensor_dtype_to_np_dtype(sparse.values.data_type).itemsize if known else 1
+    # Negative sizes are found to be malformed later; here they must not make the sum smaller.
     size: int = math.prod(sparse.dims)
-    return abs(size) * width
+    return abs(size) * helper.tensor_dtype_to_np_dtype(sparse.values.data_type).itemsize
 
 
 def _dense(sparse: SparseTensorProto, path: Path) -> TensorProto:

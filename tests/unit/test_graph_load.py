@@ -163,6 +163,24 @@ def test_a_malformed_sparse_initializer_is_refused(indices: list[int], shape: tu
         load(saved(gemm(initializer=[], sparse_initializer=[tensor]), tmp_path))
 
 
+@pytest.mark.parametrize("place", ["initializer", "constant", "sparse"])
+@pytest.mark.parametrize("data_type", [0, 77])
+def test_a_data_type_that_onnx_does_not_know_is_refused(place: str, data_type: int, tmp_path: Path) -> None:
+    tensor = numpy_helper.from_array(WEIGHT, "w")
+    tensor.data_type = data_type
+    sparse = sparse_zeros(WEIGHT.shape, "w")
+    sparse.values.data_type = data_type
+    made = gemm(
+        initializer=[tensor] if place == "initializer" else [],
+        sparse_initializer=[sparse] if place == "sparse" else [],
+    )
+    if place == "constant":
+        made.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=tensor))
+    with pytest.raises(GraphError, match=rf"'w' has a data type that is unknown, {data_type}") as caught:
+        load(saved(made, tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
 @pytest.fixture
 def external(tmp_path: Path) -> Path:
     path = tmp_path / "model.onnx"
