@@ -31,7 +31,8 @@ class Tally:
 
     Differences are taken in float64. The relative one is relative to the largest |value| of the same output of the
     reference over all batches; of several outputs the worst counts. Values that are NaN, or the same infinity, in both
-    are equal, but they are counted as not finite, and with any of those on either side nothing passes.
+    are no difference of a layer, but they are counted as not finite: with any of those on either side the largest
+    differences are infinite, and nothing passes.
     """
 
     samples: int = 0
@@ -86,12 +87,12 @@ class Tally:
     @property
     def max_abs(self) -> float:
         """Largest absolute difference; infinite where one of the two is not finite, or nothing could be compared."""
-        return math.inf if self.problem else max(self._max_abs, default=0.0)
+        return max(self._max_abs, default=0.0) if self._comparable else math.inf
 
     @property
     def max_relative(self) -> float:
-        """Largest difference relative to the largest |value| of the reference's output."""
-        if self.problem:
+        """Largest difference relative to the largest |value| of the reference's output; infinite as `max_abs` is."""
+        if not self._comparable:
             return math.inf
         return max((relative(*pair) for pair in zip(self._max_abs, self._scale, strict=True)), default=0.0)
 
@@ -99,14 +100,18 @@ class Tally:
     def rms_of_range(self) -> float:
         """Root mean square of the differences, in units of the range (largest less smallest) of the reference's output.
 
-        Of several outputs the worst counts; infinite where nothing could be compared.
+        Of several outputs the worst counts; infinite as `max_abs` is.
         """
-        return math.inf if self.problem else max((error.of_range for error in self._error), default=0.0)
+        return max((error.of_range for error in self._error), default=0.0) if self._comparable else math.inf
 
     @property
     def complete(self) -> bool:
         """Whether there was something to compare, and all of it finite."""
-        return self.problem is None and self.samples > 0 and not self.not_finite and not self.reference_not_finite
+        return self._comparable and self.samples > 0
+
+    @property
+    def _comparable(self) -> bool:
+        return self.problem is None and not self.not_finite and not self.reference_not_finite
 
     @property
     def agreement(self) -> float | None:

@@ -16,6 +16,7 @@ from sparsepipe.artefact import Artefact, Draft, digest_file, draft, write_json
 from sparsepipe.errors import ArtefactError
 from sparsepipe.formats import Compressed
 from sparsepipe.formats.choice import block_text, choose, verify
+from sparsepipe.formats.finite import ADVICE, not_finite
 from sparsepipe.formats.io import DENSE, load_dense, save
 from sparsepipe.formats.layout import Array
 from sparsepipe.formats.tensors import read_tensors
@@ -39,12 +40,13 @@ def run(config: Conversion, inputs: Mapping[str, Artefact], out: Path) -> Artefa
         out: folder to write.
 
     Raises:
-        ArtefactError: a file is missing or damaged.
+        ArtefactError: a file is missing or damaged, or a value is not finite.
         FormatError: a layer does not come back as it was.
     """
     frozen = inputs["freeze"]
     spec = ModelSpec.read(frozen.file(SPEC_FILE))
     state = read_tensors(frozen.file(WEIGHTS_FILE)).tensors
+    _refuse_not_finite(state, frozen.file(WEIGHTS_FILE))
     with draft(out, "convert", config, {"freeze": frozen.digest}) as building:
         spec.write(building.folder)
         _write(building, state, config, spec.pattern)
@@ -65,11 +67,13 @@ def from_onnx(path: Path, config: Conversion, out: Path) -> Artefact:
 
     Raises:
         GraphError: the file is missing or damaged, or none of its constants is such a weight.
+        ArtefactError: a value of a weight is not finite.
         FormatError: a layer does not come back as it was.
     """
     from sparsepipe.stages import onnx_weights
 
     state = onnx_weights.read(path)
+    _refuse_not_finite(state, path)
     with draft(out, "convert", config, {"onnx": digest_file(path)}) as building:
         _write(building, state, config, UNKNOWN_PATTERN)
     return Artefact.read(out, "convert")
@@ -90,6 +94,11 @@ def load_weights(artefact: Artefact) -> dict[str, Array]:
         f"Weights are read from the stages 'freeze' and 'convert', not from '{artefact.manifest.stage}'.",
         where=str(artefact.folder),
     )
+
+
+def _refuse_not_finite(state: Mapping[str, Array], where: Path) -> None:
+    if problem := not_finite(state.items()):
+        raise ArtefactError(problem, where=str(where), advice=ADVICE)
 
 
 def _write(building: Draft, state: Mapping[str, Array], config: Conversion, pattern: str) -> None:

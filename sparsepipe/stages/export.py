@@ -18,6 +18,7 @@ from sparsepipe.errors import MissingExtraError, ModelError
 from sparsepipe.graph import index, opset
 from sparsepipe.graph.choice import Choice, choose
 from sparsepipe.graph.finish import serialise, stamp
+from sparsepipe.graph.finite import refuse_not_finite
 from sparsepipe.graph.fold import fold
 from sparsepipe.graph.load import load
 from sparsepipe.graph.portable import sparsify
@@ -87,7 +88,7 @@ def run(
 
     Raises:
         ModelError: the network's code is not trusted, or its weights do not fit it.
-        GraphError: the network cannot be exported, or onnxruntime cannot load the result.
+        GraphError: the network cannot be exported, a weight is not finite, or onnxruntime cannot load the result.
         ArtefactError: the artefact is damaged.
         MissingExtraError: torch or onnxscript is not installed.
     """
@@ -102,7 +103,8 @@ def run(
     spec = ModelSpec.read(source.file(SPEC_FILE))
     with bar("Export", _steps(config)) as progress:
         network = load_network(source, trusted_model)
-        model, unfolded = fold(build(network, spec.input_shape, opset=config.opset))
+        built = build(network, spec.input_shape, opset=config.opset)
+        model, unfolded = fold(refuse_not_finite(built, where=str(source.folder)))
         for norm in unfolded:
             log.info("The batch normalisation '%s' is not folded: %s.", norm.node, norm.reason)
         properties = {"sparsepipe.spec": spec.model_dump_json(), **_versions("torch", "onnxscript")}
@@ -121,11 +123,12 @@ def from_onnx(path: Path, config: recipe.Export, out: Path) -> Artefact:
     For `universal`, batch normalisations are folded and what follows a sparse layer becomes part of it.
 
     Raises:
-        GraphError: the file cannot be read, cannot be converted to the opset, or cannot be loaded by onnxruntime.
+        GraphError: the file cannot be read, holds values that are not finite, cannot be converted to the opset, or
+            cannot be loaded by onnxruntime.
     """
     _check_settings(config)
     with bar("Export", _steps(config)) as progress:
-        model = load(path)
+        model = refuse_not_finite(load(path), where=str(path))
         if "opset" in config.model_fields_set:
             model = opset.convert(model, config.opset, where=str(path))
         model.ir_version = min(model.ir_version, max(opset.smallest_ir_version(model), COMMON_IR_VERSION))
@@ -144,7 +147,7 @@ def export_onnx(network: nn.Module, input_shape: tuple[int, ...], out: str | Pat
 
     Raises:
         RecipeError: there is no such setting, or its value is not allowed.
-        GraphError: the network cannot be exported, or onnxruntime cannot load the result.
+        GraphError: the network cannot be exported, a weight is not finite, or onnxruntime cannot load the result.
         ArtefactError: the folder holds something else.
         MissingExtraError: onnxscript is not installed.
     """
@@ -156,7 +159,8 @@ def export_onnx(network: nn.Module, input_shape: tuple[int, ...], out: str | Pat
         raise MissingExtraError(error.name or "torch", "train", "Exporting a network") from error
 
     with bar("Export", STEPS) as progress:
-        model, _ = fold(build(network, tuple(input_shape), opset=config.opset))
+        built = build(network, tuple(input_shape), opset=config.opset)
+        model, _ = fold(refuse_not_finite(built, where=type(network).__name__))
         progress.advance(note="choosing layers")
         return _write(model, _versions("torch", "onnxscript"), config, {}, Path(out), progress.advance)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from sparsepipe.artefact import Artefact, Draft, digest_file, draft
 from sparsepipe.errors import ArtefactError
+from sparsepipe.formats.finite import ADVICE, not_finite
 from sparsepipe.formats.layout import Array, positive_zeros
 from sparsepipe.formats.masks import Mask, load_masks, save_masks
 from sparsepipe.formats.tensors import digest_tensors, read_tensors, write_tensors
@@ -39,7 +40,7 @@ def run(config: FreezeConfig, inputs: Mapping[str, Artefact], out: Path) -> Arte
         out: folder to write.
 
     Raises:
-        ArtefactError: a file is missing or damaged, or weights and masks do not belong together.
+        ArtefactError: a file is missing or damaged, weights and masks do not belong together, or a value is not finite.
         FormatError: the file of masks is malformed.
     """
     trained = inputs["train"]
@@ -48,7 +49,7 @@ def run(config: FreezeConfig, inputs: Mapping[str, Artefact], out: Path) -> Arte
     masks = load_masks(trained.file(MASKS_FILE))
     _check(state, masks, trained)
     with draft(out, "freeze", config, {"train": trained.digest}) as building:
-        _write(building, spec, state, masks)
+        _write(building, spec, state, masks, trained.file(WEIGHTS_FILE))
     return Artefact.read(out, "freeze")
 
 
@@ -65,7 +66,8 @@ def from_checkpoint(path: Path, spec: ModelSpec, out: Path) -> Artefact:
         out: folder to write.
 
     Raises:
-        ArtefactError: the file is missing or damaged, holds no state dict, or its weights and masks do not fit.
+        ArtefactError: the file is missing or damaged, holds no state dict, its weights and masks do not fit, or a value
+            is not finite.
         ModelError: there is no such network, it cannot be built, or the weights do not fit it.
         MissingExtraError: a .pt file where torch is not installed.
     """
@@ -73,7 +75,7 @@ def from_checkpoint(path: Path, spec: ModelSpec, out: Path) -> Artefact:
     state = _fitting(checkpoints.read(path), spec, path)
     masks = {name: array != 0 for name, array in state.items() if array.ndim >= 2 and array.dtype.kind == "f"}
     with draft(out, "freeze", FreezeConfig(), {"checkpoint": digest_file(path)}) as building:
-        _write(building, spec, state, masks)
+        _write(building, spec, state, masks, path)
     return Artefact.read(out, "freeze")
 
 
@@ -118,11 +120,15 @@ def _check(state: Mapping[str, Array], masks: Mapping[str, Mask], trained: Artef
         )
 
 
-def _write(building: Draft, spec: ModelSpec, state: Mapping[str, Array], masks: Mapping[str, Mask]) -> None:
+def _write(
+    building: Draft, spec: ModelSpec, state: Mapping[str, Array], masks: Mapping[str, Mask], where: Path
+) -> None:
     frozen = {
         name: positive_zeros(np.where(masks[name], array, array.dtype.type(0))) if name in masks else array
         for name, array in state.items()
     }
+    if problem := not_finite(frozen.items()):
+        raise ArtefactError(problem, where=str(where), advice=ADVICE)
     spec.write(building.folder)
     write_tensors(building.folder / WEIGHTS_FILE, frozen)
     save_masks(building.folder / MASKS_FILE, masks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import subprocess
 import sys
 from functools import partial
@@ -412,6 +413,48 @@ def test_external_data_is_taken_in(tmp_path: Path) -> None:
     np.testing.assert_array_equal(evaluate(result.file("model.portable.onnx")), evaluate(path))
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("name", ["3.weight", "9.bias", "4.running_var"])
+def test_a_network_with_weights_that_are_not_finite_is_refused(
+    name: str, value: float, tmp_path: Path, own_network: Path
+) -> None:
+    weights = state()
+    weights[name].reshape(-1)[1] = value
+    source = frozen(tmp_path / "freeze", weights)
+    with pytest.raises(GraphError, match=rf"freeze: '{name}' holds 1 of {weights[name].size} values that are not fin"):
+        export.run(Export(targets=("dense",)), {"freeze": source}, tmp_path / "export", trusted_model=NAME)
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_network_in_memory_with_nan_is_refused(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    network = torch.nn.Linear(3, 2)
+    torch.nn.init.constant_(network.weight, math.nan)
+    with pytest.raises(GraphError, match="'weight' holds 6 of 6 values that are not finite"):
+        export.export_onnx(network, (3,), tmp_path / "export")
+
+
+@pytest.mark.parametrize("place", ["initializer", "constant"])
+def test_a_foreign_file_with_nan_is_refused_and_one_with_infinite_bounds_is_not(place: str, tmp_path: Path) -> None:
+    made = foreign(op_type="Clip")
+    bounds = [numpy_helper.from_array(np.float32(bound), name) for bound, name in ((0, "low"), (np.inf, "high"))]
+    made.graph.initializer.extend(bounds)
+    made.graph.node[1].input.extend(["low", "high"])
+    onnx.save(made, tmp_path / "bounds.onnx")
+    export.from_onnx(tmp_path / "bounds.onnx", Export(targets=("dense",)), tmp_path / "export")
+    (head,) = (tensor for tensor in made.graph.initializer if tensor.name == "onnx::MatMul_12")
+    values = numpy_helper.to_array(head).copy()
+    values[3, :2] = np.nan, np.inf
+    head.CopyFrom(numpy_helper.from_array(values, head.name))
+    if place == "constant":
+        made.graph.node.insert(0, helper.make_node("Constant", [], [head.name], value=head))
+        made.graph.initializer.remove(head)
+    onnx.save(made, tmp_path / "nan.onnx")
+    with pytest.raises(GraphError, match=rf"nan\.onnx: 'onnx::MatMul_12' holds 2 of {values.size} values"):
+        export.from_onnx(tmp_path / "nan.onnx", Export(), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_file_that_onnxruntime_cannot_load_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "theirs.onnx"
     onnx.save(foreign(op_type="Own", domain="their.domain"), path)
@@ -437,6 +480,7 @@ def test_a_damaged_file_is_refused(their_file: Path, tmp_path: Path) -> None:
 
 def test_a_foreign_file_needs_no_torch(their_file: Path, tmp_path: Path) -> None:
     code = f"""
+import math
 import sys
 for name in ("torch", "onnxscript", "onnx_ir", "lightning_fabric"):
     sys.modules[name] = None  # importing it fails

@@ -133,6 +133,31 @@ def test_an_active_negative_zero_becomes_positive(tmp_path: Path) -> None:
     assert frozen.metrics["nnz"] == 0
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["fc.weight", "conv.bias", "bn.running_var"])
+def test_active_weights_that_are_not_finite_are_refused(name: str, value: float, tmp_path: Path) -> None:
+    state = weights()
+    place = np.flatnonzero(masks().get(name, np.ones(state[name].shape)))[:2]
+    state[name].reshape(-1)[place] = [1, value]
+    trained = make_trained(tmp_path / "train", state, masks())
+    message = rf"train/model\.safetensors: '{name}' holds 1 of {state[name].size} values that are not finite"
+    with pytest.raises(ArtefactError, match=message):
+        freeze.run(freeze.FreezeConfig(), {"train": trained}, tmp_path / "freeze")
+    assert not (tmp_path / "freeze").exists()
+    with draft(tmp_path / "old", "freeze", SPEC, {}) as building:  # as an earlier version wrote it
+        SPEC.write(building.folder)
+        save_file(state, building.folder / "model.safetensors")
+    with pytest.raises(ArtefactError, match="values that are not finite"):
+        convert.run(Conversion(), {"freeze": Artefact.read(tmp_path / "old")}, tmp_path / "convert")
+
+
+def test_a_mask_of_zeros_and_infinities_is_no_damage(tmp_path: Path) -> None:
+    causal = np.triu(np.full((4, 4), -np.inf, np.float32), 1)
+    trained = make_trained(tmp_path / "train", weights() | {"attention.mask": causal}, masks())
+    frozen = freeze.run(freeze.FreezeConfig(), {"train": trained}, tmp_path / "freeze")
+    np.testing.assert_array_equal(load_file(frozen.file("model.safetensors"))["attention.mask"], causal)
+
+
 def test_weights_and_masks_must_belong_together(tmp_path: Path) -> None:
     def failing(state: dict[str, Array], mask_of: dict[str, Array], **metrics: Any) -> str:
         trained = make_trained(tmp_path / "train", state, mask_of, **metrics)
@@ -337,6 +362,14 @@ def test_zeros_of_a_safetensors_file_become_the_masks(tmp_path: Path, own: Own) 
     assert convert.load_weights(converted)["fc.weight"].tobytes() == state["fc.weight"].tobytes()
 
 
+def test_a_checkpoint_with_nan_is_refused(tmp_path: Path, own: Own) -> None:
+    weight = np.full((64, 128), np.nan, np.float32)
+    save_file({"fc.weight": weight, "fc.bias": np.full(64, np.inf, np.float32)}, tmp_path / "net.safetensors")
+    with pytest.raises(ArtefactError, match=r"'fc\.bias' holds 64 of 64 values.* Other tensors with such values: 1\."):
+        freeze.from_checkpoint(tmp_path / "net.safetensors", own("fc"), tmp_path / "frozen")
+    assert not (tmp_path / "frozen").exists()
+
+
 def pruned_module() -> Any:
     torch = pytest.importorskip("torch")
     from torch.nn.utils.prune import l1_unstructured, random_unstructured
@@ -538,6 +571,18 @@ def test_the_weights_of_an_onnx_file(tmp_path: Path) -> None:
     assert {layer["name"]: layer["format"] for layer in artefact.metrics["layers"]} == dict.fromkeys(
         ("conv.w", "gemm", "mat"), "csr"
     )
+
+
+def test_an_onnx_file_with_nan_is_refused(tmp_path: Path) -> None:
+    onnx_file(tmp_path / "net.onnx")
+    model = onnx.load(tmp_path / "net.onnx")
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "conv.w")
+    values = numpy_helper.to_array(tensor).copy()
+    values.reshape(-1)[:3] = np.nan
+    tensor.CopyFrom(numpy_helper.from_array(values, "conv.w"))
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(ArtefactError, match=rf"net\.onnx: 'conv\.w' holds 3 of {values.size} values"):
+        convert.from_onnx(tmp_path / "net.onnx", Conversion(), tmp_path / "converted")
 
 
 def test_an_onnx_file_without_weights_is_named(tmp_path: Path) -> None:

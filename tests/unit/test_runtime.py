@@ -368,6 +368,9 @@ def test_outputs_that_are_not_finite_are_counted_and_never_pass(value: float, dt
         tally.add([reference], [candidate])
         assert (tally.not_finite, tally.reference_not_finite) == counts
         assert not tally.passed(max_relative=math.inf, min_agreement=0.0)
+        assert math.isinf(tally.max_abs)
+        assert math.isinf(tally.max_relative)
+        assert math.isinf(tally.rms_of_range)
         assert f"{counts[0]} of the file, {counts[1]} of the reference" in str(tally.note)
 
 
