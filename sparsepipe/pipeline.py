@@ -96,7 +96,12 @@ def run(
         out: the run folder; each stage writes the folder of its name in it.
         force: run every stage again, and start an interrupted training over instead of resuming it.
         announce: called before each stage with the stage and whether it is skipped.
+
+    Raises:
+        RecipeError: the recipe asks for an export in int8 with nothing to calibrate on; it is known before training.
+        SparsepipeError: of a stage.
     """
+    recipe.refuse_uncalibrated()
     outcomes: dict[str, Outcome] = {}
     for stage in stages(recipe, force=force):
         inputs = {name: outcomes[name].artefact for name in stage.needs}

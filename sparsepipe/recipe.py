@@ -31,6 +31,7 @@ from sparsepipe.errors import RecipeError
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Target = Literal["dense", "portable", "universal"]
+INT8_TARGETS: tuple[Target, ...] = ("dense", "universal")
 DEFAULT_METHOD = "dst-ee"
 LONGEST_NAME = 200
 """Bytes; file systems take 255 for a folder, and verbs append to it what they are."""
@@ -190,11 +191,17 @@ class Export(Section):
 
     @field_validator("precision")
     @classmethod
-    def _measuring_is_in_fp32(
+    def _precisions_have_files(
         cls, precision: tuple[Literal["fp32", "int8"], ...], info: ValidationInfo
     ) -> tuple[Literal["fp32", "int8"], ...]:
         if "fp32" not in precision and info.data.get("measure"):
             raise ValueError("layers of int8 files are chosen by the cost model; they cannot be measured yet")
+        targets = set(info.data.get("targets", INT8_TARGETS))
+        # A run's recipe names the default, too, of which portable is left out.
+        chosen = targets != set(cls.model_fields["targets"].default)
+        in_vain = chosen and "fp32" not in precision and "portable" in targets
+        if "int8" in precision and (in_vain or not targets & set(INT8_TARGETS)):
+            raise ValueError("the target portable has no int8 form; name the targets dense, universal or both")
         return tuple(sorted(set(precision)))  # fp32 first: what others are compared with
 
 
@@ -247,6 +254,27 @@ class Recipe(Section):
     bench: Bench = Bench()
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+    def refuse_uncalibrated(self) -> None:
+        """For a chain of training and export: nothing but the recipe can name samples to calibrate on.
+
+        Raises:
+            RecipeError: the section `export` asks for int8, and there will be nothing to find ranges on.
+        """
+        export = self.export
+        if "int8" not in export.precision or export.calibrate is not None:
+            return
+        if export.max_drop is not None:
+            what = "export.max_drop measures the accuracy of int8 on samples, and none are named."
+        elif self.train.precision != "int8-qat":
+            what = "int8 needs samples, on which the ranges of activations are found, and none are named."
+        else:
+            return
+        raise RecipeError(
+            what,
+            where="export.calibrate",
+            advice=f"Set it to a dataset, such as the one that is trained on, '{self.data.name}'.",
+        )
 
     @field_validator("name")
     @classmethod

@@ -92,7 +92,6 @@ def run(
         ArtefactError: the artefact is damaged.
         MissingExtraError: torch or onnxscript is not installed.
     """
-    _check_settings(config)
     try:
         from sparsepipe.graph.build import build
     except ImportError as error:
@@ -126,7 +125,6 @@ def from_onnx(path: Path, config: recipe.Export, out: Path) -> Artefact:
         GraphError: the file cannot be read, holds values that are not finite, cannot be converted to the opset, or
             cannot be loaded by onnxruntime.
     """
-    _check_settings(config)
     with bar("Export", _steps(config)) as progress:
         model = refuse_not_finite(load(path), where=str(path))
         if "opset" in config.model_fields_set:
@@ -152,7 +150,6 @@ def export_onnx(network: nn.Module, input_shape: tuple[int, ...], out: str | Pat
         MissingExtraError: onnxscript is not installed.
     """
     config = recipe.check(recipe.Export, settings, where="export")
-    _check_settings(config)
     try:
         from sparsepipe.graph.build import build
     except ImportError as error:
@@ -270,13 +267,6 @@ def _write(
         )
     advance()
     return Artefact.read(out, "export")
-
-
-def _check_settings(config: recipe.Export) -> None:
-    if INT8 in config.precision:
-        from sparsepipe.stages import int8
-
-        int8.check_settings(config)
 
 
 def _plan(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsepipe.recipe import Export
+from sparsepipe.recipe import INT8_TARGETS, Export
 
 FP32, INT8 = "fp32", "int8"
-INT8_TARGETS = ("dense", "universal")
 
 
 @dataclass(frozen=True)

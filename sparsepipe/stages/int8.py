@@ -25,7 +25,6 @@ from sparsepipe.runtime.inputs import inputs_of
 from sparsepipe.runtime.samples import Batch, labelled_samples
 from sparsepipe.runtime.sessions import session
 from sparsepipe.spec import ModelSpec
-from sparsepipe.stages.forms import FP32, INT8_TARGETS
 from sparsepipe.stages.int8_selection import Selection, select
 from sparsepipe.stages.validate import input_for
 
@@ -52,20 +51,6 @@ class Int8:
     kernels: list[Choice]
     samples: int
     selection: Selection | None = None
-
-
-def check_settings(config: Export) -> None:
-    """Refuse what has no meaning for int8.
-
-    Raises:
-        RecipeError: a target without an int8 form.
-    """
-    chosen = set(config.targets) != set(Export.model_fields["targets"].default)  # a run's recipe names the default, too
-    portable_alone = FP32 not in config.precision and "portable" in config.targets
-    if (chosen and portable_alone) or not set(config.targets) & set(INT8_TARGETS):
-        raise RecipeError(
-            "The target portable has no int8 form.", where="export.targets", advice="Name dense, universal or both."
-        )
 
 
 def prepare(folded: ModelProto, properties: Mapping[str, str], config: Export) -> Int8:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sparsepipe import recipe
+from sparsepipe import pipeline, recipe
 from sparsepipe.errors import RecipeError
 
 MINIMAL = {"model": "resnet20", "data": "mnist5k"}
@@ -62,6 +63,8 @@ def test_an_option_of_a_short_form_section_can_be_set() -> None:
         ("optimizer=lamb", ["optimizer.name", "'sgd'", "'adamw'"]),
         ("train.validation=1.5", ["train.validation", "1.5", "less than 1"]),
         ("export.targets=['tflite']", ["export.targets", "'dense'", "'portable'"]),
+        ("export={targets=['portable'], precision='int8'}", ["export.precision", "portable", "dense, universal"]),
+        ("export={targets=['dense', 'portable'], precision='int8'}", ["export.precision", "portable"]),
         ("seed.x=1", ["seed"]),
         ("name=../outside", ["name", "folder"]),
         ('name="x\\u0000y"', ["'name'", "control characters"]),
@@ -125,6 +128,43 @@ def test_a_written_recipe_reads_back_equal(tmp_path: Path) -> None:
 def test_the_digest_changes_with_every_setting() -> None:
     variants = [parse(), parse("seed=1"), parse("train.epochs=3"), parse("method.c=1.0"), parse("data=digits")]
     assert len({recipe.digest(variant) for variant in variants}) == len(variants)
+
+
+@pytest.mark.parametrize(
+    "export",
+    [
+        {"precision": "int8"},
+        {"precision": "int8", "targets": ("dense", "portable", "universal")},  # as a run's recipe names the default
+        {"precision": ("int8", "fp32"), "targets": ("dense", "portable")},
+        {"precision": "fp32", "targets": ("portable",)},
+    ],
+)
+def test_int8_beside_targets_that_have_it_is_allowed(export: dict[str, Any]) -> None:
+    assert parse(export=export).export.targets == export.get("targets", ("dense", "portable", "universal"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["export.precision=int8"], "int8 needs samples"),
+        (["export.precision=['fp32','int8']"], "int8 needs samples"),
+        (["export.precision=int8", "export.max_drop=1", "train.precision=int8-qat"], "max_drop"),
+        (["export.precision=int8", "train.precision=int8-qat"], None),
+        (["export.precision=int8", "export.calibrate=digits"], None),
+        (["export.max_drop=1"], None),
+    ],
+)
+def test_a_chain_to_int8_needs_samples_from_the_recipe(
+    overrides: list[str], word: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = parse(*overrides)
+    monkeypatch.setattr(pipeline, "stages", lambda recipe, *, force: [])
+    if word is None:
+        assert pipeline.run(loaded, tmp_path) == {}
+        return
+    with pytest.raises(RecipeError, match=rf"^export\.calibrate: .*{word}") as caught:
+        pipeline.run(loaded, tmp_path)
+    assert "--" not in str(caught.value), "a recipe has no options of the command line"
 
 
 def test_every_example_recipe_is_valid() -> None:
