@@ -45,8 +45,7 @@ def files(result: Row) -> None:
     }
     if given:
         click.echo(f"Inputs: {'; '.join(sorted(given))}.")
-    _noise(result["results"])
-    _verdicts(result.get("verdicts", []))
+    _quiet(result["results"], result.get("verdicts", []))
     _notes([(f"{row['file']}, {_setting(row)}", row["note"]) for row in result["results"]])
 
 
@@ -72,8 +71,7 @@ def peers(result: Row) -> None:
     click.echo(f"int8 was calibrated, and outputs were compared, on {result['samples']}.")
     for name, settings in result["peers"].items():
         click.echo(f"{name} was set to: {settings}.")
-    _noise(result["results"])
-    _verdicts(result["verdicts"])
+    _quiet(result["results"], result["verdicts"])
     _notes([(f"{row['file']}, {_setting(row)}", row["note"]) for row in result["results"]])
 
 
@@ -95,7 +93,7 @@ def what_if(result: Row) -> None:
                 row["batch"],
                 _interval(row["dense"]["latency_ms"]["p50"]),
                 _interval(row["sparse"]["latency_ms"]["p50"]),
-                _interval(row["sparse"]["speedup"]),
+                _interval(row["sparse"]["speedup"]) if row["layers_sparse"] or "int8" in row else None,
                 *_over_int8(row),
                 *(_beside(row, key) for key in ("file_bytes", "rss_bytes")),
                 f"{_number(row['sparse']['load_ms'])} of {_number(row['dense']['load_ms'])}",
@@ -114,7 +112,14 @@ def what_if(result: Row) -> None:
         for kind in ("dense", "int8", "sparse")
         if kind in row
     ]
-    _noise([row for _, row in lines])
+    if dense_still := [
+        f"{row['pattern']} {row['sparsity']:.4g}" for row in result["results"] if not row["layers_sparse"]
+    ]:
+        click.echo(
+            f"No layer is sparse at {', '.join(dict.fromkeys(dense_still))}, because none would be faster: that file "
+            f"computes what the dense {'int8 ' if with_int8 else ''}one does, and no speed-up over it is shown."
+        )
+    _quiet([row for _, row in lines], [])
     _notes([(place, row["note"]) for place, row in lines])
 
 
@@ -177,19 +182,17 @@ SHOW = {"edge": edge, "ONNX files": files, "--peers": peers, "--model": what_if,
 """Form of the command -> how its result is shown."""
 
 
-def _verdicts(found: Sequence[Row]) -> None:
+def _quiet(rows: Sequence[Row], found: Sequence[Row]) -> None:
+    """What is to be thought of the machine: a verdict for each setting that has one, a count for all others."""
     from sparsepipe.reporting import verdicts
 
-    for verdict in found:
-        click.echo(verdicts.sentence(verdict))
-
-
-def _noise(rows: Sequence[Row]) -> None:
-    noisy = sum(row["noisy"] for row in rows)
-    if noisy:
+    rest = [row for row in rows if not any(verdicts.of_setting(verdict, row) for verdict in found)]
+    if noisy := sum(row["noisy"] for row in rest):
         click.echo(
-            f"The machine was noisy in {noisy} of {len(rows)} measurements of wall time: small differences are noise."
+            f"The machine was noisy in {noisy} of {len(rest)} measurements of wall time: small differences are noise."
         )
+    for verdict in found:
+        click.echo(verdicts.sentence(verdict, rows))
 
 
 def _notes(notes: Sequence[tuple[str, str | None]]) -> None:
@@ -214,7 +217,8 @@ def _over_int8(row: Row) -> list[str | None]:
     """Latency of the dense int8 file, and the speed-up over it; nothing where it was not measured."""
     if "int8" not in row:
         return []
-    return [_interval(row["int8"]["latency_ms"]["p50"]), _interval(row["sparse"]["speedup_over_int8"])]
+    gain = row["sparse"]["speedup_over_int8"] if row["layers_sparse"] else None
+    return [_interval(row["int8"]["latency_ms"]["p50"]), _interval(gain)]
 
 
 def _beside(row: Row, key: str) -> str:

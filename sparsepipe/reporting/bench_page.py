@@ -328,7 +328,7 @@ def _quiet(result: Row) -> list[str]:
     if measured.kind_of(result) == "suite":
         races = [verdict for row in result["rows"] for verdict in row.get("verdicts", [])]
         return [verdicts.summary(races)] if races else []
-    return [verdicts.sentence(verdict) for verdict in result.get("verdicts", [])]
+    return [verdicts.sentence(verdict, result["results"]) for verdict in result.get("verdicts", [])]
 
 
 def _environment(result: Row) -> Iterable[tuple[str, str]]:
