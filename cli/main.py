@@ -31,6 +31,15 @@ VERBS = {
     "doctor": "Show versions, processor and what is installed.",
 }
 
+REPEATED = "The same command goes on with what is not finished."
+GOES_ON = {
+    "train": "`sparsepipe train --resume` goes on with the training.",
+    "run": REPEATED,
+    "compare": REPEATED,
+    "emc": REPEATED,
+}
+"""What to do after an interruption, for the verbs that do not start anew."""
+
 
 class LazyGroup(click.Group):
     """A group that knows its verbs by name and imports a verb's module only to run it or to show its help."""
@@ -78,7 +87,8 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt) as error:
         cause = error.__cause__ if isinstance(error, click.Abort) else error  # click makes one of the other
         number = cause.number if isinstance(cause, InterruptedBySignal) else signal.SIGINT
-        _fail("Interrupted. `sparsepipe train --resume` and `sparsepipe run` go on with a training.", 128 + number)
+        verb = next(iter(sys.argv[1:]), "")
+        _fail(" ".join(["Interrupted.", *([GOES_ON[verb]] if verb in GOES_ON else [])]), 128 + number)
     except BrokenPipeError:
         # The reader of our output has gone (`sparsepipe models | head`); that is no error of ours.
         sys.stderr.close()

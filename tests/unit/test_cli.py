@@ -300,6 +300,24 @@ def test_tables_align_numbers_to_the_right_and_sentences_that_begin_with_one_to_
     assert first.index("90.0%") == second.index("0.0%")
 
 
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        ("train", "Error: Interrupted. `sparsepipe train --resume` goes on with the training.\n"),
+        ("run", "Error: Interrupted. The same command goes on with what is not finished.\n"),
+        ("bench", "Error: Interrupted.\n"),
+    ],
+)
+def test_an_interruption_is_told_how_to_go_on_only_where_that_is_possible(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, verb: str, said: str
+) -> None:
+    def interrupted(**options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.sparsepipe, "main", interrupted)
+    assert invoke(verb) == (130, "", said)
+
+
 def test_names_in_a_table_are_text_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     from sparsepipe.cli import common
 
