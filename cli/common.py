@@ -15,6 +15,7 @@ from click.core import ParameterSource
 
 from sparsepipe import launch
 from sparsepipe.errors import ArtefactError, RecipeError
+from sparsepipe.folders import RECIPE_FILE, partial_of
 
 if TYPE_CHECKING:
     from sparsepipe.artefact import Artefact
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-RECIPE_FILE = "recipe.toml"
 TIME = "%H:%M:%S"
 NUMBER = re.compile(r"–|-?\d[^ ]*( \w{1,2}| \([^)]*\))?")
 """A cell that holds a number, as `12`, `3.1 kB`, `80%`, `1033/5184` or `0.29 (0.28–0.30)`, or none."""
@@ -245,7 +245,7 @@ def find_input(source: Path, stages: Sequence[str]) -> Artefact:
         if artefact := find(source, stage):
             return artefact
     wanted = " or ".join(f"'{stage}'" for stage in stages)
-    partial = (source / f"{stages[-1]}.partial").is_dir() or source.with_name(source.name + ".partial").is_dir()
+    partial = (source / f"{stages[-1]}.partial").is_dir() or partial_of(source).is_dir()
     raise ArtefactError(
         f"There is no finished output of {wanted} here.",
         where=str(source),
@@ -322,6 +322,43 @@ def load_recipe(path: Path, overrides: Sequence[str], out: Path | None, suffix: 
 
     loaded = recipe.load(path, overrides)
     return loaded, out if out is not None else Path("runs") / f"{loaded.name}{suffix}"
+
+
+def check_recipe_copy(path: Path, loaded: Recipe | None, folder: Path) -> None:
+    """Refuse to let the copy of the recipe in the run folder take the place of the recipe that the user wrote.
+
+    Args:
+        path: what the user wrote.
+        loaded: what the run goes by; None where it is not known before the end.
+        folder: the run folder.
+
+    Raises:
+        RecipeError: `path` is the very file that the copy would replace, and it says something else than `loaded`.
+    """
+    from sparsepipe import recipe
+    from sparsepipe.errors import RecipeError
+
+    if _is_its_own_copy(path, folder) and (
+        loaded is None or recipe.digest(recipe.load(path, ())) != recipe.digest(loaded)
+    ):
+        raise RecipeError(
+            "The output folder is that of the recipe, whose place its copy with the changed settings would take.",
+            where=str(path),
+            advice="Write the settings into the recipe, or name another folder with --out.",
+        )
+
+
+def write_recipe_copy(path: Path, loaded: Recipe, folder: Path) -> None:
+    """Write `loaded` into the run folder, unless the user's recipe `path` stands there as it is."""
+    from sparsepipe import recipe
+
+    if not _is_its_own_copy(path, folder):
+        recipe.write(loaded, folder / RECIPE_FILE)
+
+
+def _is_its_own_copy(path: Path, folder: Path) -> bool:
+    copy = folder / RECIPE_FILE
+    return copy.exists() and copy.samefile(path)
 
 
 def write_up(folder: Path, name: str, text: str, draw: Callable[[], str | None]) -> None:

@@ -21,10 +21,11 @@ from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sparsepipe import folders
 from sparsepipe.environment import package_versions
 from sparsepipe.errors import ArtefactError
 
-MANIFEST = "manifest.json"
+MANIFEST = folders.MANIFEST
 SCHEMA_VERSION = 1
 
 
@@ -140,6 +141,10 @@ class Draft:
     folder: Path
     metrics: dict[str, Any] = field(default_factory=dict)
 
+    def clear(self) -> None:
+        """Delete what an interrupted run left in the folder."""
+        folders.empty(self.folder)
+
 
 @contextmanager
 def draft(
@@ -157,75 +162,103 @@ def draft(
         resumable: keep what an interrupted run left in `folder`.partial, and keep it again if this run fails.
 
     Raises:
-        ArtefactError: `folder` holds files that no stage wrote, or that another stage wrote; they are not touched.
+        ArtefactError: as `check_free`.
     """
-    folder = folder.absolute()
-    if (folder / MANIFEST).is_file() and (present := Artefact.read(folder).manifest.stage) != stage:
+    check_free(folder, stage)
+    with folders.under_construction(folders.named(folder), resumable=resumable) as partial:
+        building = Draft(partial)
+        started = time.monotonic()
+        yield building
+        building.metrics.setdefault("seconds", time.monotonic() - started)
+        _write_manifest(building, stage, config, inputs)
+
+
+def copy(source: Artefact, folder: Path) -> Artefact:
+    """Put a copy of `source`, with the same manifest, in the place of what `folder` holds.
+
+    Raises:
+        ArtefactError: as `check_free`.
+    """
+    check_free(folder, source.manifest.stage)
+    with folders.under_construction(folders.named(folder)) as partial:
+        for name in source.manifest.outputs:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.file(name), partial / name)
+        shutil.copyfile(source.folder / MANIFEST, partial / MANIFEST)
+    return Artefact.read(folder)
+
+
+def check_free(folder: Path, stage: str) -> None:
+    """Refuse to let `stage` write to `folder` where anything would be lost but an older output of that stage.
+
+    An output that cannot be read makes way where it stands under its stage's name in a run folder.
+
+    Raises:
+        ArtefactError: `folder` holds files that no stage wrote, or that another stage wrote, or it is the current
+            folder; or what has the name of its folder under construction was not made by sparsepipe.
+    """
+    folder = folders.named(folder)
+    folders.refuse_foreign(folders.partial_of(folder))
+    folders.refuse_foreign(folders.aside_of(folder))
+    if not folder.exists():
+        return
+    if Path.cwd().is_relative_to(folder.resolve()):
         raise ArtefactError(
-            f"The output folder holds the output of the stage '{present}'.",
+            "The output folder is the current folder, which cannot be replaced.",
             where=str(folder),
-            advice="Name another folder with --out.",
+            advice="Name a new folder with --out.",
         )
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if not (folder / MANIFEST).is_file():
+        if folder.is_dir() and not any(folder.iterdir()):
+            return
         raise ArtefactError(
             "The output folder exists and holds other files.", where=str(folder), advice="Name a new folder with --out."
         )
-    partial = folder.with_name(folder.name + ".partial")
-    if partial.exists() and not resumable:
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    _remove_temporary(partial)
-    if folder.exists():
-        shutil.rmtree(_aside(folder), ignore_errors=True)
-    building = Draft(partial)
-    started = time.monotonic()
     try:
-        yield building
-        building.metrics.setdefault("seconds", time.monotonic() - started)
-        _finish(building, folder, stage, config, inputs)
-    except BaseException:
-        if not resumable:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+        present = Artefact.read(folder).manifest
+    except ArtefactError as error:
+        if folder.name.removesuffix("-dense") == stage and (folder.parent / folders.RECIPE_FILE).is_file():
+            return
+        raise ArtefactError(
+            f"The output folder cannot be replaced, as nothing says what is in it. {error.what}",
+            where=str(folder),
+            advice="Delete it, or name another folder with --out.",
+        ) from error
+    if present.stage != stage:
+        raise ArtefactError(
+            f"The output folder holds the output of the stage '{present.stage}'.",
+            where=str(folder),
+            advice="Name another folder with --out.",
+        )
+    if others := sorted({*_files(folder)} - {*present.outputs}):
+        raise ArtefactError(
+            f"The output folder holds files that the stage '{stage}' did not write: {', '.join(others)}.",
+            where=str(folder),
+            advice="Move them elsewhere, or name another folder with --out.",
+        )
 
 
-def _finish(building: Draft, folder: Path, stage: str, config: BaseModel, inputs: Mapping[str, str]) -> None:
-    partial = building.folder
-    _remove_temporary(partial)
-    outputs = {
-        path.relative_to(partial).as_posix(): digest_file(path)
-        for path in sorted(partial.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+def _write_manifest(building: Draft, stage: str, config: BaseModel, inputs: Mapping[str, str]) -> None:
+    folders.remove_temporary(building.folder)
     manifest = Manifest(
         stage=stage,
         config=config.model_dump(mode="json"),
         inputs=dict(inputs),
-        outputs=outputs,
+        outputs={name: digest_file(building.folder / name) for name in _files(building.folder)},
         versions=package_versions(),
         metrics=building.metrics,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    write_text(partial / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
-    # The old folder steps aside by rename, so there is no moment in which its files are half gone.
-    aside = _aside(folder)
-    if folder.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(folder, aside)
-    os.replace(partial, folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    write_text(building.folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
 
 
-def _aside(folder: Path) -> Path:
-    """Where an old folder waits while a new one takes its place; a run that is killed just then leaves it there."""
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _remove_temporary(folder: Path) -> None:
-    """Remove the temporary files of a run that was killed while it wrote."""
-    for leftover in folder.rglob(".*"):
-        if leftover.is_file():
-            leftover.unlink()
+def _files(folder: Path) -> list[str]:
+    """Names of all files in `folder`, relative to it, in their order; manifests are none of its outputs."""
+    return [
+        path.relative_to(folder).as_posix()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (MANIFEST, folders.MARK)
+    ]
 
 
 @contextmanager
@@ -320,7 +353,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _advice(folder: Path) -> str:
-    if folder.with_name(folder.name + ".partial").is_dir():
+    if folders.partial_of(folder).is_dir():
         return "The run that makes it was interrupted; continue it with --resume."
     if not folder.exists():
         return "The folder does not exist."

@@ -92,7 +92,7 @@ def run(config: BaseModel, inputs: Mapping[str, Artefact], out: Path, *, trusted
     export = inputs["export"]
     source = next(inputs[stage] for stage in NETWORK_STAGES if stage in inputs)
     reference = from_artefact(source, export, trusted_model)
-    files = {target: export.file(file["name"]) for target, file in export.metrics["files"].items()}
+    files = {target: export.file(file["name"]) for target, file in export.metric("files").items()}
     if isinstance(reference.network, OnnxNetwork):
         files.pop(DENSE_TARGET)
     if not files:
