@@ -24,23 +24,23 @@ def command(recipe: Path, out: Path | None, force: bool, overrides: tuple[str, .
     from its last checkpoint. Exits with 1 if the exported files do not compute what the trained network does.
     """
     from sparsepipe import pipeline
-    from sparsepipe import recipe as recipes
     from sparsepipe.progress import log
     from sparsepipe.reporting import summary
 
     loaded, folder = common.load_recipe(recipe, overrides, out)
     common.check_threads(loaded.bench.threads)
+    common.check_recipe_copy(recipe, loaded, folder)
 
     def announce(stage: Stage, skipped: bool) -> None:
         if stage.needs:  # training has accepted the recipe, so it may take the place of the one that stands there
-            recipes.write(loaded, folder / common.RECIPE_FILE)
+            common.write_recipe_copy(recipe, loaded, folder)
         log.info("%s: unchanged, skipped" if skipped else "%s", stage.name)
 
     outcomes = pipeline.run(loaded, folder, force=force, announce=announce)
     artefacts = {name: outcome.artefact for name, outcome in outcomes.items()}
     result = summary.summarise(artefacts)
     report = artefacts["report"].file("report.html")
-    passed = bool(artefacts["validate"].metrics["passed"])
+    passed = bool(artefacts["validate"].metric("passed"))
     if as_json:
         stages = {
             name: {"folder": str(done.artefact.folder), "skipped": done.skipped, "seconds": round(done.seconds, 3)}

@@ -15,6 +15,7 @@ BELONGS = {"tolerance": ("--target-sparsity",), "trials": ("--target-sparsity",)
 @click.command("train")
 @common.recipe_options()
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted run.")
+@click.option("--restart", is_flag=True, help="Start over, and delete what an interrupted run left.")
 @click.option(
     "--modifier", "modifier_names", metavar="NAMES",
     help="What to combine with the method, as `adversarial,extrapolation`; their options are in the recipe "
@@ -33,6 +34,7 @@ def command(
     recipe: Path,
     out: Path | None,
     resume: bool,
+    restart: bool,
     modifier_names: str | None,
     target_sparsity: float | None,
     tolerance: float,
@@ -56,22 +58,27 @@ def command(
             "--target-sparsity searches in one process: it trains again and again. Run it without torchrun, and train "
             "in several processes with the knob that it found."
         )
+    if resume and restart:
+        raise click.UsageError("--resume goes on with an interrupted training, and --restart deletes it: give one.")
     loaded, folder = common.load_recipe(recipe, overrides, out)
     if modifier_names is not None:
         loaded = recipes.with_modifiers(loaded, modifier_names)
+    common.check_recipe_copy(recipe, loaded if target_sparsity is None else None, folder)
     config = train.TrainConfig.from_recipe(loaded)
     if launch.rank() > 0:
         train.follow(config)
         return
     tried: list[dict[str, Any]] = []
     if target_sparsity is None:
-        artefact = train.run(config, {}, folder / "train", resume=resume)
+        artefact = train.run(config, {}, folder / "train", resume=resume, restart=restart)
     else:
+        if not restart:
+            train.refuse_interrupted(folder / "train")
         artefact, config, tried = target.run(
             config, folder / "train", sparsity=target_sparsity, tolerance=tolerance, most=trials
         )
         loaded = loaded.model_copy(update={"method": config.method})
-    recipes.write(loaded, folder / common.RECIPE_FILE)
+    common.write_recipe_copy(recipe, loaded, folder)
     if as_json:
         common.print_json(common.artefact_json(artefact))
         return

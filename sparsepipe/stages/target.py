@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsepipe.artefact import Artefact, write_json
+from sparsepipe.artefact import Artefact, check_free, copy, write_json
 from sparsepipe.errors import RecipeError
 from sparsepipe.recipe import Choice
 from sparsepipe.sparsity import registry
@@ -61,6 +60,7 @@ def run(
 
     Raises:
         RecipeError: the method has no knob, or the sparsity is not between 0 and 1.
+        ArtefactError: `out` holds something else than a training.
         SparsepipeError: as the stage `train`.
     """
     name = config.method.name
@@ -78,6 +78,7 @@ def run(
     if not 0 < sparsity < 1:
         raise RecipeError(f"The sparsity must be between 0 and 1, not {sparsity:g}.", where="--target-sparsity")
     first = float(getattr(registry.create(name, config.method.options), knob)) or FIRST
+    check_free(out, "train")
     done: dict[float, tuple[Artefact, train.TrainConfig]] = {}
 
     def measure(value: float) -> float:
@@ -85,21 +86,17 @@ def run(
         tried = config.model_copy(update={"method": method})
         artefact = train.run(tried, {}, out.parent / "trials" / f"{knob}-{value:.6g}", resume=True)
         done[value] = artefact, tried
-        log.info("%s = %.6g: sparsity %.2f%%.", knob, value, 100 * artefact.metrics["sparsity"])
-        return float(artefact.metrics["sparsity"])
+        log.info("%s = %.6g: sparsity %.2f%%.", knob, value, 100 * artefact.metric("sparsity"))
+        return float(artefact.metric("sparsity"))
 
     trials = bisect(measure, first, sparsity, tolerance, most)
     best, found = min(trials, key=lambda trial: abs(trial[1] - sparsity))
     if abs(found - sparsity) > tolerance:
         log.warning("After %d trials the closest sparsity is %.2f%%.", len(trials), 100 * found)
     table = [
-        {knob: value, "sparsity": reached, "validation_accuracy": done[value][0].metrics["validation_accuracy"]}
+        {knob: value, "sparsity": reached, "validation_accuracy": done[value][0].metric("validation_accuracy")}
         for value, reached in trials
     ]
-    copied = out.with_name(f"{out.name}.copy")
-    shutil.rmtree(copied, ignore_errors=True)
-    shutil.copytree(done[best][0].folder, copied)
-    shutil.rmtree(out, ignore_errors=True)
-    copied.rename(out)
+    chosen = copy(done[best][0], out)
     write_json(out.parent / TRIALS_FILE, {"method": name, "knob": knob, "target": sparsity, "trials": table})
-    return Artefact.read(out, "train"), done[best][1], table
+    return chosen, done[best][1], table

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from sparsepipe import data, launch
+from sparsepipe import data, folders, launch
 from sparsepipe.artefact import MANIFEST, Artefact, digest_file, draft
 from sparsepipe.errors import ArtefactError, MissingExtraError, ModelError
 from sparsepipe.plugins import is_plugin, load_plugin
@@ -63,33 +62,54 @@ class TrainConfig(Section):
         return cls(**{**sections, "train": training})
 
 
-def run(config: BaseModel, inputs: Mapping[str, Artefact], out: Path, *, resume: bool = False) -> Artefact:
+def run(
+    config: BaseModel, inputs: Mapping[str, Artefact], out: Path, *, resume: bool = False, restart: bool = False
+) -> Artefact:
     """Train a network; under torchrun as process 0, while the others `follow`.
 
     Args:
         config: a `TrainConfig`.
         inputs: none.
         out: folder to write.
-        resume: go on from the checkpoint that an interrupted run left in `<out>.partial`, if there is one. Without it
-            what such a run left is deleted.
+        resume: go on from the checkpoint that an interrupted run left in `<out>.partial`, if there is one.
+        restart: delete such a checkpoint when the first step of this training is due. With neither it is refused.
 
     Raises:
         SparsepipeError: data, network, method or settings do not fit together; the checkpoint is of another
-            configuration or damaged; the loss is not finite any more.
+            configuration or damaged, or is there and neither `resume` nor `restart` is set; the loss is not finite any
+            more.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the checkpoint of the last finished step is written.
         MissingExtraError: a package of the extra `train` is not installed.
     """
     assert isinstance(config, TrainConfig)
     trainer = _trainer()
     sources = _sources(config)
-    partial = out.absolute().with_name(out.name + ".partial")
+    partial = folders.partial_of(out)
     with trainer.device.connected(config.train.device, config.train.precision) as fabric:
         if resume and not partial.exists() and (done := _finished(out, config, sources)) is not None:
             log.info("This training is finished already.")
             fabric.broadcast(None)  # the others wait for an order
             return done
         with _only_one(partial):
+            if not resume and not restart:
+                refuse_interrupted(out)
             return _train(trainer, fabric, config, sources, out, partial, resume)
+
+
+def refuse_interrupted(out: Path) -> None:
+    """Keep what an interrupted run left for `out`.
+
+    Raises:
+        ArtefactError: there is a checkpoint.
+        MissingExtraError: a package of the extra `train` is not installed.
+    """
+    partial = folders.partial_of(out)
+    if _trainer().checkpoint.exists(partial):
+        raise ArtefactError(
+            "An interrupted training is here, which would be lost.",
+            where=str(partial),
+            advice="Go on with it: `sparsepipe train` with --resume; or start over: with --restart.",
+        )
 
 
 def follow(config: TrainConfig) -> None:
@@ -124,18 +144,14 @@ def _train(
 ) -> Artefact:
     identity = _identity(config, sources)
     state = _interrupted(trainer, partial, identity) if resume else None
-    if state is None and partial.exists():
-        if not resume:
-            log.info("The interrupted training in %s is discarded (--resume would go on with it).", partial)
-        shutil.rmtree(partial)
     try:
         with draft(out, "train", config, sources, resumable=True) as building:
             fabric.broadcast({"identity": identity, "state": state})
             trainer.train(config, fabric, building, identity, state)
     except BaseException as error:
         resumable = trainer.checkpoint.exists(partial)
-        if not resumable:
-            shutil.rmtree(partial, ignore_errors=True)
+        if not resumable and folders.is_ours(partial):
+            folders.discard(partial)
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise ArtefactError(
                 f"The result of the training could not be written ({error.strerror}).",
@@ -206,9 +222,8 @@ def _only_one(partial: Path) -> Iterator[None]:
     Raises:
         ArtefactError: another process trains there.
     """
-    partial.parent.mkdir(parents=True, exist_ok=True)
     path = partial.with_name(f".{partial.name}.lock")
-    with path.open("w") as lock:
+    with folders.made(partial.parent), path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -248,14 +263,14 @@ def _interrupted(trainer: ModuleType, partial: Path, identity: Mapping[str, Any]
         raise ArtefactError(
             "The checkpoint does not say what it is of.",
             where=str(partial),
-            advice="Start over: `sparsepipe train` without --resume, or `sparsepipe run --force`.",
+            advice="Start over: `sparsepipe train` with --restart, or `sparsepipe run --force`.",
         )
     _refuse_differing(
         before,
         identity,
         what="The interrupted training was made with other settings",
         where=str(partial),
-        advice="Resume it with the same recipe and data, or start over: `sparsepipe train` without --resume, or "
+        advice="Resume it with the same recipe and data, or start over: `sparsepipe train` with --restart, or "
         "`sparsepipe run --force`.",
     )
     return saved

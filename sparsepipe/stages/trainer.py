@@ -64,6 +64,10 @@ def train(
             _restore(training, state, str(building.folder) if building else f"process {fabric.global_rank}")
             log.info("Resuming after step %d of %d.", training.loop.step, training.loop.total_steps)
         _tell_what_stays_dense(training)
+        if state is None and building is not None:  # only now: what could not be assembled must cost nothing
+            if checkpoint.exists(building.folder):
+                log.info("The interrupted training in %s is discarded.", building.folder)
+            building.clear()
         multiples = _run(training, building, identity)
         masks = training.sparsifier.freeze()
         selected = _select(training, masks)
@@ -102,7 +106,7 @@ def _restore(training: Assembly, state: Mapping[str, Any], where: str) -> None:
         raise ArtefactError(
             f"The checkpoint does not hold the state of this training ({type(error).__name__}: {reason}).",
             where=where,
-            advice="Train from the start: `sparsepipe train` without --resume, or `sparsepipe run --force`.",
+            advice="Train from the start: `sparsepipe train` with --restart, or `sparsepipe run --force`.",
         ) from error
 
 
@@ -186,7 +190,7 @@ def _multiples(metrics: MetricsLog) -> list[float]:
         raise ArtefactError(
             "An epoch has no number 'mean_inference_flops_multiple'.",
             where=FILE,
-            advice="Train from the start, without --resume.",
+            advice="Train from the start: `sparsepipe train` with --restart.",
         ) from error
 
 

@@ -25,7 +25,14 @@ from sparsepipe import data  # noqa: E402
 from sparsepipe.artefact import Artefact  # noqa: E402
 from sparsepipe.data import Dataset, Split, prepare  # noqa: E402
 from sparsepipe.data.split import IntArray, Raw  # noqa: E402
-from sparsepipe.errors import ArtefactError, DataError, MissingExtraError, ModelError, RecipeError  # noqa: E402
+from sparsepipe.errors import (  # noqa: E402
+    ArtefactError,
+    DataError,
+    MissingExtraError,
+    ModelError,
+    RecipeError,
+    SparsepipeError,
+)
 from sparsepipe.formats.film import load_film  # noqa: E402
 from sparsepipe.formats.masks import load_masks  # noqa: E402
 from sparsepipe.models.registry import create  # noqa: E402
@@ -123,8 +130,8 @@ def config(*overrides: str) -> train.TrainConfig:
     return train.TrainConfig.from_recipe(parse(table, overrides))
 
 
-def run(out: Path, *overrides: str, resume: bool = False) -> Artefact:
-    return train.run(config(*overrides), {}, out, resume=resume)
+def run(out: Path, *overrides: str, resume: bool = False, restart: bool = False) -> Artefact:
+    return train.run(config(*overrides), {}, out, resume=resume, restart=restart)
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
@@ -686,14 +693,44 @@ def test_settings_that_change_no_result_may_change(
     assert_same_result(resumed, finished)
 
 
-def test_without_resume_an_interrupted_training_is_discarded_with_a_word(
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_an_interrupted_training_is_neither_resumed_nor_discarded_unasked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, finished: Artefact
 ) -> None:
     interrupted(tmp_path / "train", monkeypatch)
+    before = contents(tmp_path)
+    with pytest.raises(ArtefactError, match=r"would be lost.* --resume; or start over: with --restart"):
+        run(tmp_path / "train")
+    assert contents(tmp_path) == before
     with caplog.at_level(logging.INFO, "sparsepipe"):
-        again = run(tmp_path / "train")
+        again = run(tmp_path / "train", restart=True)
     assert "is discarded" in caplog.text
+    assert "Resuming" not in caplog.text
     assert_same_result(again, finished)
+
+
+@pytest.mark.parametrize("override", ["model=resnet999", "method.pattern=3y1", "data=npz:none.npz", "modifiers=nope"])
+def test_a_training_that_cannot_begin_costs_an_interrupted_one_nothing(
+    tmp_path: Path, halted: Path, override: str
+) -> None:
+    shutil.copytree(halted, tmp_path / "train.partial")
+    before = contents(tmp_path)
+    with pytest.raises(SparsepipeError):
+        run(tmp_path / "train", override, restart=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_of_somebody_else_is_not_taken_for_an_interrupted_training(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "train.partial").mkdir()
+    (tmp_path / "train.partial" / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ArtefactError, match="sparsepipe did not make it"):
+        run(tmp_path / "train", resume=resume, restart=not resume)
+    assert contents(tmp_path) == before
 
 
 def test_nothing_to_resume_is_a_fresh_start_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

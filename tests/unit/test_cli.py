@@ -104,6 +104,7 @@ def test_models_takes_a_wildcard(invoke: Invoke) -> None:
         (["bench", "{onnx}", "--threads", "0"], ["bench: 'threads.0' = 0: input should be greater than 0."]),
         (["train", "{recipe}", "--set", "method.pattern=3y1"], ["3y1"]),
         (["train", "{recipe}", "--set", "model.widht=3"], ["widht"]),
+        (["train", "{recipe}", "--resume", "--restart"], ["--resume", "--restart"]),
         (["train", "{recipe}", "--set", "model=no_such_module:build"], ["no_such_module"]),
         (["freeze", "{folder}"], ["'train'"]),
         (["convert", "{folder}"], ["'freeze'"]),
@@ -172,14 +173,14 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(
     given = [argument.format(**places) for argument in arguments]
     if given[0] in ("train", "compare", "emc"):
         given += ["--out", str(tmp_path / "out")]
-    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    before = {*tmp_path.rglob("*")}
     code, out, err = invoke(*given)
     assert code == 2, err
     assert not out
     assert "Traceback" not in err
     assert "allow_pickle" not in err
     assert all(part in err for part in parts), err
-    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before, "something was left half-written"
+    assert {*tmp_path.rglob("*")} == before, "something was left half-written"
 
 
 def test_a_foreign_onnx_file_goes_through_every_verb_that_takes_one(invoke: Invoke, tmp_path: Path) -> None:
@@ -280,6 +281,29 @@ def test_a_verb_never_replaces_another_stage_or_guesses_where_to_write(invoke: I
         assert code == 2
         assert "stage 'convert'" in err
     assert (tmp_path / "mine" / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("verb", ["freeze", "convert", "export"])
+@pytest.mark.parametrize("folder", [".", "..", "/"])
+def test_a_folder_without_a_name_of_its_own_is_an_input_like_any_other(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, folder: str
+) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    code, _, err = invoke(verb, folder)
+    assert code == 2
+    assert "There is no finished output of" in err
+
+
+def test_the_current_folder_is_never_replaced(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear_onnx(tmp_path / "m.onnx")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    code, _, err = invoke("export", "../m.onnx", "--out", ".")
+    assert code == 2
+    assert "is the current folder" in err
+    assert {path.name for path in tmp_path.rglob("*")} == {"m.onnx", "out"}
+    assert invoke("export", "../m.onnx", "--out", "new")[0] == 0
 
 
 def test_tables_align_numbers_to_the_right_and_sentences_that_begin_with_one_to_the_left(
