@@ -336,7 +336,6 @@ def check_recipe_copy(path: Path, loaded: Recipe | None, folder: Path) -> None:
         RecipeError: `path` is the very file that the copy would replace, and it says something else than `loaded`.
     """
     from sparsepipe import recipe
-    from sparsepipe.errors import RecipeError
 
     if _is_its_own_copy(path, folder) and (
         loaded is None or recipe.digest(recipe.load(path, ())) != recipe.digest(loaded)

@@ -13,9 +13,10 @@ from typing import Protocol
 
 from pydantic import BaseModel
 
-from sparsepipe.artefact import MANIFEST, Artefact
+from sparsepipe.artefact import MANIFEST, Artefact, check_free
 from sparsepipe.environment import package_versions
 from sparsepipe.errors import ArtefactError
+from sparsepipe.folders import partial_of
 from sparsepipe.recipe import Choice, Recipe
 from sparsepipe.stages.train import network_source, same_config
 
@@ -99,14 +100,19 @@ def run(
 
     Raises:
         RecipeError: the recipe asks for an export in int8 with nothing to calibrate on; it is known before training.
+        ArtefactError: the folder of a stage that would run holds what sparsepipe did not write; nothing has run then.
         SparsepipeError: of a stage.
     """
     recipe.refuse_uncalibrated()
+    chain = stages(recipe, force=force)
     outcomes: dict[str, Outcome] = {}
-    for stage in stages(recipe, force=force):
+    for position, stage in enumerate(chain):
         inputs = {name: outcomes[name].artefact for name in stage.needs}
         folder = out / stage.name
         done = None if force else unchanged(stage, inputs, folder)
+        if done is None and all(earlier.skipped for earlier in outcomes.values()):
+            for later in chain[position:]:  # a folder that is refused must not cost a training first
+                check_free(out / later.name, later.name.removesuffix("-dense"))
         if announce is not None:
             announce(stage, done is not None)
         started = time.monotonic()
@@ -152,8 +158,8 @@ def _data_fingerprint(config: BaseModel) -> str:
 
 def _training(force: bool) -> Run:
     def run_stage(config: BaseModel, inputs: Mapping[str, Artefact], out: Path) -> Artefact:
-        interrupted = out.with_name(f"{out.name}.partial").exists()
-        return _late("train", resume=interrupted and not force)(config, inputs, out)
+        resume = partial_of(out).exists() and not force
+        return _late("train", resume=resume, restart=force)(config, inputs, out)
 
     return run_stage
 

@@ -25,13 +25,14 @@ def write(sources: Sequence[Path], out: Path, *, title: str = "") -> dict[str, A
         What the JSON holds.
 
     Raises:
-        ArtefactError: a source is no result.
+        ArtefactError: a source is no result, or a file beside the page would be lost that `report` did not write.
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
     try:
         from sparsepipe.reporting import bench_page
     except ImportError as error:
         raise MissingExtraError(error.name or "matplotlib", "report", "The report") from error
+    _check_free(sources, out)
     results: dict[str, Any] = {}
     accuracy: dict[str, Any] = {}
     for source in sources:
@@ -53,6 +54,37 @@ def write(sources: Sequence[Path], out: Path, *, title: str = "") -> dict[str, A
     write_text(out.with_suffix(".md"), bench_page.markdown(data))
     write_text(out, page)
     return data
+
+
+def _check_free(sources: Sequence[Path], out: Path) -> None:
+    """Refuse to write a page in whose place, or beside which, something else than an older page would be lost."""
+    data, text = out.with_suffix(".json"), out.with_suffix(".md")
+    for path in (out, data, text):
+        if path.exists() and any(path.samefile(source) for source in sources):
+            raise ArtefactError(
+                f"The page would take the place of this source: beside {out.name} come {data.name} and {text.name}.",
+                where=str(path),
+                advice="Name another page with --out.",
+            )
+    title = _title(data)
+    for path in (data, text):
+        if not path.exists():
+            continue
+        if title is None or not (path == data or path.read_bytes().startswith(f"# {title}\n".encode())):
+            raise ArtefactError(
+                f"This file has the name of one that belongs beside {out.name}, and is not of an older page.",
+                where=str(path),
+                advice="Move it elsewhere, or name another page with --out.",
+            )
+
+
+def _title(data: Path) -> str | None:
+    """The title of the page whose data this file holds; None for any other file, and for none."""
+    try:
+        held = read_json(data)
+    except (ArtefactError, OSError):
+        return None
+    return str(held.get("title")) if isinstance(held, dict) and held.get("kind") == "report" else None
 
 
 def _folder(source: Path) -> dict[str, Any]:
