@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +29,16 @@ COMPARES = ("compare", "as_json", "verbose", "quiet")
 """All that `--compare` has."""
 
 
-def _listed(convert: Callable[[str], Any], separator: str = ",") -> Callable[..., tuple[Any, ...]]:
-    """A callback that reads `1,2`, given once or several times."""
-
-    def read(context: click.Context, parameter: click.Parameter, value: Any) -> tuple[Any, ...]:
-        texts = [value] if isinstance(value, str) else value or ()
-        parts = [part.strip() for text in texts for part in text.split(separator)]
-        try:
-            return tuple(convert(part) for part in parts)
-        except ValueError as error:
-            kind = "whole numbers" if convert is int else "numbers"
-            wanted = f"{kind} separated by '{separator}'"
-            raise click.BadParameter(f"'{separator.join(parts)}' is not a list of {wanted}.") from error
-
-    return read
-
-
 @click.command("bench")
 @click.argument("onnx", nargs=-1, type=common.existing_path(dir_okay=False))
 @click.option("--model", metavar="NAME|FILE.onnx", help="What-if: a dense network to measure with random zeros.")
 @click.option("--suite", type=click.Choice(SUITES), help="Print a table of speed: the kernels on whole networks.")
 @click.option(
-    "--sparsity", multiple=True, callback=_listed(float), metavar="LIST",
+    "--sparsity", multiple=True, callback=common.list_of(float), metavar="LIST",
     help="With --model or --suite. Default: 0.8,0.9,0.95,0.98.",
 )  # fmt: skip
 @click.option(
-    "--pattern", multiple=True, callback=_listed(str), metavar="LIST",
+    "--pattern", multiple=True, callback=common.list_of(str), metavar="LIST",
     help="With --model or --suite: unstructured, or blocks of output x input channels such as 2x1 and 4x1. With "
     "--suite also int8-4x4: blocks in int8.",
 )  # fmt: skip
@@ -64,11 +48,11 @@ def _listed(convert: Callable[[str], Any], separator: str = ",") -> Callable[...
 )  # fmt: skip
 @common.input_option
 @click.option(
-    "--network", multiple=True, callback=_listed(str), metavar="LIST",
+    "--network", multiple=True, callback=common.list_of(str), metavar="LIST",
     help="With --suite: the networks to measure. Default: all.",
 )  # fmt: skip
 @click.option(
-    "--peers", multiple=True, callback=_listed(str), metavar="LIST",
+    "--peers", multiple=True, callback=common.list_of(str), metavar="LIST",
     help="Run the network in other runtimes, too: onnxruntime-int8, openvino, openvino-int8, mnn, and deepsparse, "
     "whose licence allows evaluation only. With --suite peers the default is all but the last.",
 )  # fmt: skip
@@ -81,8 +65,10 @@ def _listed(convert: Callable[[str], Any], separator: str = ",") -> Callable[...
     "--calibrate", metavar="DATA",
     help="With --peers: the dataset to calibrate int8 on and to compare outputs on. Default: random values.",
 )  # fmt: skip
-@click.option("--threads", multiple=True, callback=_listed(int), metavar="LIST", help="Threads, as 1,2. Default: 1.")
-@click.option("--batch", multiple=True, callback=_listed(int), metavar="LIST", help="Batch sizes. Default: 1.")
+@click.option(
+    "--threads", multiple=True, callback=common.list_of(int), metavar="LIST", help="Threads, as 1,2. Default: 1."
+)
+@click.option("--batch", multiple=True, callback=common.list_of(int), metavar="LIST", help="Batch sizes. Default: 1.")
 @click.option("--seconds", type=float, help="Measuring time for each file at each setting. Default: 6.")
 @click.option(
     "--timeout", type=float,

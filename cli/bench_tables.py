@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sparsepipe.cli import common
+from sparsepipe.reporting import units
 
 Row = Mapping[str, Any]
 
@@ -32,8 +33,8 @@ def files(result: Row) -> None:
                 *([_interval(row.get("speedup_over_int8"))] if with_int8 else []),
                 row["load_ms"],
                 row["first_call_ms"],
-                common.size_text(row["rss_bytes"]),
-                common.size_text(row["file_bytes"]),
+                units.size(row["rss_bytes"]),
+                units.size(row["file_bytes"]),
             ]
             for row in result["results"]
         ],
@@ -149,10 +150,10 @@ def edge(result: Row) -> None:
             [
                 row["file"],
                 _number(None if row["load_ms"] is None else row["load_ms"] + row["first_call_ms"]),
-                common.size_text(row["file_bytes"]),
-                common.size_text(row["gzip_bytes"]),
-                common.size_text(row["rss_bytes"]),
-                common.size_text(row["peak_rss_bytes"]),
+                units.size(row["file_bytes"]),
+                units.size(row["gzip_bytes"]),
+                units.size(row["rss_bytes"]),
+                units.size(row["peak_rss_bytes"]),
                 "not readable" if row["energy"]["joules"] is None else f"{row['energy']['joules']:.3g} J",
                 _limit(row["limit"]),
             ]
@@ -164,9 +165,7 @@ def edge(result: Row) -> None:
         click.echo(f"{note[0].upper()}{note[1:]}.")
     for row in result["results"]:
         if row["limit"] and row["limit"]["reason"]:
-            click.echo(
-                f"{row['file']} does not fit into {common.size_text(row['limit']['bytes'])}: {row['limit']['reason']}"
-            )
+            click.echo(f"{row['file']} does not fit into {units.size(row['limit']['bytes'])}: {row['limit']['reason']}")
     limit = next((row["limit"] for row in result["results"] if row["limit"]), None)
     if limit:
         click.echo(f"The limit: {limit['how']}.")
@@ -175,7 +174,7 @@ def edge(result: Row) -> None:
 def _limit(limit: Row | None) -> str | None:
     if limit is None:
         return None
-    return f"{'fits' if limit['fits'] else 'does not fit'} into {common.size_text(limit['bytes'])}"
+    return f"{'fits' if limit['fits'] else 'does not fit'} into {units.size(limit['bytes'])}"
 
 
 SHOW = {"edge": edge, "ONNX files": files, "--peers": peers, "--model": what_if, "--suite": suite}
@@ -222,7 +221,7 @@ def _over_int8(row: Row) -> list[str | None]:
 
 
 def _beside(row: Row, key: str) -> str:
-    return f"{common.size_text(row['sparse'][key])} of {common.size_text(row['dense'][key])}"
+    return f"{units.size(row['sparse'][key])} of {units.size(row['dense'][key])}"
 
 
 def _number(value: float | None) -> str:

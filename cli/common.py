@@ -75,13 +75,18 @@ def recipe_options(suffix: str = "") -> Callable[[F], F]:
 
 
 def list_of(convert: Callable[[str], Any]) -> Callable[..., tuple[Any, ...]]:
-    """A callback for an option that reads `0,1,2`."""
+    """A callback for an option that reads `0,1,2`, given once or several times; what is named twice counts once."""
 
-    def read(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[Any, ...]:
+    def read(context: click.Context, parameter: click.Parameter, value: str | Sequence[str] | None) -> tuple[Any, ...]:
+        texts = [value] if isinstance(value, str) else value or ()
+        parts = [part.strip() for text in texts for part in text.split(",") if part.strip()]
+        if texts and not parts:
+            raise click.BadParameter("the list is empty.")
         try:
-            return tuple(dict.fromkeys(convert(part.strip()) for part in (text or "").split(",") if part.strip()))
+            return tuple(dict.fromkeys(convert(part) for part in parts))
         except ValueError as error:
-            raise click.BadParameter(f"'{text}' is not a list of numbers separated by ','.") from error
+            kind = "whole numbers" if convert is int else "numbers"
+            raise click.BadParameter(f"'{','.join(parts)}' is not a list of {kind} separated by ','.") from error
 
     return read
 
@@ -208,18 +213,6 @@ def _text(cell: Any) -> str:
     if isinstance(cell, bool):
         return "yes" if cell else "no"
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-
-
-def size_text(count: int | None) -> str:
-    """Bytes as a short text in decimal units."""
-    if count is None:
-        return "–"
-    value = float(count)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
 
 
 def artefact_json(artefact: Artefact) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from sparsepipe.cli import common
+from sparsepipe.reporting import units
 
 
 @click.command("convert")
@@ -46,12 +47,12 @@ def command(
                 f"{layer['sparsity']:.2%}",
                 layer["format"],
                 "x".join(map(str, layer["block"])) if isinstance(layer["block"], list) else layer["block"],
-                common.size_text(layer["dense_bytes"]),
-                common.size_text(layer["bytes"]),
+                units.size(layer["dense_bytes"]),
+                units.size(layer["bytes"]),
                 layer["reason"],
             ]
             for layer in metrics["layers"]
         ],
     )
     before, after = metrics["bytes_before"], metrics["bytes_after"]
-    click.echo(f"{common.size_text(before)} -> {common.size_text(after)}. Written to {artefact.folder}.")
+    click.echo(f"{units.size(before)} -> {units.size(after)}. Written to {artefact.folder}.")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from sparsepipe.cli import common
+from sparsepipe.reporting import units
 
 SETS = ("all", "test")
 """Extras that only gather others, or are for those who work on sparsepipe itself."""
@@ -41,7 +42,7 @@ def command(as_json: bool) -> None:
             for name, missing in result["extras"].items()
         ],
     )
-    machine = {**result["machine"], "memory_bytes": common.size_text(result["machine"]["memory_bytes"])}
+    machine = {**result["machine"], "memory_bytes": units.size(result["machine"]["memory_bytes"])}
     rows = [[key.removesuffix("_bytes").replace("_", " "), _flat(value)] for key, value in machine.items()]
     rows += [[name, value or "not set"] for name, value in result["threads"].items()]
     rows += [

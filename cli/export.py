@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparsepipe.cli import common
+from sparsepipe.reporting import units
 
 if TYPE_CHECKING:
     from sparsepipe.recipe import Export
@@ -135,7 +136,7 @@ def command(
             f"{chosen['accuracy']:.2%} in int8, {chosen['fp32_accuracy']:.2%} in fp32."
         )
     for file in metrics["files"].values():
-        click.echo(f"{artefact.folder / file['name']}  {common.size_text(file['bytes'])}")
+        click.echo(f"{artefact.folder / file['name']}  {units.size(file['bytes'])}")
 
 
 def _refuse_idle(source: Path, config: Export, targets: Sequence[str]) -> None:
@@ -180,8 +181,8 @@ def _print_layers(target: str, rows: Sequence[Mapping[str, Any]]) -> None:
                 layer["op"],
                 f"{layer['sparsity']:.2%}",
                 _stored(layer),
-                common.size_text(layer["dense_bytes"]),
-                common.size_text(layer["bytes"]),
+                units.size(layer["dense_bytes"]),
+                units.size(layer["bytes"]),
                 layer["reason"],
             ]
             for layer in rows

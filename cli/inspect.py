@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from sparsepipe.cli import common
+from sparsepipe.reporting import units
 
 INT8 = "in int8 (time: of dense int8)"
 
@@ -74,7 +75,7 @@ def _show(key: str, value: Any) -> None:
                     name,
                     stage["created"],
                     None if stage["sparsity"] is None else f"{stage['sparsity']:.2%}",
-                    common.size_text(stage["bytes"]),
+                    units.size(stage["bytes"]),
                     stage["intact"],
                     stage["digest"][:19],
                 ]
@@ -84,7 +85,7 @@ def _show(key: str, value: Any) -> None:
     elif key == "sparsity" and value is not None:
         click.echo(f"{label}: {value:.2%}")
     elif key == "bytes":
-        click.echo(f"{label}: {common.size_text(value)}")
+        click.echo(f"{label}: {units.size(value)}")
     elif isinstance(value, (str, int, float)):
         click.echo(f"{label}: {value}")
     elif isinstance(value, dict) and all(isinstance(entry, (str, int, float)) for entry in value.values()):

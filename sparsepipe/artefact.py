@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sparsepipe import folders
 from sparsepipe.environment import package_versions
-from sparsepipe.errors import ArtefactError
+from sparsepipe.errors import ArtefactError, first_line
 
 MANIFEST = folders.MANIFEST
 SCHEMA_VERSION = 1
@@ -303,7 +303,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise ArtefactError("There is no such file.", where=str(path)) from error
     except ValueError as error:
-        raise ArtefactError(f"The file is not valid JSON: {_first_line(error)}.", where=str(path)) from error
+        raise ArtefactError(f"The file is not valid JSON: {first_line(error)}.", where=str(path)) from error
 
 
 def digest_bytes(data: bytes) -> str:
@@ -364,9 +364,4 @@ def _first_problem(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         problem = error.errors()[0]
         return f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    return first_line(error)

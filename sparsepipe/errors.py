@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """The message of another library's error up to its first line break, without a full stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """The whole message of another library's error as one sentence, without line breaks."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{text or type(error).__name__}."
+
+
 class SparsepipeError(Exception):
     """Base of every error that a user can cause or mend.
 

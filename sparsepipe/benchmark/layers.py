@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from sparsepipe.benchmark.interleaved import interleave
-from sparsepipe.errors import GraphError
-from sparsepipe.runtime.sessions import one_line, session
+from sparsepipe.errors import GraphError, one_line
+from sparsepipe.runtime.sessions import session
 
 NCHWC = "com.microsoft.nchwc"
 WEIGHT_BYTES = 8 << 20

@@ -23,11 +23,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
-from sparsepipe.errors import GraphError
+from sparsepipe.errors import GraphError, one_line
 from sparsepipe.graph.index import index
 from sparsepipe.graph.select import WEIGHT_INPUTS
 from sparsepipe.native.operators import DOMAIN
-from sparsepipe.runtime.sessions import one_line, run, session
+from sparsepipe.runtime.sessions import run, session
 
 NCHWC_ENDING = "_nchwc"
 TIME_ENDING = "_kernel_time"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sparsepipe.data.dataset import Dataset, assemble
 from sparsepipe.data.labels import Labels, as_array, as_labels, class_names
 from sparsepipe.data.options import HoldOutOptions
-from sparsepipe.data.paths import existing_file, listing
+from sparsepipe.data.paths import existing, listing
 from sparsepipe.data.split import ArraySplit, Raw
 from sparsepipe.errors import DataError
 
@@ -26,7 +26,7 @@ class Npz:
     """Arrays x, y and, optionally, x_test, y_test (or x_train, ...) in an .npz file."""
 
     def load(self, name: str, argument: str, options: HoldOutOptions) -> Dataset:
-        path = existing_file(argument)
+        path = existing("file", argument)
         try:
             file = np.load(path, allow_pickle=False)
             if isinstance(file, np.ndarray):
@@ -44,7 +44,7 @@ class Npz:
         return assemble_arrays(name, arrays, options, argument)
 
     def identity(self, argument: str, options: HoldOutOptions) -> object:
-        path = existing_file(argument)
+        path = existing("file", argument)
         return listing(path.parent, [path])
 
 

@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from sparsepipe.data.dataset import Dataset, assemble
 from sparsepipe.data.embedding import Nodes, adjacency, propagated, spectral
 from sparsepipe.data.options import EdgeOptions
-from sparsepipe.data.paths import existing_file, listing
+from sparsepipe.data.paths import existing, listing
 from sparsepipe.data.preprocess import statistics
 from sparsepipe.data.split import ArraySplit, IntArray
 from sparsepipe.errors import DataError
@@ -37,7 +37,7 @@ class EdgeList:
     """A Matrix Market file, or a text file with the numbers of two nodes in each line."""
 
     def load(self, name: str, argument: str, options: EdgeOptions) -> Dataset:
-        edges, nodes = read(existing_file(argument))
+        edges, nodes = read(existing("file", argument))
         parts = divide(edges, nodes, options, argument)
         if options.dimensions >= nodes:
             raise DataError(
@@ -53,7 +53,7 @@ class EdgeList:
         return Dataset(name, CLASSES, train, test, (2 * vectors.shape[1],), _statistics_of_ends(train))
 
     def identity(self, argument: str, options: EdgeOptions) -> object:
-        path = existing_file(argument)
+        path = existing("file", argument)
         return listing(path.parent, [path])
 
 

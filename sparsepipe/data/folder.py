@@ -12,7 +12,7 @@ import numpy as np
 from sparsepipe.data.dataset import Dataset
 from sparsepipe.data.encoded import LabelledImages, assemble_images
 from sparsepipe.data.options import ImageOptions
-from sparsepipe.data.paths import existing_folder, listing
+from sparsepipe.data.paths import existing, listing
 from sparsepipe.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -44,7 +44,7 @@ class ImageFolder:
     """train/CLASS/* with test/CLASS/* (or val/CLASS/*), or CLASS/* alone."""
 
     def load(self, name: str, argument: str, options: ImageOptions) -> Dataset:
-        train, test = _find(existing_folder(argument))
+        train, test = _find(existing("folder", argument))
         if test is not None and set(train) != set(test):
             missing = sorted(set(train) ^ set(test))
             raise DataError(
@@ -58,7 +58,7 @@ class ImageFolder:
         )
 
     def identity(self, argument: str, options: ImageOptions) -> object:
-        root = existing_folder(argument)
+        root = existing("folder", argument)
         files = (path for split in _find(root) if split for paths in split.values() for path in paths)
         return listing(root, map(Path, files))
 

@@ -14,7 +14,7 @@ from sparsepipe.data.encoded import assemble_images
 from sparsepipe.data.options import HubOptions
 from sparsepipe.data.paths import listing
 from sparsepipe.data.table import TEST_SPLITS, Piece, class_names_in, find_columns, labelled_images
-from sparsepipe.errors import DataError, MissingExtraError
+from sparsepipe.errors import DataError, MissingExtraError, first_line
 
 
 class Hub:
@@ -66,7 +66,7 @@ def _download(argument: str, options: HubOptions) -> Mapping[str, Any]:
 
 
 def _unavailable(argument: str, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    reason = first_line(error)
     if isinstance(error, ConnectionError):
         advice = "The hub cannot be reached: check the network, or download the data and use parquet:DIR."
     elif isinstance(error, FileNotFoundError):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sparsepipe.data.options import ImageOptions
 from sparsepipe.data.split import IntArray
 from sparsepipe.environment import usable_cores
-from sparsepipe.errors import DataError, MissingExtraError
+from sparsepipe.errors import DataError, MissingExtraError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -174,7 +174,7 @@ def _fit(image: Image, size: tuple[int, int]) -> Image:
 
 
 def _corrupt(error: Exception, where: str) -> DataError:
-    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    reason = first_line(error)
     if type(error).__name__ == "UnidentifiedImageError":  # its text shows a Python object
         reason = f"it is not one of {', '.join(FORMATS)}"
     return DataError(f"The image cannot be decoded: {reason}.", where=where, advice="Replace or remove it.")

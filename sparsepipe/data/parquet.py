@@ -9,16 +9,16 @@ from typing import Any
 from sparsepipe.data.dataset import Dataset
 from sparsepipe.data.encoded import assemble_images
 from sparsepipe.data.options import TableOptions
-from sparsepipe.data.paths import existing_folder, listing
+from sparsepipe.data.paths import existing, listing
 from sparsepipe.data.table import TEST_SPLITS, Columns, Piece, class_names_in, find_columns, labelled_images
-from sparsepipe.errors import DataError, MissingExtraError
+from sparsepipe.errors import DataError, MissingExtraError, first_line
 
 
 class Parquet:
     """train*.parquet with test*.parquet (or validation*), in DIR or in DIR/data."""
 
     def load(self, name: str, argument: str, options: TableOptions) -> Dataset:
-        train, test = _find(existing_folder(argument), options)
+        train, test = _find(existing("folder", argument), options)
         schema = _open(train[0]).schema_arrow
         columns = find_columns(schema, options, str(train[0]))
         names = class_names_in(schema, columns.label)
@@ -32,7 +32,7 @@ class Parquet:
         )
 
     def identity(self, argument: str, options: TableOptions) -> object:
-        root = existing_folder(argument)
+        root = existing("folder", argument)
         return listing(root, [file for split in _find(root, options) for file in split])
 
 
@@ -91,7 +91,7 @@ def _open(path: Path) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    reason = first_line(error)
     return DataError(f"The Parquet file cannot be read: {reason}.", where=str(path), advice="Download it again.")
 
 

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from sparsepipe.errors import DataError
 
 
-def existing_folder(argument: str) -> Path:
-    """Raises DataError if there is no such folder."""
+def existing(kind: Literal["file", "folder"], argument: str) -> Path:
+    """Raises DataError if there is no such file or folder."""
     path = Path(argument).expanduser()
-    if not path.is_dir():
-        what = "This is a file, not a folder." if path.exists() else "There is no such folder."
-        raise DataError(what, where=argument, advice=f"Paths are relative to {Path.cwd()}.")
-    return path
-
-
-def existing_file(argument: str) -> Path:
-    """Raises DataError if there is no such file."""
-    path = Path(argument).expanduser()
-    if not path.is_file():
-        what = "This is a folder, not a file." if path.is_dir() else "There is no such file."
+    found = "file" if path.is_file() else "folder" if path.is_dir() else None
+    if found != kind:
+        what = f"This is a {found}, not a {kind}." if found else f"There is no such {kind}."
         raise DataError(what, where=argument, advice=f"Paths are relative to {Path.cwd()}.")
     return path
 

@@ -18,9 +18,9 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from torch import nn
 
-from sparsepipe.errors import GraphError
+from sparsepipe.errors import GraphError, first_line
 from sparsepipe.graph import opset as opsets
-from sparsepipe.graph.load import LIMIT_BYTES, first_line, too_large
+from sparsepipe.graph.load import LIMIT_BYTES, too_large
 from sparsepipe.graph.naming import name_results
 
 INPUT, OUTPUT = "input", "logits"

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, ModelProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
-from sparsepipe.errors import GraphError, NotOnnxError
+from sparsepipe.errors import GraphError, NotOnnxError, first_line
 from sparsepipe.graph.index import NUMBERS, all_nodes, attribute, constant_value, graphs, is_standard, opset
 from sparsepipe.graph.restore import Compact, restore
 
@@ -68,12 +68,6 @@ def check(model: ModelProto | bytes, *, where: str, full: bool = False) -> None:
         onnx.checker.check_model(model, full_check=full)
     except Exception as error:  # checker, inference and protobuf errors have no common base class
         raise GraphError(f"The model is not valid ONNX: {first_line(error)}.", where=where) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The message of an error up to its first line break."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 def too_large(where: str, advice: str = SMALLER) -> GraphError:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, defs, helper, numpy_helper, version_converter
 
-from sparsepipe.errors import GraphError
+from sparsepipe.errors import GraphError, first_line
 from sparsepipe.graph.index import (
     STANDARD_DOMAINS,
     Index,
@@ -27,7 +27,7 @@ from sparsepipe.graph.index import (
     opset,
     subgraphs,
 )
-from sparsepipe.graph.load import check, first_line
+from sparsepipe.graph.load import check
 from sparsepipe.graph.tidy import tidy
 
 _UNCHANGED = """

@@ -10,9 +10,9 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
-from sparsepipe.errors import GraphError
+from sparsepipe.errors import GraphError, one_line
 from sparsepipe.runtime.inputs import Input, inputs_of
-from sparsepipe.runtime.sessions import one_line, run, session
+from sparsepipe.runtime.sessions import run, session
 
 Array = NDArray[Any]
 

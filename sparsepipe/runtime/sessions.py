@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsepipe.errors import GraphError, NotOnnxError
+from sparsepipe.errors import GraphError, NotOnnxError, one_line
 from sparsepipe.runtime.library import library_path
 
 if TYPE_CHECKING:
@@ -146,9 +146,3 @@ def predict(model: onnxruntime.InferenceSession, batches: Iterable[Array]) -> It
         raise GraphError(f"The network has {len(names)} inputs ({', '.join(names)}); one was expected.")
     for batch in batches:
         yield run(model, {names[0]: batch})[0]
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error as one sentence, without line breaks."""
-    text = " ".join(str(error).split()).rstrip(".")
-    return f"{text or type(error).__name__}."

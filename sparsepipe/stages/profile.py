@@ -21,12 +21,12 @@ from sparsepipe.benchmark.gaps import Measured, legend, reasons
 from sparsepipe.benchmark.layer_work import LayerWork, layers_of, sparsity_of
 from sparsepipe.benchmark.node_times import WARM_UP_CALLS, NodeTime, Profile, Profiler, named
 from sparsepipe.environment import describe_machine, package_versions
-from sparsepipe.errors import GraphError
+from sparsepipe.errors import GraphError, one_line
 from sparsepipe.graph.load import load, load_with_rows
 from sparsepipe.graph.sizes import sizes_of
 from sparsepipe.recipe import Section, Shapes
 from sparsepipe.runtime.inputs import aligned, inputs_of, merge, random_inputs, rename, sized
-from sparsepipe.runtime.sessions import one_line, session
+from sparsepipe.runtime.sessions import session
 
 SCHEMA_VERSION = 1
 RESULT_FILE, TABLE_FILE, PICTURE_FILE = "profile.json", "profile.md", "roofline.svg"

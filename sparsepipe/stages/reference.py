@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsepipe.artefact import Artefact, find
-from sparsepipe.errors import ArtefactError, GraphError, ModelError, RecipeError
+from sparsepipe.errors import ArtefactError, GraphError, ModelError, RecipeError, one_line
 from sparsepipe.recipe import check
 from sparsepipe.runtime.inputs import Input
 from sparsepipe.runtime.network import OnnxNetwork
-from sparsepipe.runtime.sessions import one_line
 from sparsepipe.spec import SPEC_FILE, ModelSpec
 from sparsepipe.stages.export import load_network
 from sparsepipe.stages.forms import INT8

@@ -14,7 +14,7 @@ from torch import distributed
 
 from sparsepipe import launch
 from sparsepipe.environment import usable_cores
-from sparsepipe.errors import RecipeError, SparsepipeError
+from sparsepipe.errors import RecipeError, SparsepipeError, first_line
 
 log = logging.getLogger("sparsepipe")
 
@@ -34,9 +34,8 @@ def connected(device: str, precision: str) -> Iterator[Fabric]:
         yield fabric(device, precision)
     except RuntimeError as error:
         if launch.world_size() > 1 and (isinstance(error, distributed.DistError) or _LOST.search(str(error))):
-            reason = str(error).strip().splitlines()[0]
             raise ConnectionLostError(
-                f"The connection to another process was lost ({reason}).",
+                f"The connection to another process was lost ({first_line(error)}).",
                 where=f"process {launch.rank()}",
                 advice="See why the other process ended; `--resume` goes on from the last checkpoint.",
             ) from error

@@ -209,6 +209,7 @@ except MissingExtraError as error:
         (["--model", "FILE", "--input", "224"], "4 dimensions, not the 1 of 224"),
         (["--model", "resnet8", "--input", "1x3xA"], "not a shape"),
         (["FILE", "--threads", "1;2"], "not a list of whole numbers"),
+        (["FILE", "--threads", ","], "the list is empty"),
         (["--suite", "everything"], "kernels"),
         (["--compare", "FILE", "FILE", "--threads", "2", "--out", "z"], "leave --threads, --out out"),
         (["--compare", "FILE", "FILE", "--force"], "leave --force out"),
@@ -236,7 +237,7 @@ def test_lists_may_be_written_with_commas_or_by_repeating_the_option(
 
     monkeypatch.setattr(whatif, "measure", record)
     monkeypatch.setattr(environment, "usable_cores", lambda: 2)
-    words = ["--model", str(dense_file), "--sparsity", "0.8,0.9", "--sparsity", ".95", "--threads", "1,2", "--json"]
+    words = ["--model", str(dense_file), "--sparsity", "0.8,0.9", "--sparsity", ".95", "--threads", "1,2,1,", "--json"]
     done = CliRunner().invoke(command, [*words, "--pattern", "2x1, unstructured", "--input", "4x3x8x8"])
     assert done.exit_code == 0, done.output
     assert seen[0].sparsity == (0.8, 0.9, 0.95)
