@@ -399,9 +399,9 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         return f"the key '{key}' is missing"
     if problem["type"] == "model_type":
         chosen = problem["ctx"]["class_name"] == Choice.__name__
-        allowed = "" if chosen else f"; allowed in it: {', '.join(_allowed_keys(model, path))}"
-        wanted = "a name, or a section of a name and its options" if chosen else "a section"
-        return f"'{key}' = {problem['input']!r}: it should be {wanted}{allowed}"
+        keys = "a section with the keys " + ", ".join(_allowed_keys(model, path))
+        wanted = "a name, or a section of a name and its options" if chosen else keys
+        return f"'{key}' = {problem['input']!r}: it should be {wanted}"
     if problem["type"] == "too_short":
         return f"'{key}' = {problem['input']!r}: it should have at least one entry"
     message = problem["msg"].removeprefix("Value error, ")
