@@ -22,11 +22,10 @@ from sparsepipe.benchmark.statistics import (
     speedup,
     tail,
 )
-from sparsepipe.spec import PRECISION_KEY
+from sparsepipe.spec import PRECISION_KEY, TARGET_KEY
 
 MEDIAN = 0.5
 MILLISECONDS_PER_NANOSECOND = 1e-6
-TARGET_KEY = "sparsepipe.target"
 
 
 def rows(

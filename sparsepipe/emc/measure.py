@@ -24,8 +24,8 @@ from sparsepipe.models import registry as models
 from sparsepipe.progress import bar
 from sparsepipe.sparsity import registry as methods
 from sparsepipe.sparsity.modifiers import registry as modifiers
-from sparsepipe.stages.assembly import EVALUATION_BATCH, check_fit, modifiers_of, rate_of, sparsifier_of, steps_of
-from sparsepipe.stages.attack import input_space
+from sparsepipe.stages.assembly import EVALUATION_BATCH, check_data, modifiers_of, rate_of, sparsifier_of, steps_of
+from sparsepipe.stages.input_space import input_space
 from sparsepipe.stages.train import TrainConfig, network_source
 from sparsepipe.training import device, optimizers
 from sparsepipe.training.augment import Augmentation
@@ -132,7 +132,7 @@ def _plan(recipe: Path, grid: Grid, task: Task, overrides: Sequence[str]) -> lis
         chosen = recipes.Choice(**{**options, "name": config.method.name})
         # Samples are learnt as they are, so there is no augmentation.
         config = config.model_copy(update={"method": chosen, "augment": recipes.Augment()})
-        check_fit(config, _network(config, dataset), dataset, 2)
+        check_data(config, _network(config, dataset), dataset, 2)
         whole = max(1, len(dataset.train) // config.train.batch_size) * config.train.epochs
         samples = NestedSamples(dataset, seed, labels=task.labels, inputs=task.inputs)
         cells.append(Cell(setting, seed, config, samples, task.steps or whole))

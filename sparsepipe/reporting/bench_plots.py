@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 
 from sparsepipe.reporting.svg import DENSE, INK, SPARSE, STYLE, SURFACE, new_figure, to_svg
+from sparsepipe.reporting.units import clip
 
 Interval = Mapping[str, Any]
 KINDS: Mapping[str, Mapping[str, Any]] = {
@@ -81,7 +82,7 @@ def bars(rows: Sequence[Bar], *, name: str, alt: str, x_label: str) -> str:
                     capsize=4,
                     zorder=3,
                 )
-            text = f"{_clip(row.label)}: {row.text}"
+            text = f"{clip(row.label, 38)}: {row.text}"
             axes.text(0.0, position - 0.27, text, transform=axes.get_yaxis_transform(), va="bottom", fontsize=10)
         axes.set_yticks([])
         axes.set_ylim(len(rows) - 0.6, -0.85)
@@ -140,7 +141,7 @@ def pareto(points: Sequence[Point], *, name: str, alt: str) -> str:
             )  # fmt: skip
             above = 7 - 14 * sum(near)  # below the labels of earlier points
             axes.annotate(
-                _clip(point.label, 24), (x[0], y[0]), xytext=(8, above), textcoords="offset points", fontsize=10
+                clip(point.label, 24), (x[0], y[0]), xytext=(8, above), textcoords="offset points", fontsize=10
             )
         front = sorted((_bounds(point.latency)[0], 100 * point.accuracy["value"]) for point in points if point.best)
         if len(front) > 1:
@@ -156,7 +157,3 @@ def _bounds(estimate: Interval) -> tuple[float, float, float]:
     value = float(estimate["value"])
     low, high = (estimate.get(key) for key in ("low", "high"))
     return value, min(value if low is None else low, value), max(value if high is None else high, value)
-
-
-def _clip(label: str, limit: int = 38) -> str:
-    return label if len(label) <= limit else f"{label[: limit - 1]}…"

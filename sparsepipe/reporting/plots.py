@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from sparsepipe.reporting.contents import Estimate
 from sparsepipe.reporting.svg import DENSE, GRID, INK, SPARSE, STYLE, SURFACE, new_figure, to_svg
-from sparsepipe.reporting.units import milliseconds
+from sparsepipe.reporting.units import clip, milliseconds
 
 Role = Literal["sparse", "dense", "ink"]
 
@@ -190,7 +190,7 @@ def _draw_dot(axes: Axes, row: int, dot: Dot) -> None:
         _interval(axes, row, dot.tail, colour, marker="D", size=5.5, filled=False)
     _interval(axes, row, dot.p50, colour, marker="s" if dot.role == "dense" else "o", size=8, filled=True)
     tail = f" · p99 {milliseconds(dot.tail.value)}" if dot.tail else ""
-    text = f"{_clip(dot.label)}: {milliseconds(dot.p50.value)}{tail}{' · noisy' if dot.noisy else ''}"
+    text = f"{clip(dot.label, 32)}: {milliseconds(dot.p50.value)}{tail}{' · noisy' if dot.noisy else ''}"
     axes.text(0.0, row - 0.3, text, transform=axes.get_yaxis_transform(), va="bottom")
 
 
@@ -221,7 +221,3 @@ def _latency_scale(axes: Axes, dots: Sequence[Dot]) -> None:
         axes.set_xlim(min(values) / 1.6, max(values) * 1.8)
     else:
         axes.set_xlim(0, 1.15 * max(values) or 1.0)
-
-
-def _clip(label: str, limit: int = 32) -> str:
-    return label if len(label) <= limit else f"{label[: limit - 1]}…"

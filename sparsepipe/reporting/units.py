@@ -119,6 +119,11 @@ def printable(text: object) -> str:
     )
 
 
+def clip(label: str, limit: int) -> str:
+    """A text of at most `limit` characters; an ellipsis stands for what does not fit."""
+    return label if len(label) <= limit else f"{label[: limit - 1]}…"
+
+
 def short_digest(digest: str) -> str:
     """The first twelve hex digits of a digest."""
     return digest.removeprefix("sha256:")[:12]

@@ -45,7 +45,7 @@ class BeforeTraining(TargetMethod):
         """The mask of each weight that does not stay dense."""
 
     def attach(self, network: Network) -> None:
-        self.plan(network)
+        network.plan(self.target)
         if network.samples is None:
             raise RecipeError(
                 f"The method '{self.name}' looks at some training batches before training.",

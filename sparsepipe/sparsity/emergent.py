@@ -54,10 +54,7 @@ class Emergent(Method):
         return network.weights[name].parameter
 
     def attach(self, network: Network) -> None:
-        network.layers = self.target.plan(network.weights)
-        network.masks.reasons = {
-            name: layer.dense_because for name, layer in network.layers.items() if layer.dense_because
-        }
+        network.plan(self.target)
 
     def sparse_layers(self, network: Network) -> list[str]:
         """Names of the weights that the method works on."""

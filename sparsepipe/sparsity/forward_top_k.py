@@ -22,7 +22,7 @@ class ForwardTopK(TargetMethod):
     """
 
     def attach(self, network: Network) -> None:
-        self.plan(network)
+        network.plan(self.target)
         network.memory["mask"] = {}
         self.choose(network)
 

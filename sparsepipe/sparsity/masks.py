@@ -108,15 +108,6 @@ class MaskSet(Mapping[str, Tensor]):
         """Each mask as bits: uint8 [ceil(size / 8)], flattened in C order, lowest bit first."""
         return {name: torch.from_numpy(pack_mask(mask)) for name, mask in self.items()}
 
-    @classmethod
-    def unpack(cls, packed: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> MaskSet:
-        """The masks that `pack` wrote.
-
-        Raises:
-            ArtefactError: a mask has no shape, or not as many bytes as its shape needs.
-        """
-        return cls({name: unpack_mask(name, bits, shapes.get(name)) for name, bits in packed.items()})
-
     def digest(self) -> str:
         """`sha256:<hex>` of names, shapes and bits; equal for equal masks on any device."""
         hashed = hashlib.sha256(json.dumps(sorted(self.shapes().items())).encode())
@@ -125,14 +116,12 @@ class MaskSet(Mapping[str, Tensor]):
         return f"sha256:{hashed.hexdigest()}"
 
 
-def unpack_mask(name: str, bits: Tensor, shape: Shape | None) -> Tensor:
-    """A bool mask of `shape` from its bits.
+def unpack_mask(name: str, bits: Tensor, shape: Shape) -> Tensor:
+    """A bool mask of `shape` from the bits that `MaskSet.pack` made.
 
     Raises:
-        ArtefactError: there is no shape, or the number of bytes does not fit it.
+        ArtefactError: the number of bytes does not fit the shape.
     """
-    if shape is None:
-        raise ArtefactError("The mask has no shape.", where=name)
     size = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.ndim != 1 or bits.numel() != -(-size // 8):
         raise ArtefactError(

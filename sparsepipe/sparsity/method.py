@@ -160,13 +160,6 @@ class TargetMethod(Method):
     ) -> None:
         self.target = Target.of(sparsity, distribution, pattern, overrides, first_conv, last_linear)
 
-    def plan(self, network: Network) -> None:
-        """Lay out the layers, and say why those that stay dense do."""
-        network.layers = self.target.plan(network.weights)
-        network.masks.reasons = {
-            name: layer.dense_because for name, layer in network.layers.items() if layer.dense_because
-        }
-
     def kept(self, network: Network, progress: float = 1.0) -> dict[str, int]:
         """Groups to keep in each row of each layer now, from the weights as they are now."""
         magnitudes = {}
@@ -214,7 +207,7 @@ class SparseFromStart(TargetMethod):
         return self.kept(network)
 
     def attach(self, network: Network) -> None:
-        self.plan(network)
+        network.plan(self.target)
         masks, first = {}, self.first_counts(network)
         for name, kept in self.kept(network).items():
             layer = network.layers[name]

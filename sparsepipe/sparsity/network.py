@@ -18,7 +18,7 @@ from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.masks import MaskSet
 from sparsepipe.sparsity.optimizer import states
 from sparsepipe.sparsity.samples import Loss, Samples
-from sparsepipe.sparsity.target import Layer
+from sparsepipe.sparsity.target import Layer, Target
 from sparsepipe.sparsity.weights import Weight
 
 # Integers of the same width as the floats: 0 * x is +0 for any bits, also those of NaN, infinity and negative numbers.
@@ -91,6 +91,15 @@ class Network:
         yield
         for tensor, value in zip(tensors, kept, strict=True):
             tensor.copy_(value)
+
+    def plan(self, target: Target) -> None:
+        """Lay out the layers, and say why those that stay dense do.
+
+        Raises:
+            RecipeError: an override or an entry of the distribution matches no weight.
+        """
+        self.layers = target.plan(self.weights)
+        self.masks.reasons = {name: layer.dense_because for name, layer in self.layers.items() if layer.dense_because}
 
     def start(self, masks: Mapping[str, Tensor]) -> None:
         """Begin sparse: `masks` are the first of these weights; state that an optimizer already has is cut to them."""

@@ -13,7 +13,7 @@ class MagnitudePruning(TargetMethod):
     """A method that removes the active weights of lowest magnitude, layer by layer, and never brings one back."""
 
     def attach(self, network: Network) -> None:
-        self.plan(network)
+        network.plan(self.target)
         self.kept(network)  # a target out of reach is an error here, not in the middle of training
 
     def prune(self, network: Network, progress: float = 1.0) -> None:

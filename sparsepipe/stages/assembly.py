@@ -27,7 +27,7 @@ from sparsepipe.sparsity.modifiers import registry as modifiers
 from sparsepipe.sparsity.modifiers.combined import Modifier
 from sparsepipe.sparsity.sparsifier import Sparsifier
 from sparsepipe.stages import qat
-from sparsepipe.stages.attack import input_space
+from sparsepipe.stages.input_space import input_space
 from sparsepipe.training import optimizers, rates
 from sparsepipe.training.augment import Augmentation
 from sparsepipe.training.batches import EvaluationBatches, Normalise, TrainingBatches, source
@@ -139,7 +139,7 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     model = models.create(
         config.model.name, input_shape=dataset.input_shape, classes=classes, options=config.model.options
     )
-    check_fit(config, model, dataset, min(2, settings.batch_size, len(rest)))
+    check_data(config, model, dataset, min(2, settings.batch_size, len(rest)))
     # Channels last is the layout that convolutions are fastest in, on CPUs by a quarter and more.
     model.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     _keep_from_crashing(model)
@@ -182,7 +182,7 @@ def assemble(config: TrainConfig, dataset: Dataset, fabric: Fabric) -> Assembly:
     return Assembly(config, dataset, sizes, batches.global_size, macs, loop, validation, normalise, fabric)
 
 
-def check_fit(config: TrainConfig, model: nn.Module, dataset: Dataset, batch: int) -> None:
+def check_data(config: TrainConfig, model: nn.Module, dataset: Dataset, batch: int) -> None:
     """Refuse a network that does not take the dataset's samples, or does not tell its classes apart.
 
     It runs in evaluation mode, and in training mode on `batch` samples: some networks then return something else.

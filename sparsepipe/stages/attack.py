@@ -17,22 +17,16 @@ from sparsepipe.progress import track
 from sparsepipe.runtime.inputs import rename
 from sparsepipe.runtime.network import OnnxNetwork
 from sparsepipe.runtime.samples import Samples
-from sparsepipe.sparsity.attacks import InputSpace, pgd
+from sparsepipe.sparsity.attacks import pgd
 from sparsepipe.sparsity.modifiers.bort import BRANCH
 from sparsepipe.spec import Preprocessing
+from sparsepipe.stages.input_space import input_space
 from sparsepipe.stages.reference import Network, TorchNetwork
 
 if TYPE_CHECKING:
     from sparsepipe.stages.validate import Attack
 
 NOTE = "The attack was made on the PyTorch network, with its gradients; the files got the same inputs (transferred)."
-
-
-def input_space(preprocessing: Preprocessing, input_shape: Sequence[int]) -> InputSpace:
-    """Where the inputs of a network lie: scaled pixels are in [0, 1], features have no bounds."""
-    if len(input_shape) == 3:
-        return InputSpace(preprocessing.mean, preprocessing.std, 0.0, 1.0)
-    return InputSpace(preprocessing.mean, preprocessing.std)
 
 
 def branches(source: Artefact, network: TorchNetwork) -> list[torch.nn.Module]:

@@ -22,9 +22,8 @@ from sparsepipe.formats.layout import Array
 from sparsepipe.formats.tensors import read_tensors
 from sparsepipe.progress import track
 from sparsepipe.recipe import Conversion
-from sparsepipe.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
+from sparsepipe.spec import LAYERS_FILE, SPEC_FILE, WEIGHTS_FILE, ModelSpec
 
-LAYERS_FILE = "layers.json"
 UNKNOWN_PATTERN = "unstructured"
 
 

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from onnx import ModelProto
 
 from sparsepipe import recipe
 from sparsepipe.artefact import Artefact, atomic_write, digest_file, draft, write_json
 from sparsepipe.environment import describe_machine, package_versions
-from sparsepipe.errors import MissingExtraError, ModelError
+from sparsepipe.errors import MissingExtraError
 from sparsepipe.graph import index, opset
 from sparsepipe.graph.choice import Choice, choose
 from sparsepipe.graph.finish import serialise, stamp
@@ -24,12 +23,11 @@ from sparsepipe.graph.load import load
 from sparsepipe.graph.portable import sparsify
 from sparsepipe.graph.select import Layer, sparsity, survey
 from sparsepipe.graph.universal import rewrite
-from sparsepipe.plugins import is_plugin
 from sparsepipe.progress import bar
 from sparsepipe.runtime import session
-from sparsepipe.spec import CALIBRATION_KEY, PRECISION_KEY, SPEC_FILE, ModelSpec
-from sparsepipe.stages.fit import check_fit
+from sparsepipe.spec import CALIBRATION_KEY, LAYERS_FILE, PRECISION_KEY, SPEC_FILE, SPEC_KEY, TARGET_KEY, ModelSpec
 from sparsepipe.stages.forms import FP32, INT8, Form, forms
+from sparsepipe.stages.network import load_network
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sparsepipe")
 
-LAYERS_FILE = "layers.json"
 COMMON_IR_VERSION = 10
 """Version of the file format that any onnxruntime since 1.18 reads. The onnx package writes its own newest one, which
 onnxruntime reads only months later."""
@@ -106,7 +103,7 @@ def run(
         model, unfolded = fold(refuse_not_finite(built, where=str(source.folder)))
         for norm in unfolded:
             log.info("The batch normalisation '%s' is not folded: %s.", norm.node, norm.reason)
-        properties = {"sparsepipe.spec": spec.model_dump_json(), **_versions("torch", "onnxscript")}
+        properties = {SPEC_KEY: spec.model_dump_json(), **_versions("torch", "onnxscript")}
         if spec.recipe_digest is not None:
             properties["sparsepipe.recipe_digest"] = spec.recipe_digest
         progress.advance(note="choosing layers")
@@ -167,45 +164,6 @@ def file_name(target: str) -> str:
     return f"model.{target}.onnx"
 
 
-def load_network(source: Artefact, trusted_model: str | None = None) -> nn.Module:
-    """The network of a `convert` or `freeze` artefact with its weights, in evaluation mode.
-
-    Args:
-        source: the artefact.
-        trusted_model: `module:function` that may be imported. A name that only the artefact gives is not: it may come
-            from anyone, and importing runs code.
-
-    Raises:
-        ModelError: the network's code is not trusted or not found, or its weights do not fit it.
-        ArtefactError: a file is missing or damaged.
-    """
-    import torch
-
-    from sparsepipe.models.registry import create
-    from sparsepipe.stages.convert import load_weights
-
-    spec = ModelSpec.read(source.file(SPEC_FILE))
-    if is_plugin(spec.model.name) and spec.model.name != trusted_model:
-        raise ModelError(
-            f"The network is built by code that this folder names, '{spec.model.name}'.",
-            where=str(source.folder),
-            advice=f"If you trust that code, repeat the command with --model {spec.model.name}",
-        )
-    network: nn.Module = create(
-        spec.model.name, input_shape=spec.input_shape, classes=len(spec.classes), options=spec.model.options
-    )
-    weights = load_weights(source)
-    check_fit(
-        {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()},
-        weights,
-        where=str(source.folder),
-        advice="The network's code or options have changed since it was trained; use the ones it was trained with.",
-    )
-    network.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
-    network.eval()
-    return network
-
-
 def _write(
     model: ModelProto,
     properties: Mapping[str, str],
@@ -226,7 +184,7 @@ def _write(
     advance(note="checking")
     files: dict[Form, bytes] = {}
     for form in forms(config):
-        own = {**common, "sparsepipe.target": form.target, PRECISION_KEY: form.precision}
+        own = {**common, TARGET_KEY: form.target, PRECISION_KEY: form.precision}
         if form.precision == INT8 and plan.int8 is not None:
             rewritten = index.copy(plan.int8.files[form.target])
             if config.calibrate is not None:
@@ -276,7 +234,7 @@ def _plan(
     layers = survey(model)
     made = None
     if INT8 in config.precision:
-        from sparsepipe.stages import int8
+        from sparsepipe.stages import int8  # it needs scipy.stats, which takes long to import
 
         advance(0, note="calibrating")
         made = int8.prepare(fold(model)[0], properties, config)

@@ -24,7 +24,7 @@ from sparsepipe.plugins import is_plugin
 from sparsepipe.recipe import Section
 from sparsepipe.spec import MASKS_FILE, SPEC_FILE, WEIGHTS_FILE, ModelSpec
 from sparsepipe.stages import checkpoints
-from sparsepipe.stages.fit import check_fit
+from sparsepipe.stages.fit import check_weights
 
 
 class FreezeConfig(Section):
@@ -92,7 +92,7 @@ def _fitting(state: dict[str, Array], spec: ModelSpec, path: Path) -> dict[str, 
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if not any(name in expected for name in state):
         state = checkpoints.without_member(state)
-    check_fit(
+    check_weights(
         expected,
         state,
         where=str(path),

@@ -24,16 +24,15 @@ from sparsepipe.recipe import Export, check
 from sparsepipe.runtime.inputs import inputs_of
 from sparsepipe.runtime.samples import Batch, labelled_samples
 from sparsepipe.runtime.sessions import session
-from sparsepipe.spec import ModelSpec
+from sparsepipe.spec import SPEC_KEY, ModelSpec
+from sparsepipe.stages.fit import input_for
 from sparsepipe.stages.int8_selection import Selection, select
-from sparsepipe.stages.validate import input_for
 
 log = logging.getLogger("sparsepipe")
 
 BATCH = 16
 SELECTION_SAMPLES = 1000
 """Samples on which accuracy is measured for `max_drop`; of a small dataset, those that the calibration leaves."""
-SPEC_KEY = "sparsepipe.spec"
 
 
 @dataclass(frozen=True)

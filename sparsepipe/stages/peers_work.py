@@ -20,14 +20,13 @@ from sparsepipe.recipe import check
 from sparsepipe.runtime.inputs import Input, inputs_of, resolve
 from sparsepipe.runtime.samples import labelled_samples, random_samples
 from sparsepipe.runtime.sessions import run, session
-from sparsepipe.spec import ModelSpec
-from sparsepipe.stages.validate import input_for
+from sparsepipe.spec import SPEC_KEY, ModelSpec
+from sparsepipe.stages.fit import input_for
 
 if TYPE_CHECKING:
     from sparsepipe.stages.peers import Peers
 
 SEED = 0
-SPEC_KEY = "sparsepipe.spec"
 Calls = list[dict[str, Any]]
 
 

@@ -18,9 +18,9 @@ from sparsepipe.errors import ArtefactError, GraphError, ModelError, RecipeError
 from sparsepipe.recipe import check
 from sparsepipe.runtime.inputs import Input
 from sparsepipe.runtime.network import OnnxNetwork
-from sparsepipe.spec import SPEC_FILE, ModelSpec
-from sparsepipe.stages.export import load_network
+from sparsepipe.spec import SPEC_FILE, SPEC_KEY, ModelSpec
 from sparsepipe.stages.forms import INT8
+from sparsepipe.stages.network import load_network
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 DENSE_TARGET = "dense"
-SPEC_KEY = "sparsepipe.spec"
 NETWORK_STAGES = ("freeze", "convert")
 """Stages whose artefact holds a network, in the order in which they are looked for."""
 

@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field, PositiveInt
 from sparsepipe import data as datasets
 from sparsepipe.artefact import Artefact, draft, write_json
 from sparsepipe.benchmark.statistics import wilson
-from sparsepipe.data.dataset import Dataset
 from sparsepipe.data.registry import SOURCES
 from sparsepipe.errors import ArtefactError, DataError, GraphError, RecipeError, SparsepipeError
 from sparsepipe.progress import track
@@ -25,8 +24,9 @@ from sparsepipe.runtime.compare import Divergence, Tally, finite, first_divergen
 from sparsepipe.runtime.inputs import Input, aligned, merge, rename, sized
 from sparsepipe.runtime.network import OnnxNetwork
 from sparsepipe.runtime.samples import Batch, Samples, labelled_samples, random_samples
-from sparsepipe.spec import CALIBRATION_KEY, ModelSpec, Preprocessing
+from sparsepipe.spec import CALIBRATION_KEY, TARGET_KEY, ModelSpec, Preprocessing
 from sparsepipe.stages import int8_verdict
+from sparsepipe.stages.fit import input_for
 from sparsepipe.stages.reference import (
     DENSE_TARGET,
     NETWORK_STAGES,
@@ -242,7 +242,7 @@ def _attacked(
 def _ways_to_run(path: Path) -> list[OnnxNetwork]:
     """The file as it runs here, and, where the kernel library takes part, also as it runs elsewhere."""
     network = OnnxNetwork(path)
-    if network.metadata.get("sparsepipe.target") != LIBRARY_TARGET or library_path() is None:
+    if network.metadata.get(TARGET_KEY) != LIBRARY_TARGET or library_path() is None:
         return [network]
     return [network, OnnxNetwork(path, library=False)]
 
@@ -301,28 +301,6 @@ def _test_split(choice: Choice, taken: Sequence[Input], spec: ModelSpec | None, 
 
     samples = labelled_samples(entry, dataset.test.labels, config.batch_size, load)
     return _Material(samples, choice.name, len(dataset.classes), "; ".join(notes) or None, preprocessing)
-
-
-def input_for(dataset: Dataset, taken: Sequence[Input], where: str) -> Input:
-    """The only input of a network, with the shape of the samples of a dataset.
-
-    Raises:
-        DataError: the network takes several inputs, or samples of another shape.
-    """
-    if len(taken) != 1:
-        names = ", ".join(entry.name for entry in taken)
-        raise DataError(f"A dataset gives one input, the network takes {len(taken)} ({names}).", where=where)
-    (entry,) = taken
-    shape = (entry.shape[0] if entry.shape else None, *dataset.input_shape)
-    fits = len(entry.shape) == len(shape) and all(
-        size == given or not isinstance(size, int) for size, given in zip(entry.shape[1:], shape[1:], strict=True)
-    )
-    if not fits:
-        raise DataError(
-            f"Its samples have the shape {list(dataset.input_shape)}, the network takes {list(entry.shape[1:])}.",
-            where=where,
-        )
-    return replace(entry, shape=shape)
 
 
 def _random(taken: Sequence[Input], networks: Sequence[Network], config: ValidateConfig, note: str) -> _Material:

@@ -21,7 +21,7 @@ from sparsepipe.quantization.rewrite import rewrite
 from sparsepipe.recipe import Export
 from sparsepipe.runtime.compare import Tally, largest
 from sparsepipe.runtime.sessions import run, session
-from sparsepipe.spec import PRECISION_KEY
+from sparsepipe.spec import PRECISION_KEY, TARGET_KEY
 from sparsepipe.stages import export
 
 MAX_RELATIVE = 1e-3
@@ -114,7 +114,7 @@ def export_sparse_int8(
     plain = quantise(folded, calls)
     made, choices = rewrite(plain)
     total = whole_sparsity(survey(folded))
-    stamp(made, {"sparsepipe.target": "universal", PRECISION_KEY: "int8"})
+    stamp(made, {TARGET_KEY: "universal", PRECISION_KEY: "int8"})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / export.file_name("universal")
     path.write_bytes(serialise(made, where=path.name))

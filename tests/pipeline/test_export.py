@@ -26,6 +26,7 @@ from sparsepipe.recipe import Choice, Conversion, Export
 from sparsepipe.runtime import session
 from sparsepipe.spec import ModelSpec, Preprocessing
 from sparsepipe.stages import convert, export
+from sparsepipe.stages.network import load_network
 
 Array = NDArray[Any]
 
@@ -101,7 +102,7 @@ def evaluate(path: Path, shape: tuple[int, ...] = SHAPE, batch: int = 3) -> Arra
 def of_torch(source: Artefact, batch: int = 3) -> Array:
     import torch
 
-    network = export.load_network(source, NAME)
+    network = load_network(source, NAME)
     x = np.random.default_rng(9).standard_normal((batch, *SHAPE)).astype(np.float32)
     with torch.no_grad():
         return np.asarray(network(torch.from_numpy(x)))
@@ -184,7 +185,7 @@ def test_code_named_by_a_folder_is_not_imported(trusted: str | None, tmp_path: P
         export.run(Export(), {"freeze": source}, tmp_path / "export", trusted_model=trusted)
     assert not own_network.exists()
     assert not (tmp_path / "export").exists()
-    export.load_network(source, NAME)
+    load_network(source, NAME)
     assert own_network.exists()
 
 
@@ -194,7 +195,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, own_network: Path) ->
     weights["extra"] = weights.pop("9.bias")
     weights["0.weight"] = weights["0.weight"][:4]
     with pytest.raises(ModelError) as caught:
-        export.load_network(frozen(tmp_path / "freeze", weights), NAME)
+        load_network(frozen(tmp_path / "freeze", weights), NAME)
     assert (
         "missing: 9.bias; unexpected: extra; of the wrong shape: 0.weight (4, 2, 3, 3) instead of (8, 2, 3, 3)"
         in str(caught.value)

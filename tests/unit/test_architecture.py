@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,15 +29,51 @@ ROOMS = (
 TORCH = {"torch", "lightning_fabric", "lightning"}
 
 
-def imports(path: Path) -> Iterator[str]:
+TORCH_BEHIND = (PACKAGE / "graph" / "build.py", PACKAGE / "launch.py")
+"""Files that import torch for some callers only: exporting a network, and under torchrun."""
+STAGES = ("train", "freeze", "convert", "export", "validate", "bench", "report")
+
+
+def nodes(tree: ast.AST, *, types: bool) -> Iterator[ast.AST]:
+    """Every node of a file; with `types` also what only type checkers see."""
+    yield tree
+    hidden = isinstance(tree, ast.If) and not types and ast.unparse(tree.test) == "TYPE_CHECKING"
+    for child in tree.orelse if hidden else ast.iter_child_nodes(tree):  # type: ignore[attr-defined]
+        yield from nodes(child, types=types)
+
+
+def imports(path: Path, *, types: bool = True) -> Iterator[str]:
     """Every module that a file imports, at the top or inside a function, as an absolute name."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(ast.parse(path.read_text()), types=types):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def file_of(module: str) -> Path | None:
+    """The file of a module of the package; None for all others, and for the names of functions and classes."""
+    place = ROOT.joinpath(*module.split("."))
+    for name in ("cli", "models"):
+        if place.is_relative_to(PACKAGE / name):
+            place = ROOT / place.relative_to(PACKAGE)
+    found = (place.with_suffix(".py"), place / "__init__.py")
+    return next((file for file in found if place.is_relative_to(ROOT) and file.is_file()), None)
+
+
+def reached(start: list[Path], *, through: Callable[[Path], bool]) -> dict[Path, Path]:
+    """Every file of the package that running these may import, however indirectly -> what imports it."""
+    found, pending = {path: path for path in start}, list(start)
+    while pending:
+        path = pending.pop()
+        for module in imports(path, types=False):
+            file = file_of(module)
+            if file is not None and file not in found and through(file):
+                found[file] = path
+                pending.append(file)
+    return found
 
 
 def files(room: str) -> list[Path]:
@@ -50,10 +86,19 @@ def imported_rooms(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", ["formats", "graph", "quantization", "runtime", "benchmark", "data"])
 def test_rooms_of_the_base_install_do_not_import_torch(room: str) -> None:
-    for path in files(room):
-        if path.name != "build.py":
-            found = {name.split(".")[0] for name in imports(path)} & TORCH
-            assert not found, f"{path} imports {found}"
+    start = [path for path in files(room) if path not in TORCH_BEHIND]
+    came_from = reached(start, through=lambda path: path not in TORCH_BEHIND)
+    assert set(start) < set(came_from)
+    for path in came_from:
+        found = {name.split(".")[0] for name in imports(path)} & TORCH
+        assert not found, f"{path} imports {found}, and {came_from[path]} imports that"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_stage_needs_a_later_one(stage: str) -> None:
+    later = {PACKAGE / "stages" / f"{name}.py" for name in STAGES[STAGES.index(stage) + 1 :]}
+    came_from = reached([PACKAGE / "stages" / f"{stage}.py"], through=lambda path: path.parent.name == "stages")
+    assert not later & set(came_from), {path: came_from[path] for path in later & set(came_from)}
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -14,11 +14,10 @@ pytest.importorskip("lightning_fabric")
 
 from torch import nn  # noqa: E402
 
-from sparsepipe.benchmark import training  # noqa: E402
 from sparsepipe.benchmark.interleaved import Timing  # noqa: E402
 from sparsepipe.sparsity.methods.static import Static  # noqa: E402
 from sparsepipe.sparsity.sparsifier import Sparsifier  # noqa: E402
-from sparsepipe.training import overhead  # noqa: E402
+from sparsepipe.training import benchmark, overhead  # noqa: E402
 
 SETTING: dict[str, Any] = {"network": "resnet8", "batch": 2, "optimizer": "sgd", "device": "cpu"}
 
@@ -31,7 +30,7 @@ def test_an_update_is_shared_out_over_the_steps_between_two() -> None:
     """By hand, in rounds of a machine that becomes twice as slow: (11 + (111 - 11) / 100) / 10 = 1.2."""
     slow = np.array([1.0, 1, 1, 2, 2, 2])
     base, plain, update = (timing(*(value * slow)) for value in (10.0, 11.0, 111.0))
-    assert training._overhead(training._with_updates(plain, update), base) == pytest.approx(
+    assert benchmark._overhead(benchmark._with_updates(plain, update), base) == pytest.approx(
         {"value": 0.2, "low": 0.2, "high": 0.2}
     )
 
@@ -103,10 +102,10 @@ def test_the_peak_of_a_step_holds_its_gradients() -> None:
 
 
 def test_the_benchmark_prints_a_table_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setitem(training.CASES, "resnet20", training.Case("resnet8", 1, "adamw"))
+    monkeypatch.setitem(benchmark.CASES, "resnet20", benchmark.Case("resnet8", 1, "adamw"))
     out = tmp_path / "overhead.json"
     arguments = ["--network", "resnet20", "--seconds", "0", "--batch", "2", "--out", str(out)]
-    done = CliRunner().invoke(training.main, arguments, catch_exceptions=False)
+    done = CliRunner().invoke(benchmark.main, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     assert "resnet8" in done.output
     result = json.loads(out.read_text())
@@ -123,6 +122,6 @@ def test_the_benchmark_prints_a_table_and_writes_json(monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_device_is_one_sentence() -> None:
-    done = CliRunner().invoke(training.main, ["--device", "cuda"])
+    done = CliRunner().invoke(benchmark.main, ["--device", "cuda"])
     assert done.exit_code == 2
     assert "no CUDA device" in done.output

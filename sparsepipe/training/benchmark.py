@@ -1,4 +1,4 @@
-"""What sparse training costs beside dense training, in time and memory: `python -m sparsepipe.benchmark.training`.
+"""What sparse training costs beside dense training, in time and memory: `python -m sparsepipe.training.benchmark`.
 
 A step of dense training, one with DST-EE, one with DST-EE that updates the masks and one of each rejected way to apply
 masks are timed in turn in one process: by the CPU time of its only thread, or on a GPU by the time until it is done.
