@@ -86,9 +86,7 @@ def command(
     attacked = None if attack is None else {"name": attack, **given}
     table = {**tolerances.model_dump(), "samples": samples, "input": input_, "attack": attacked}
     config = recipe.check(validate.ValidateConfig, table, where="validate")
-    results = [
-        validate.compare(path, against, dataset(data), config=config, trusted_model=trusted_model) for path in onnx
-    ]
+    results = validate.compare_all(onnx, against, dataset(data), config=config, trusted_model=trusted_model)
     passed = all(result["passed"] for result in results)
     if as_json:
         common.print_json(results[0] if len(results) == 1 else {"passed": passed, "results": results})
@@ -148,10 +146,12 @@ def _show(results: list[dict[str, Any]]) -> None:
 
 
 def _show_attacks(attacks: list[dict[str, Any]]) -> None:
-    network = attacks[0]["network"]
-    rows = [["PyTorch", "white-box", network]]
-    if joint := attacks[0]["joint"]:
-        rows.append(["PyTorch", f"on {attacks[0]['branches']} branches together", joint])
+    rows: list[list[Any]] = []
+    for attack in attacks:  # files that were compared on the same samples share one
+        own = [["PyTorch", "white-box", attack["network"]]]
+        if joint := attack["joint"]:
+            own.append(["PyTorch", f"on {attack['branches']} branches together", joint])
+        rows += [row for row in own if row not in rows]
     rows += [[file["file"], "transferred", file["accuracy"]] for attack in attacks for file in attack["files"]]
     first = attacks[0]
     common.print_table(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -120,10 +120,30 @@ def compare(
     config: ValidateConfig | None = None,
     trusted_model: str | None = None,
 ) -> dict[str, Any]:
-    """Compare one ONNX file with another one, or with the network in a folder.
+    """Compare one ONNX file with another one, or with the network in a folder: see `compare_all`.
+
+    Returns:
+        What `validation.json` holds: `passed`, `candidates` (one; two for a universal file, which is also run without
+        the kernel library), `reference`, `data`, `samples` and `note`.
+    """
+    (result,) = compare_all([candidate], reference, data, config=config, trusted_model=trusted_model)
+    return result
+
+
+def compare_all(
+    candidates: Sequence[Path],
+    reference: Path | Artefact,
+    data: Choice | None = None,
+    *,
+    config: ValidateConfig | None = None,
+    trusted_model: str | None = None,
+) -> list[dict[str, Any]]:
+    """Compare ONNX files with another one, or with the network in a folder.
+
+    Files that are compared on the same samples share them, the outputs of the reference and the attack on it.
 
     Args:
-        candidate: the ONNX file in question.
+        candidates: the ONNX files in question.
         reference: an ONNX file, a run folder or a stage's folder, or an artefact that holds a network.
         data: dataset to compare on. None means `config.data`, or the one that a file's metadata name, or else random
             inputs, for which there is no accuracy.
@@ -131,21 +151,30 @@ def compare(
         trusted_model: the `module:function` that the user allows to be imported as the network.
 
     Returns:
-        What `validation.json` holds: `passed`, `candidates` (one; two for a universal file, which is also run without
-        the kernel library), `reference`, `data`, `samples` and `note`.
+        For each file what `compare` returns, in the order of the files.
 
     Raises:
-        SparsepipeError: a file is missing or damaged, or the two take different inputs.
+        SparsepipeError: a file is missing or damaged, or takes other inputs than the reference.
     """
     config = config or ValidateConfig()
     if data is not None:
         config = config.model_copy(update={"data": data})
-    ways = _ways_to_run(candidate)
+    files = [_ways_to_run(candidate) for candidate in candidates]
     if isinstance(reference, Artefact):
         other = from_artefact(reference, None, trusted_model)
     else:
         other = from_path(reference, trusted_model)
-    return _validate(ways, replace(other, spec=other.spec or spec_of(ways[0])), config)
+    references = [replace(other, spec=other.spec or spec_of(ways[0])) for ways in files]
+    alike: dict[str, list[int]] = {}
+    for index, (ways, each) in enumerate(zip(files, references, strict=True)):
+        material = (each.spec, _taken(ways, each, config), _known_data(ways, each))
+        alike.setdefault(repr(material), []).append(index)
+    results: dict[int, dict[str, Any]] = {}
+    for indices in alike.values():
+        together = [files[index] for index in indices]
+        found = _validate([way for ways in together for way in ways], references[indices[0]], config)
+        results |= zip(indices, _of_each_file(found, [len(ways) for ways in together]), strict=True)
+    return [results[index] for index in range(len(files))]
 
 
 @dataclass(frozen=True)
@@ -178,14 +207,36 @@ class _Trial:
             self.worst = batch.inputs if samples.fixed else batch.only(sample or 0)
 
 
-def _validate(candidates: Sequence[OnnxNetwork], reference: Reference, config: ValidateConfig) -> dict[str, Any]:
-    network = reference.network
-    taken = network.inputs
+def _of_each_file(result: Mapping[str, Any], ways: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """The result of each of several files that were compared together; `ways` is how many rows it has."""
+    start = 0
+    for count in ways:
+        own = slice(start, start := start + count)
+        rows = result["candidates"][own]
+        attacked = {}
+        if attack := result.get("attack"):
+            attacked = {"attack": {**attack, "files": attack["files"][own]}}
+        yield {**result, **attacked, "passed": all(row["passed"] for row in rows), "candidates": rows}
+
+
+def _taken(candidates: Sequence[OnnxNetwork], reference: Reference, config: ValidateConfig) -> list[Input]:
+    """The inputs that all take."""
+    taken = reference.network.inputs
     for candidate in candidates:
         taken = merge(taken, candidate.inputs)
-    taken = sized(taken, config.input)
-    known = reference.spec.data if reference.spec else None
-    known = known or next((data for data in map(_calibration_data, candidates) if data), None)
+    return sized(taken, config.input)
+
+
+def _known_data(candidates: Sequence[OnnxNetwork], reference: Reference) -> Choice | None:
+    """The dataset that the network was trained on, or else that a file was calibrated on."""
+    if reference.spec and reference.spec.data:
+        return reference.spec.data
+    return next((data for data in map(_calibration_data, candidates) if data), None)
+
+
+def _validate(candidates: Sequence[OnnxNetwork], reference: Reference, config: ValidateConfig) -> dict[str, Any]:
+    network = reference.network
+    taken, known = _taken(candidates, reference, config), _known_data(candidates, reference)
     material = _material(taken, [*candidates, network], reference.spec, known, config)
     samples, trials = material.samples, [_Trial(candidate) for candidate in candidates]
     for batch in track(samples, "Validating", len(samples)):

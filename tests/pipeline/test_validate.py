@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 from scipy import stats
 
+from sparsepipe import data as datasets
 from sparsepipe.artefact import Artefact, draft
 from sparsepipe.errors import ArtefactError, DataError, GraphError, ModelError
 from sparsepipe.recipe import Choice, Conversion, Export
+from sparsepipe.runtime.network import OnnxNetwork
 from sparsepipe.spec import WEIGHTS_FILE, ModelSpec, Preprocessing
 from sparsepipe.stages import reference
 from sparsepipe.stages.freeze import FreezeConfig
-from sparsepipe.stages.validate import ValidateConfig, compare, run
+from sparsepipe.stages.validate import ValidateConfig, compare, compare_all, run
 
 FEATURES, WIDTH, CLASSES = 6, 5, 3
 LAYERS = ("hidden.0", "hidden.1", "head")
@@ -162,6 +165,29 @@ def test_files_of_other_tools_diverge_at_the_first_name_that_they_share(tmp_path
     renamed = {name: f"Gemm_{name}" for name in LAYERS}
     candidate = write(tmp_path / "c.onnx", scaled(weights, "hidden.0.weight", 1.5), names=renamed)
     assert only(compare(candidate, write(tmp_path / "b.onnx", weights)))["first_divergence"]["layer"] == "logits"
+
+
+def test_files_together_have_the_results_of_each_alone_and_share_the_work(
+    tmp_path: Path, weights: Weights, samples: Choice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [
+        write(tmp_path / "same.onnx", weights),
+        write(tmp_path / "worse.onnx", scaled(weights, "head.weight", -1)),
+        write(tmp_path / "fixed.onnx", weights, batch=50),
+        write(tmp_path / "same.again.onnx", weights, names={"hidden.0": "Gemm_0"}),
+    ]
+    reference = write(tmp_path / "reference.onnx", weights)
+    alone = [compare(path, reference, samples) for path in paths]
+    assert [result["passed"] for result in alone] == [True, False, True, True]
+    loads, passes = Counter[str](), Counter[str]()
+    load, run = datasets.load, OnnxNetwork.run
+    monkeypatch.setattr(datasets, "load", lambda name, options: loads.update([name]) or load(name, options))
+    monkeypatch.setattr(OnnxNetwork, "run", lambda self, inputs: passes.update([self.name]) or run(self, inputs))
+    assert compare_all(paths, reference, samples) == alone
+    # The file of a fixed batch is compared on batches of its own; of the one that fails, a sample is looked at again.
+    assert loads.total() == 2
+    assert passes["same.onnx"] == passes["same.again.onnx"] == 1
+    assert passes["reference.onnx"] == 1 + passes["fixed.onnx"] + 1
 
 
 def test_nan_fails_and_is_null_in_the_result(tmp_path: Path, weights: Weights) -> None:

@@ -149,4 +149,8 @@ train = {epochs = 3, threads = 1}
         # An attack on three branches at once is a weaker one on each of them.
         assert attack["network"]["correct"] <= attack["joint"]["correct"] + 3
         assert attack["joint"]["correct"] < clean
-    assert "on 3 branches together" in call(*arguments).stdout
+    shown = call(*arguments).stdout
+    assert shown.count("on 3 branches together") == shown.count("white-box") == 1
+    assert shown.count("transferred") - shown.count("(transferred)") == 2
+    assert result["results"][0]["attack"]["files"][0]["file"] == "model.dense.onnx"
+    assert result["results"][1]["attack"]["files"][0]["file"] == "model.portable.onnx"
