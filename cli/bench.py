@@ -210,7 +210,7 @@ def _form(
 
 def _extended(kind: Any, config: Any, options: Mapping[str, Any]) -> Any:
     """The settings `config` and further ones as a `kind`; what was not given keeps the default of that."""
-    from sparsepipe import recipe
+    from sparsepipe.settings import check
 
     given = {key: value for key, value in options.items() if value}
-    return recipe.check(kind, {**config.model_dump(exclude_defaults=True), **given}, where="bench")
+    return check(kind, {**config.model_dump(exclude_defaults=True), **given}, where="bench")

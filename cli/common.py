@@ -286,6 +286,7 @@ def section(source: Path | None, name: str, overrides: Sequence[str], flags: Map
         flags: the verb's flags; those that were not given (None or empty) change nothing.
     """
     from sparsepipe import recipe
+    from sparsepipe.settings import check
 
     path = run_recipe(source) if source else None
     table = recipe.read_table(path) if path else {"model": "unknown", "data": "unknown"}
@@ -293,7 +294,7 @@ def section(source: Path | None, name: str, overrides: Sequence[str], flags: Map
     loaded = getattr(recipe.parse(table, overrides, where=str(path or "recipe")), attribute)
     given = {key: value for key, value in flags.items() if value not in (None, ())}
     # What nobody set stays unset: some settings, such as the opset, mean "as it is" then.
-    return recipe.check(type(loaded), {**loaded.model_dump(exclude_unset=True), **given}, where=name)
+    return check(type(loaded), {**loaded.model_dump(exclude_unset=True), **given}, where=name)
 
 
 def run_recipe(source: Path) -> Path | None:

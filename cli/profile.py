@@ -36,13 +36,13 @@ def command(
     \b
     sparsepipe profile model.universal.onnx --against model.dense.onnx --out profile
     """
-    from sparsepipe import recipe
+    from sparsepipe.settings import check
     from sparsepipe.stages import profile
 
     given = {key: value for key, value in options.items() if value is not None}
     if input_:
         given["input"] = input_
-    config = recipe.check(profile.ProfileConfig, given, where="profile")
+    config = check(profile.ProfileConfig, given, where="profile")
     common.check_threads([config.threads])
     if out is None:
         result = profile.measure(model, config, against)

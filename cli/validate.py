@@ -10,7 +10,7 @@ import click
 from sparsepipe.cli import common
 
 if TYPE_CHECKING:
-    from sparsepipe.recipe import Choice
+    from sparsepipe.settings import Choice
 
 SHOWN_LAYERS = 3
 BELONGS = {"epsilon": ("--attack pgd",), "steps": ("--attack pgd",)}
@@ -71,7 +71,7 @@ def command(
     sparsepipe validate pruned.onnx --against original.onnx
     sparsepipe validate model.universal.onnx --against runs/quickstart --attack pgd --epsilon 0.1
     """
-    from sparsepipe import recipe
+    from sparsepipe.settings import check
     from sparsepipe.stages import validate
 
     flags = {
@@ -85,7 +85,7 @@ def command(
     common.refuse_idle(BELONGS, ["--attack pgd"] if attack else [])
     attacked = None if attack is None else {"name": attack, **given}
     table = {**tolerances.model_dump(), "samples": samples, "input": input_, "attack": attacked}
-    config = recipe.check(validate.ValidateConfig, table, where="validate")
+    config = check(validate.ValidateConfig, table, where="validate")
     results = validate.compare_all(onnx, against, dataset(data), config=config, trusted_model=trusted_model)
     passed = all(result["passed"] for result in results)
     if as_json:
@@ -98,7 +98,7 @@ def command(
 
 def dataset(name: str | None) -> Choice | None:
     """The dataset that `--data NAME` means."""
-    from sparsepipe.recipe import Choice
+    from sparsepipe.settings import Choice
 
     return Choice(name=name) if name else None
 

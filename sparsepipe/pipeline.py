@@ -17,7 +17,8 @@ from sparsepipe.artefact import MANIFEST, Artefact, check_free
 from sparsepipe.environment import package_versions
 from sparsepipe.errors import ArtefactError
 from sparsepipe.folders import partial_of
-from sparsepipe.recipe import Choice, Recipe
+from sparsepipe.recipe import Recipe
+from sparsepipe.settings import Choice
 from sparsepipe.stages.train import network_source, same_config
 
 log = logging.getLogger("sparsepipe")

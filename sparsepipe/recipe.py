@@ -7,12 +7,11 @@ table, `[model] name = "resnet20"`, or in short as `model = "resnet20"`. Overrid
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import (
@@ -21,13 +20,13 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
-    ValidationError,
     ValidationInfo,
     field_validator,
 )
 
 from sparsepipe.artefact import digest_bytes, write_text
 from sparsepipe.errors import RecipeError
+from sparsepipe.settings import Choice, NamedChoice, Section, check, from_short_form
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Target = Literal["dense", "portable", "universal"]
@@ -38,30 +37,9 @@ LONGEST_NAME = 200
 WeightFormat = Literal["csr", "bsr", "nm", "bitmask", "dense"]
 
 
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values cannot be changed after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _from_short_form(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
 def _method_from_short_form(value: Any) -> Any:
-    value = _from_short_form(value)
+    value = from_short_form(value)
     return {"name": DEFAULT_METHOD, **value} if isinstance(value, dict) else value
-
-
-class Choice(BaseModel):
-    """Something chosen by name from a registry; the other keys are its options, checked by the registry."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 def _shapes_from_short_form(value: Any) -> Any:
@@ -76,9 +54,6 @@ Shapes = Annotated[
 
 def _list_from_short_form(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
-
-
-NamedChoice = Annotated[Choice, BeforeValidator(_from_short_form)]
 
 
 def _modifiers_from_short_form(value: Any) -> Any:
@@ -228,7 +203,7 @@ class Bench(Section):
     """Measuring time for each file at each setting."""
     pin: bool = True
     """Pin each benchmark process to as many cores as it has threads."""
-    input: Shapes = {}
+    input: Shapes = Field(default_factory=dict)
     """Where the files leave sizes open."""
     timeout: Annotated[float, Field(gt=0)] | None = None
     """Seconds that a process may take to answer, to load a file above all, before it counts as hanging. None allows a
@@ -245,8 +220,8 @@ class Recipe(Section):
     method: Annotated[Choice, BeforeValidator(_method_from_short_form)] = Choice(name=DEFAULT_METHOD)
     modifiers: Modifiers = ()
     augment: Augment = Augment()
-    optimizer: Annotated[Optimizer, BeforeValidator(_from_short_form)] = Optimizer()
-    schedule: Annotated[Schedule, BeforeValidator(_from_short_form)] = Schedule()
+    optimizer: Annotated[Optimizer, BeforeValidator(from_short_form)] = Optimizer()
+    schedule: Annotated[Schedule, BeforeValidator(from_short_form)] = Schedule()
     train: Training = Training()
     convert: Conversion = Conversion()
     export: Export = Export()
@@ -338,25 +313,6 @@ def parse(table: dict[str, Any], overrides: Iterable[str] = (), *, where: str = 
     return check(Recipe, table, where=where)
 
 
-ModelT = TypeVar("ModelT", bound=BaseModel)
-
-
-def check(model: type[ModelT], table: dict[str, Any], *, where: str) -> ModelT:
-    """Validate `table` as `model`; every problem is named with its key and what is allowed there.
-
-    Raises:
-        RecipeError: with all problems in one paragraph.
-    """
-    try:
-        return model.model_validate(table)
-    except ValidationError as error:
-        found = error.errors()
-        inside = {problem["loc"][:depth] for problem in found for depth in range(len(problem["loc"]))}
-        # A list that lost a bad entry is too short for pydantic, too; that the entry is bad says it all.
-        told = [problem for problem in found if problem["type"] != "too_short" or problem["loc"] not in inside]
-        raise RecipeError(f"{'; '.join(_describe(model, problem) for problem in told)}.", where=where) from error
-
-
 def _apply(table: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
@@ -385,32 +341,3 @@ def _parse_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _describe(model: type[BaseModel], problem: Any) -> str:
-    path = [str(part) for part in problem["loc"]]
-    key = ".".join(part for part in path if part) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        allowed = _allowed_keys(model, path[:-1])
-        close = difflib.get_close_matches(path[-1], allowed, n=1)
-        hint = f" (did you mean '{close[0]}'?)" if close else ""
-        return f"unknown key '{key}'{hint}; allowed here: {', '.join(allowed)}"
-    if problem["type"] == "missing":
-        return f"the key '{key}' is missing"
-    if problem["type"] == "model_type":
-        chosen = problem["ctx"]["class_name"] == Choice.__name__
-        keys = "a section with the keys " + ", ".join(_allowed_keys(model, path))
-        wanted = "a name, or a section of a name and its options" if chosen else keys
-        return f"'{key}' = {problem['input']!r}: it should be {wanted}"
-    if problem["type"] == "too_short":
-        return f"'{key}' = {problem['input']!r}: it should have at least one entry"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"'{key}' = {problem['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _allowed_keys(model: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        for name, field in model.model_fields.items():
-            if part in (name, field.alias) and isinstance(field.annotation, type):
-                model = field.annotation
-    return [field.alias or name for name, field in model.model_fields.items()]

@@ -18,7 +18,8 @@ from pydantic import BaseModel
 from sparsepipe.artefact import Artefact, read_json, write_json
 from sparsepipe.environment import describe_machine
 from sparsepipe.errors import RecipeError
-from sparsepipe.recipe import check, digest
+from sparsepipe.recipe import digest
+from sparsepipe.settings import check
 from sparsepipe.stages.train import differing
 
 SCHEMA_VERSION = 1

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from sparsepipe.artefact import read_json, write_text
-from sparsepipe.recipe import Choice, check
+from sparsepipe.settings import Choice, check
 
 SPEC_FILE = "model.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -9,7 +9,8 @@ from typing import Any
 from sparsepipe import pipeline, rows
 from sparsepipe.artefact import Artefact, digest_file, read_json, write_json
 from sparsepipe.comparison import Training
-from sparsepipe.recipe import Bench, Choice, Conversion, Export
+from sparsepipe.recipe import Bench, Conversion, Export
+from sparsepipe.settings import Choice
 from sparsepipe.stages import bench, convert, export, freeze, validate
 from sparsepipe.stages.freeze import FreezeConfig
 from sparsepipe.stages.validate import ValidateConfig

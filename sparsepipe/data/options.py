@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from sparsepipe.recipe import Section
+from sparsepipe.settings import Section
 
 
 class NoOptions(Section):

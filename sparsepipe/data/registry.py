@@ -13,7 +13,7 @@ from sparsepipe.artefact import digest_bytes
 from sparsepipe.data.options import EdgeOptions, HoldOutOptions, HubOptions, ImageOptions, NoOptions, TableOptions
 from sparsepipe.errors import DataError
 from sparsepipe.plugins import is_plugin, load_plugin
-from sparsepipe.recipe import Section, check
+from sparsepipe.settings import Section, check
 
 if TYPE_CHECKING:
     from sparsepipe.data.dataset import Dataset

@@ -22,6 +22,7 @@ from sparsepipe.environment import describe_machine, package_versions
 from sparsepipe.errors import ArtefactError, RecipeError
 from sparsepipe.models import registry as models
 from sparsepipe.progress import bar
+from sparsepipe.settings import Choice
 from sparsepipe.sparsity import registry as methods
 from sparsepipe.sparsity.modifiers import registry as modifiers
 from sparsepipe.stages.assembly import EVALUATION_BATCH, check_data, modifiers_of, rate_of, sparsifier_of, steps_of
@@ -129,7 +130,7 @@ def _plan(recipe: Path, grid: Grid, task: Task, overrides: Sequence[str]) -> lis
             modifiers.create(modifier.name, modifier.options)
         taken = methods.options_of(config.method.name)
         options = {key: value for key, value in config.method.options.items() if key in taken}
-        chosen = recipes.Choice(**{**options, "name": config.method.name})
+        chosen = Choice(**{**options, "name": config.method.name})
         # Samples are learnt as they are, so there is no augmentation.
         config = config.model_copy(update={"method": chosen, "augment": recipes.Augment()})
         check_data(config, _network(config, dataset), dataset, 2)

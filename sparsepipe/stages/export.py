@@ -25,6 +25,7 @@ from sparsepipe.graph.select import Layer, sparsity, survey
 from sparsepipe.graph.universal import rewrite
 from sparsepipe.progress import bar
 from sparsepipe.runtime import session
+from sparsepipe.settings import check
 from sparsepipe.spec import CALIBRATION_KEY, LAYERS_FILE, PRECISION_KEY, SPEC_FILE, SPEC_KEY, TARGET_KEY, ModelSpec
 from sparsepipe.stages.forms import FP32, INT8, Form, forms
 from sparsepipe.stages.network import load_network
@@ -146,7 +147,7 @@ def export_onnx(network: nn.Module, input_shape: tuple[int, ...], out: str | Pat
         ArtefactError: the folder holds something else.
         MissingExtraError: onnxscript is not installed.
     """
-    config = recipe.check(recipe.Export, settings, where="export")
+    config = check(recipe.Export, settings, where="export")
     try:
         from sparsepipe.graph.build import build
     except ImportError as error:

@@ -21,7 +21,7 @@ from sparsepipe.formats.masks import Mask, load_masks, save_masks
 from sparsepipe.formats.tensors import digest_tensors, read_tensors, write_tensors
 from sparsepipe.models.registry import check_name, create
 from sparsepipe.plugins import is_plugin
-from sparsepipe.recipe import Section
+from sparsepipe.settings import Section
 from sparsepipe.spec import MASKS_FILE, SPEC_FILE, WEIGHTS_FILE, ModelSpec
 from sparsepipe.stages import checkpoints
 from sparsepipe.stages.fit import check_weights

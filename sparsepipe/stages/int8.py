@@ -20,10 +20,11 @@ from sparsepipe.quantization.noise import is_quantised
 from sparsepipe.quantization.points import completed
 from sparsepipe.quantization.rewrite import rewrite
 from sparsepipe.quantization.sensitivity import mixed
-from sparsepipe.recipe import Export, check
+from sparsepipe.recipe import Export
 from sparsepipe.runtime.inputs import inputs_of
 from sparsepipe.runtime.samples import Batch, labelled_samples
 from sparsepipe.runtime.sessions import session
+from sparsepipe.settings import check
 from sparsepipe.spec import SPEC_KEY, ModelSpec
 from sparsepipe.stages.fit import input_for
 from sparsepipe.stages.int8_selection import Selection, select

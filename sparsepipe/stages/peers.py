@@ -23,9 +23,10 @@ from sparsepipe.errors import ArtefactError, GraphError
 from sparsepipe.graph.load import load
 from sparsepipe.native.operators import DOMAIN
 from sparsepipe.progress import bar
-from sparsepipe.recipe import Bench, NamedChoice
+from sparsepipe.recipe import Bench
 from sparsepipe.runtime.compare import Tally, finite
 from sparsepipe.runtime.sessions import session
+from sparsepipe.settings import NamedChoice
 from sparsepipe.stages import bench
 from sparsepipe.stages.peers_work import Work, work_of
 

@@ -16,10 +16,10 @@ from sparsepipe.benchmark import calls
 from sparsepipe.graph.finish import serialise
 from sparsepipe.graph.resize import resize
 from sparsepipe.quantization.calibrate import calibration_rows
-from sparsepipe.recipe import check
 from sparsepipe.runtime.inputs import Input, inputs_of, resolve
 from sparsepipe.runtime.samples import labelled_samples, random_samples
 from sparsepipe.runtime.sessions import run, session
+from sparsepipe.settings import check
 from sparsepipe.spec import SPEC_KEY, ModelSpec
 from sparsepipe.stages.fit import input_for
 

@@ -24,9 +24,10 @@ from sparsepipe.environment import describe_machine, package_versions
 from sparsepipe.errors import GraphError, one_line
 from sparsepipe.graph.load import load, load_with_rows
 from sparsepipe.graph.sizes import sizes_of
-from sparsepipe.recipe import Section, Shapes
+from sparsepipe.recipe import Shapes
 from sparsepipe.runtime.inputs import aligned, inputs_of, merge, random_inputs, rename, sized
 from sparsepipe.runtime.sessions import session
+from sparsepipe.settings import Section
 
 SCHEMA_VERSION = 1
 RESULT_FILE, TABLE_FILE, PICTURE_FILE = "profile.json", "profile.md", "roofline.svg"

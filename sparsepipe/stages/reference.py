@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from sparsepipe.artefact import Artefact, find
 from sparsepipe.errors import ArtefactError, GraphError, ModelError, RecipeError, one_line
-from sparsepipe.recipe import check
 from sparsepipe.runtime.inputs import Input
 from sparsepipe.runtime.network import OnnxNetwork
+from sparsepipe.settings import check
 from sparsepipe.spec import SPEC_FILE, SPEC_KEY, ModelSpec
 from sparsepipe.stages.forms import INT8
 from sparsepipe.stages.network import load_network

@@ -10,9 +10,10 @@ import tomli_w
 
 from sparsepipe.artefact import Artefact, draft, write_text
 from sparsepipe.errors import ArtefactError, MissingExtraError
-from sparsepipe.recipe import Section, Validation
+from sparsepipe.recipe import Validation
 from sparsepipe.reporting import contents as contents_of
 from sparsepipe.reporting import summary
+from sparsepipe.settings import Section
 
 STAGES = contents_of.STAGES
 """The stages whose artefacts the report shows; any subset will do."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsepipe.artefact import Artefact, check_free, copy, write_json
 from sparsepipe.errors import RecipeError
-from sparsepipe.recipe import Choice
+from sparsepipe.settings import Choice
 from sparsepipe.sparsity import registry
 from sparsepipe.stages import train
 

@@ -23,7 +23,8 @@ from sparsepipe import data, folders, launch
 from sparsepipe.artefact import MANIFEST, Artefact, digest_file, draft
 from sparsepipe.errors import ArtefactError, MissingExtraError, ModelError
 from sparsepipe.plugins import is_plugin, load_plugin
-from sparsepipe.recipe import Augment, Modifiers, NamedChoice, Optimizer, Recipe, Schedule, Section, Training
+from sparsepipe.recipe import Augment, Modifiers, Optimizer, Recipe, Schedule, Training
+from sparsepipe.settings import NamedChoice, Section
 
 if TYPE_CHECKING:
     from types import ModuleType

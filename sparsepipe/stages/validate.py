@@ -18,12 +18,13 @@ from sparsepipe.data.registry import SOURCES
 from sparsepipe.errors import ArtefactError, DataError, GraphError, RecipeError, SparsepipeError
 from sparsepipe.progress import track
 from sparsepipe.quantization.noise import is_quantised
-from sparsepipe.recipe import Choice, NamedChoice, Recipe, Section, Shapes, Validation, check
+from sparsepipe.recipe import Recipe, Shapes, Validation
 from sparsepipe.runtime import library_path
 from sparsepipe.runtime.compare import Divergence, Tally, finite, first_divergence, has_classes
 from sparsepipe.runtime.inputs import Input, aligned, merge, rename, sized
 from sparsepipe.runtime.network import OnnxNetwork
 from sparsepipe.runtime.samples import Batch, Samples, labelled_samples, random_samples
+from sparsepipe.settings import Choice, NamedChoice, Section, check
 from sparsepipe.spec import CALIBRATION_KEY, TARGET_KEY, ModelSpec, Preprocessing
 from sparsepipe.stages import int8_verdict
 from sparsepipe.stages.fit import input_for

@@ -22,8 +22,9 @@ from safetensors.numpy import save_file
 
 from sparsepipe.artefact import Artefact, draft, read_json
 from sparsepipe.errors import GraphError, ModelError, RecipeError
-from sparsepipe.recipe import Choice, Conversion, Export
+from sparsepipe.recipe import Conversion, Export
 from sparsepipe.runtime import session
+from sparsepipe.settings import Choice
 from sparsepipe.spec import ModelSpec, Preprocessing
 from sparsepipe.stages import convert, export
 from sparsepipe.stages.network import load_network

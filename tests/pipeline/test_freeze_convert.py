@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from sparsepipe.artefact import Artefact, draft, read_json
 from sparsepipe.errors import ArtefactError, FormatError, GraphError, ModelError, SparsepipeError
-from sparsepipe.recipe import Choice, Conversion
+from sparsepipe.recipe import Conversion
+from sparsepipe.settings import Choice
 from sparsepipe.spec import ModelSpec, Preprocessing
 from sparsepipe.stages import convert, freeze
 

@@ -18,6 +18,7 @@ from sparsepipe import recipe as recipes  # noqa: E402
 from sparsepipe.artefact import Artefact, read_json  # noqa: E402
 from sparsepipe.comparison import plan  # noqa: E402
 from sparsepipe.reporting.markdown import block  # noqa: E402
+from sparsepipe.settings import check  # noqa: E402
 from sparsepipe.stages import train  # noqa: E402
 
 RECIPES = Path(__file__).parents[2] / "examples" / "paper"
@@ -121,7 +122,7 @@ def test_every_row_of_link_prediction_is_of_the_recipe_beside_it(monkeypatch: py
                 kept = {**result["configs"][row["config"]], "method": row["method"], "seed": row["seed"]}
                 kept["data"]["name"] = "edgelist:FILE"
                 # Through the model, so that a setting that recipes did not have yet counts as its default.
-                before = recipes.check(type(config), kept, where=row["name"])
+                before = check(type(config), kept, where=row["name"])
                 assert before.model_dump() == config.model_dump(), row["name"]
                 listed += 1
     assert listed == len(rows)

@@ -25,7 +25,7 @@ from sparsepipe.benchmark.peers import openvino as openvino_peer
 from sparsepipe.benchmark.peers.mnn import Mnn
 from sparsepipe.benchmark.peers.openvino import OpenVino, OpenVinoInt8
 from sparsepipe.benchmark.runtimes import Preparation
-from sparsepipe.recipe import check
+from sparsepipe.settings import check
 from sparsepipe.stages import peers
 
 STUBS = Path(__file__).resolve().parents[1] / "support" / "peer_stubs"

@@ -26,9 +26,10 @@ from sparsepipe.benchmark.worker import Said
 from sparsepipe.cli import report as report_verb
 from sparsepipe.cli.bench import command
 from sparsepipe.errors import ArtefactError, GraphError, RecipeError
-from sparsepipe.recipe import Export, check
+from sparsepipe.recipe import Export
 from sparsepipe.reporting import markdown
 from sparsepipe.reporting import peers as tables
+from sparsepipe.settings import check
 from sparsepipe.stages import export, peers, peers_row, suite
 
 FAKES = """

@@ -21,6 +21,7 @@ from sparsepipe.errors import ArtefactError, RecipeError  # noqa: E402
 from sparsepipe.quantization.noise import is_quantised  # noqa: E402
 from sparsepipe.reporting import summary  # noqa: E402
 from sparsepipe.runtime import library_path  # noqa: E402
+from sparsepipe.settings import check  # noqa: E402
 from sparsepipe.stages import bench_report, reference  # noqa: E402
 
 RECIPE = """
@@ -190,7 +191,7 @@ def test_a_glob_of_the_files_has_the_same_baseline(both: Path, capsys: pytest.Ca
 
 def test_forms_of_precision() -> None:
     def export(**settings: Any) -> recipe.Export:
-        return recipe.check(recipe.Export, settings, where="export")
+        return check(recipe.Export, settings, where="export")
 
     assert export(precision="int8").precision == ("int8",)
     assert export(precision=["int8", "fp32", "int8"]).precision == ("fp32", "int8")

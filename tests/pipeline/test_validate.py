@@ -19,8 +19,9 @@ from scipy import stats
 from sparsepipe import data as datasets
 from sparsepipe.artefact import Artefact, draft
 from sparsepipe.errors import ArtefactError, DataError, GraphError, ModelError
-from sparsepipe.recipe import Choice, Conversion, Export
+from sparsepipe.recipe import Conversion, Export
 from sparsepipe.runtime.network import OnnxNetwork
+from sparsepipe.settings import Choice
 from sparsepipe.spec import WEIGHTS_FILE, ModelSpec, Preprocessing
 from sparsepipe.stages import reference
 from sparsepipe.stages.freeze import FreezeConfig

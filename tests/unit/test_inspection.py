@@ -18,7 +18,8 @@ from sparsepipe.formats import encode
 from sparsepipe.formats.io import save
 from sparsepipe.formats.masks import save_masks
 from sparsepipe.inspection import inspect
-from sparsepipe.recipe import Choice, Export, Section
+from sparsepipe.recipe import Export
+from sparsepipe.settings import Choice, Section
 from sparsepipe.spec import ModelSpec, Preprocessing
 from sparsepipe.stages.export import from_onnx
 
