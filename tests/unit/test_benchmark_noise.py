@@ -106,7 +106,7 @@ def test_two_processes_of_one_file_that_differ_by_more_than_3_percent_make_a_noi
     assert len(measured) == 1
     assert verdict["difference"] == pytest.approx(max(change, 1 / change) - 1)
     assert verdict["noisy"] is noisy
-    assert ("noisy machine" in verdicts.sentence(verdict)) is noisy
+    assert ("noisy machine" in verdicts.sentence(verdict, [])) is noisy
 
 
 def test_a_file_that_failed_says_nothing_of_the_machine_and_that_counts_as_noisy(tmp_path: Path) -> None:
