@@ -101,7 +101,7 @@ def test_files_that_cannot_be_measured_are_rows_with_a_reason(tmp_path: Path) ->
     assert "fixed at 1" in notes["fixed.onnx"]
     assert "was cut off" in notes["broken.onnx"]
     assert result["baseline"] == "good.onnx"
-    with pytest.raises(GraphError, match="cannot load"):
+    with pytest.raises(GraphError, match="cut off"):
         bench.measure([broken], Bench(seconds=0.01))
     with pytest.raises(GraphError, match="no answer to 'load' within"):
         bench.measure([good], Bench(seconds=0.01, timeout=0.001))

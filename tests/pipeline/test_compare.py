@@ -211,7 +211,7 @@ def test_a_failed_training_is_a_row_with_its_reason(recipe: Path, tmp_path: Path
         (["--sparsities", "much"], "list of numbers"),
         (["--vary", "method.c"], "KEY=VALUE"),
         (["--vary", "method.see=1"], "see"),
-        (["--seeds", ""], "nothing to compare"),
+        (["--seeds", ""], "the list is empty"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_trained(
