@@ -119,7 +119,7 @@ def test_the_command_prints_a_table_and_json(recipe: Path, tmp_path: Path) -> No
         (["--inputs", "random", "--labels", "semantic"], "no semantic labels"),
         (["--methods", "rigle"], "rigl"),
         (["--sparsities", "1.5"], "sparsity"),
-        (["--seeds", ""], "nothing to search"),
+        (["--seeds", ""], "the list is empty"),
         (["--set", "model=resnet8"], "resnet8"),
         (["--set", "modifiers=adversary"], "adversar"),
     ],
