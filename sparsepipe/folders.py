@@ -46,8 +46,10 @@ def is_ours(folder: Path) -> bool:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raises:
-    ArtefactError: `folder`, which has to make way, exists and is not ours.
+    """Keep `folder`, which has to make way, unless it is ours.
+
+    Raises:
+        ArtefactError: it exists, and sparsepipe did not make it.
     """
     if folder.exists() and not is_ours(folder):
         raise ArtefactError(

@@ -88,8 +88,8 @@ class MaskHistory:
         self._weight_steps: dict[str, Tensor | int] = {}
         """Active weights of each layer, summed over the steps since the figures were last taken that are settled."""
         self._settled = 0
-        self._steps = 0
-        """Those after them, in which the masks were as they are now."""
+        self._unsettled = 0
+        """Steps after them, in which the masks were as they are now."""
         self._gradients: dict[str, Tensor] = {}
         self.film: Film | None = None
         if film is not None or masks.counters:
@@ -117,7 +117,7 @@ class MaskHistory:
 
     def end_step(self) -> None:
         """Note that an optimizer step was taken; before `end_round`, if masks are updated after it."""
-        self._steps += 1
+        self._unsettled += 1
 
     def end_round(self, step: int, gradients: Mapping[str, Tensor]) -> None:
         """Note that the update after optimizer step `step` is complete."""
@@ -203,7 +203,7 @@ class MaskHistory:
             "step": self._step,
             "first": self._first,
             "updates": self._updates,
-            "steps": self._steps,
+            "unsettled": self._unsettled,
             "settled": self._settled,
             "weight_steps": dict(self._weight_steps),
             "born": dict(self._born),
@@ -215,7 +215,7 @@ class MaskHistory:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`, once the masks themselves are loaded."""
         self._start, self._step, self._first = state["start"], state["step"], state["first"]
-        self._updates, self._steps, self._settled = state["updates"], state["steps"], state["settled"]
+        self._updates, self._unsettled, self._settled = state["updates"], state["unsettled"], state["settled"]
         self._weight_steps = {
             name: count.to(self.masks[name].device) if isinstance(count, Tensor) else count
             for name, count in state["weight_steps"].items()
@@ -230,8 +230,8 @@ class MaskHistory:
         """Count the steps since the masks last changed, in which so many weights of each sparse layer were active."""
         for name, count in active.items():
             earlier = self._weight_steps.get(name, self.masks[name].numel() * self._settled)  # dense until now
-            self._weight_steps[name] = earlier + count * self._steps
-        self._settled, self._steps = self._settled + self._steps, 0
+            self._weight_steps[name] = earlier + count * self._unsettled
+        self._settled, self._unsettled = self._settled + self._unsettled, 0
 
     def _choice(self) -> str:
         """Of the sparse layers of up to FILMED_SIZE weights the one with most active ones, or the smallest of all."""

@@ -1,14 +1,11 @@
-"""The stage `train`: what it writes, that it resumes bit for bit, and what it refuses."""
+"""The stage `train`: what it writes, and what it refuses."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,17 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lightning_fabric")
 
 from safetensors.torch import load_file  # noqa: E402
+from small_training import (  # noqa: E402
+    EPOCHS,
+    SAMPLES,
+    STEPS,
+    STEPS_PER_EPOCH,
+    assert_same_result,
+    config,
+    run,
+    small_images,
+    small_network,  # noqa: F401  (a recipe names it)
+)
 from torch import nn  # noqa: E402
 
 from sparsepipe import data  # noqa: E402
@@ -26,26 +34,21 @@ from sparsepipe.artefact import Artefact  # noqa: E402
 from sparsepipe.data import Dataset, Split, prepare  # noqa: E402
 from sparsepipe.data.split import IntArray, Raw  # noqa: E402
 from sparsepipe.errors import (  # noqa: E402
-    ArtefactError,
     DataError,
     MissingExtraError,
     ModelError,
     RecipeError,
-    SparsepipeError,
 )
 from sparsepipe.formats.film import load_film  # noqa: E402
 from sparsepipe.formats.masks import load_masks  # noqa: E402
 from sparsepipe.models.registry import create  # noqa: E402
 from sparsepipe.progress import Bar  # noqa: E402
-from sparsepipe.recipe import parse  # noqa: E402
 from sparsepipe.sparsity.registry import METHODS  # noqa: E402
 from sparsepipe.spec import FILM_FILE, MASKS_FILE, SPEC_FILE, WEIGHTS_FILE, ModelSpec  # noqa: E402
-from sparsepipe.stages import assembly, train, trainer  # noqa: E402
+from sparsepipe.stages import assembly, trainer  # noqa: E402
 from sparsepipe.training import checkpoint, metrics  # noqa: E402
 from sparsepipe.training.loop import DivergedError  # noqa: E402
 
-SAMPLES, STEPS_PER_EPOCH, EPOCHS = 120, 6, 4
-STEPS = STEPS_PER_EPOCH * EPOCHS
 LOGGED = {
     "epoch",
     "step",
@@ -78,108 +81,13 @@ LOGGED = {
 }
 
 
-def small_network(input_shape: tuple[int, ...], classes: int, extra: int = 0) -> nn.Module:
-    """A network with all that has state: convolutions, batch norm, and dropout, which draws from torch's generator."""
-    return nn.Sequential(
-        nn.Conv2d(input_shape[0], 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 12, 3, stride=2, bias=False),
-        nn.BatchNorm2d(12),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Dropout(0.2),
-        nn.Linear(12, classes + extra),
-    )
-
-
 def diverging_network(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(input_shape)), classes))
-
-
-def small_images(samples: int = SAMPLES) -> dict[str, Any]:
-    """Images [N, 6, 6, 2] of three classes that differ in brightness; no two images are the same."""
-    generator = np.random.default_rng(0)
-    labels = np.arange(samples + 30) % 3
-    images = generator.integers(0, 80, (samples + 30, 6, 6, 2)) + 60 * labels[:, None, None, None]
-    x, y = images.astype(np.uint8), labels
-    return {"x_train": x[:samples], "y_train": y[:samples], "x_test": x[samples:], "y_test": y[samples:]}
 
 
 @pytest.fixture(autouse=True)
 def _user_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "small", sys.modules[__name__])
-
-
-def config(*overrides: str) -> train.TrainConfig:
-    table = {
-        "seed": 3,
-        "model": "small:small_network",
-        "data": "small:small_images",
-        "method": {"name": "dst-ee", "sparsity": 0.6, "update_every": 3, "c": 1e-3},
-        "augment": {"crop": 1, "flip": True},
-        "train": {
-            "epochs": EPOCHS,
-            "batch_size": 16,
-            "threads": 1,
-            "validation": 0.2,
-            "checkpoint_every": STEPS_PER_EPOCH,
-        },
-    }
-    return train.TrainConfig.from_recipe(parse(table, overrides))
-
-
-def run(out: Path, *overrides: str, resume: bool = False, restart: bool = False) -> Artefact:
-    return train.run(config(*overrides), {}, out, resume=resume, restart=restart)
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
-    """Call `action` once, right after training step `step` of the next run."""
-    done = 0
-    advance = Bar.advance
-
-    def counting(bar: Bar, count: int = 1, note: str | None = None) -> None:
-        nonlocal done
-        advance(bar, count, note)
-        done += count
-        if done == step:
-            action()
-
-    monkeypatch.setattr(Bar, "advance", counting)
-
-
-class KilledError(Exception):
-    pass
-
-
-def kill() -> None:
-    raise KilledError
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def assert_same_result(one: Artefact, other: Artefact) -> None:
-    """Weights, masks, and the whole state of the training are the same bits; times may differ."""
-    film = {FILM_FILE} & {*one.manifest.outputs, *other.manifest.outputs}  # no film of a network that is always dense
-    for name in (WEIGHTS_FILE, MASKS_FILE, *film):
-        assert one.file(name).read_bytes() == other.file(name).read_bytes(), name
-    states = [load_file(artefact.file(checkpoint.FILE)) for artefact in (one, other)]
-    assert states[0].keys() == states[1].keys()
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name]), name
-    logs = [metrics.read(artefact.file(metrics.FILE)) for artefact in (one, other)]
-    for log in logs:
-        assert [record.pop("seconds") > 0 for record in log] == [True] * EPOCHS
-    assert logs[0] == logs[1]
-    times = {"seconds": 0, "cpu_seconds": 0}
-    assert {**one.metrics, **times} == {**other.metrics, **times}
 
 
 # What a finished training leaves
@@ -447,162 +355,6 @@ def test_training_validation_and_test_samples_are_disjoint(tmp_path: Path, monke
     assert len(set.union(*parts)) == SAMPLES + 30
 
 
-# Resuming
-
-
-@pytest.mark.parametrize(
-    ("action", "step", "overrides"),
-    [
-        (kill, 7, ()),
-        (kill, 19, ()),
-        (kill, STEPS, ()),
-        (kill, 14, ("method=rigl", "optimizer={name='adamw', lr=0.01}", "train.precision=fp16")),
-        (kill, 11, ("method=gmp",)),
-        (kill, 17, ("method=magnitude-oneshot", "train.checkpoint_every=5")),
-        (kill, 20, ("method=set", "method.pattern='2x1'", "train.precision=bf16")),
-        (kill, 15, ("method=dsr", "train.precision=fp16", "train.ema=0.9", "train.checkpoint_every=4")),
-        (interrupt, 1, ()),
-        (interrupt, 9, ()),
-        (interrupt, 12, ("method=dense",)),
-        (terminate, 16, ("method=gmp", "schedule.warmup=2", "train.label_smoothing=0.1")),
-    ],
-)
-def test_an_interrupted_training_resumes_to_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: Callable[[], None], step: int, overrides: tuple[str, ...]
-) -> None:
-    straight = run(tmp_path / "straight", *overrides)
-    with monkeypatch.context() as patch, pytest.raises((KilledError, KeyboardInterrupt)):
-        at_step(patch, step, action)
-        run(tmp_path / "resumed", *overrides)
-    assert not (tmp_path / "resumed").exists()
-    torch.manual_seed(12345)  # nothing may depend on what the process did before
-    resumed = run(tmp_path / "resumed", *overrides, resume=True)
-    assert not (tmp_path / "resumed.partial").exists()
-    assert_same_result(resumed, straight)
-
-
-def test_a_training_may_be_interrupted_many_times(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Artefact
-) -> None:
-    for action, step in ((kill, 8), (interrupt, 5), (kill, 1), (interrupt, 4), (kill, 2)):
-        with monkeypatch.context() as patch, pytest.raises((KilledError, KeyboardInterrupt)):
-            at_step(patch, step, action)
-            run(tmp_path / "train", resume=True)
-    assert_same_result(run(tmp_path / "train", resume=True), finished)
-
-
-def test_ctrl_c_keeps_the_steps_done_so_far(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        at_step(patch, 9, interrupt)
-        run(tmp_path / "train")
-    assert "Stopped after step 9 of 24" in caplog.text
-    assert checkpoint.load(tmp_path / "train.partial")["loop"]["step"] == 9  # type: ignore[index]
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-
-
-def test_a_truncated_checkpoint_falls_back_to_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, finished: Artefact
-) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        at_step(patch, 20, kill)
-        run(tmp_path / "train")
-    newest = tmp_path / "train.partial" / checkpoint.FILE
-    newest.write_bytes(newest.read_bytes()[:-100])
-    with caplog.at_level(logging.INFO, "sparsepipe"):
-        resumed = run(tmp_path / "train", resume=True)
-    assert "going on from the one before" in caplog.text
-    assert "Resuming after step 12 of 24" in caplog.text
-    assert_same_result(resumed, finished)
-
-
-@pytest.fixture
-def largest_file() -> Iterator[Callable[[int], None]]:
-    """Limits the bytes of any file that this process writes, as a disk does that is almost full; 0 is no limit."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(count: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (count or before[0], before[1]))
-
-    yield limit
-    limit(0)
-
-
-def test_training_goes_on_while_the_disk_has_no_room_for_checkpoints(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    finished: Artefact,
-    largest_file: Callable[[int], None],
-) -> None:
-    size = finished.file(checkpoint.FILE).stat().st_size
-    at_step(monkeypatch, 11, lambda: largest_file(size // 2))
-    at_step(monkeypatch, 23, lambda: largest_file(0))
-    with caplog.at_level(logging.INFO, "sparsepipe"):
-        artefact = run(tmp_path / "train")
-    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(told) == 2
-    assert "checkpoint of step 12 could not be written" in told[0]
-    assert "that of step 6 is kept" in told[0]
-    assert "that of step 24 is" in told[1]
-    assert_same_result(artefact, finished)
-
-
-def test_a_disk_that_is_full_to_the_end_costs_the_steps_since_the_last_checkpoint(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    finished: Artefact,
-    largest_file: Callable[[int], None],
-) -> None:
-    with monkeypatch.context() as patch, pytest.raises(ArtefactError) as caught:
-        at_step(patch, 11, lambda: largest_file(600))  # not even for another line of the log
-        run(tmp_path / "train")
-    largest_file(0)
-    assert "could not be written (File too large)" in str(caught.value)
-    assert "--resume" in str(caught.value)
-    with caplog.at_level(logging.INFO, "sparsepipe"):
-        resumed = run(tmp_path / "train", resume=True)
-    assert "Resuming after step 6 of 24" in caplog.text
-    assert_same_result(resumed, finished)
-
-
-def interrupted(out: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        at_step(patch, 13, kill)
-        run(out, *overrides)
-
-
-def _step(state: dict[str, Any]) -> None:
-    state["loop"]["step"] = 25
-
-
-def _weight(state: dict[str, Any]) -> None:
-    del state["loop"]["model"]["0.weight"]
-
-
-def _loop(state: dict[str, Any]) -> None:
-    del state["loop"]
-
-
-@pytest.mark.parametrize(("spoil", "words"), [(_step, "outside 0..24"), (_weight, "0.weight"), (_loop, "'loop'")])
-def test_a_checkpoint_that_lacks_something_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[dict[str, Any]], None], words: str
-) -> None:
-    interrupted(tmp_path / "train", monkeypatch)
-    partial = tmp_path / "train.partial"
-    state = checkpoint.load(partial)
-    assert state is not None
-    spoil(state)
-    checkpoint.save(partial, state)
-    with pytest.raises(ArtefactError) as caught:
-        run(tmp_path / "train", resume=True)
-    assert words in str(caught.value)
-
-
 def unmasked_network(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     network = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(96, classes))
     network.register_parameter("table", nn.Parameter(torch.zeros(3, 7)))
@@ -616,127 +368,6 @@ def test_what_stays_dense_is_told_with_its_reason(tmp_path: Path, caplog: pytest
     assert misfit == "These layers stay dense (2 input channels are not divisible by 4 (1x4 blocks)): 0.weight."
     assert "table" in unmasked
     assert "4.9%" in unmasked  # 21 of 108 + 6 + 21 + 288 + 3 parameters
-
-
-def test_a_checkpoint_of_another_configuration_is_refused_with_the_differences(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupted(tmp_path / "train", monkeypatch)
-    with pytest.raises(ArtefactError) as caught:
-        run(tmp_path / "train", "method.sparsity=0.7", "optimizer.lr=0.2", resume=True)
-    message = str(caught.value)
-    assert "method.sparsity = 0.6 (now 0.7)" in message
-    assert "optimizer.lr = 0.1 (now 0.2)" in message
-    assert "update_every" not in message
-    assert (tmp_path / "train.partial" / checkpoint.FILE).is_file(), "a refused checkpoint must be kept"
-
-
-def wide_network(input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    return small_network(input_shape, classes)
-
-
-@pytest.mark.parametrize(
-    ("override", "difference"),
-    [
-        ("model=small:wide_network", "model.name = 'small:small_network' (now 'small:wide_network')"),
-        ("method=rigl", "method.name = 'dst-ee' (now 'rigl')"),
-        ("method.sparsity=0.9", "method.sparsity = 0.6 (now 0.9)"),
-        ("method.pattern=2x1", "method.pattern = None (now '2x1')"),
-        ("data=small:other_images", "data.name = 'small:small_images' (now 'small:other_images')"),
-        ("optimizer=adamw", "optimizer.name = 'sgd' (now 'adamw')"),
-        ("train.precision=fp16", "train.precision = 'fp32' (now 'fp16')"),
-        ("train.ema=0.9", "train.ema = 0.0 (now 0.9)"),
-        ("seed=4", "seed = 3 (now 4)"),
-    ],
-)
-def test_a_checkpoint_of_another_training_is_refused_and_left_as_it_is(
-    tmp_path: Path, halted: Path, override: str, difference: str
-) -> None:
-    partial = tmp_path / "train.partial"
-    shutil.copytree(halted, partial)
-    before = {path: path.read_bytes() for path in sorted(partial.rglob("*")) if path.is_file()}
-    with pytest.raises(ArtefactError) as caught:
-        run(tmp_path / "train", override, resume=True)
-    assert difference in str(caught.value)
-    assert "Resume it with the same recipe" in str(caught.value)
-    assert {path: path.read_bytes() for path in sorted(partial.rglob("*")) if path.is_file()} == before
-
-
-@pytest.fixture(scope="module")
-def halted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a killed training left."""
-    folder = tmp_path_factory.mktemp("halted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "small", sys.modules[__name__])
-        interrupted(folder / "train", patch)
-    return folder / "train.partial"
-
-
-def other_images() -> dict[str, Any]:
-    return small_images(90)
-
-
-def test_a_checkpoint_made_with_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupted(tmp_path / "train", monkeypatch)
-    with pytest.raises(ArtefactError, match=r"data\.samples = None \(now 150\)"):
-        run(tmp_path / "train", "data.samples=150", resume=True)
-    monkeypatch.setattr(data, "fingerprint", lambda name, options: "sha256:other")
-    with pytest.raises(ArtefactError, match="the data = "):
-        run(tmp_path / "train", resume=True)
-
-
-def test_settings_that_change_no_result_may_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Artefact
-) -> None:
-    interrupted(tmp_path / "train", monkeypatch)
-    resumed = run(tmp_path / "train", "train.checkpoint_every=0", "train.device=cpu", resume=True)
-    assert_same_result(resumed, finished)
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def test_an_interrupted_training_is_neither_resumed_nor_discarded_unasked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, finished: Artefact
-) -> None:
-    interrupted(tmp_path / "train", monkeypatch)
-    before = contents(tmp_path)
-    with pytest.raises(ArtefactError, match=r"would be lost.* --resume; or start over: with --restart"):
-        run(tmp_path / "train")
-    assert contents(tmp_path) == before
-    with caplog.at_level(logging.INFO, "sparsepipe"):
-        again = run(tmp_path / "train", restart=True)
-    assert "is discarded" in caplog.text
-    assert "Resuming" not in caplog.text
-    assert_same_result(again, finished)
-
-
-@pytest.mark.parametrize("override", ["model=resnet999", "method.pattern=3y1", "data=npz:none.npz", "modifiers=nope"])
-def test_a_training_that_cannot_begin_costs_an_interrupted_one_nothing(
-    tmp_path: Path, halted: Path, override: str
-) -> None:
-    shutil.copytree(halted, tmp_path / "train.partial")
-    before = contents(tmp_path)
-    with pytest.raises(SparsepipeError):
-        run(tmp_path / "train", override, restart=True)
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("resume", [True, False])
-def test_a_folder_of_somebody_else_is_not_taken_for_an_interrupted_training(tmp_path: Path, resume: bool) -> None:
-    (tmp_path / "train.partial").mkdir()
-    (tmp_path / "train.partial" / "notes.txt").write_text("mine")
-    before = contents(tmp_path)
-    with pytest.raises(ArtefactError, match="sparsepipe did not make it"):
-        run(tmp_path / "train", resume=resume, restart=not resume)
-    assert contents(tmp_path) == before
-
-
-def test_nothing_to_resume_is_a_fresh_start_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "sparsepipe"):
-        run(tmp_path / "train", "train.epochs=1", "method=static", resume=True)
-    assert "no interrupted training to resume" in caplog.text
 
 
 # Refusals

@@ -97,13 +97,13 @@ class SparseConv final : public Kernel {
     }
     const std::int64_t tiles = batch * chosen.tiles;
     const Makespan span = makespan(weight_, chosen.layout, tiles, tile_cycles, threads, chosen.lanes);
-    // One thread splits to learn of others, unless much would be packed for it alone and there are a few tiles, too.
+    // One thread splits to learn of others, unless that would pack much at once: a few tiles tell of them as well.
     const bool little = chosen.mode == Mode::kDirect || tiles * packed_floats(chosen) <= kTileFloats;
     const bool learns = threads == 1 && (little || tiles < 4);
     const bool split = learns || (threads > 1 && span.shared < span.whole);
     const std::int64_t chunks = split ? row_chunks(weight_.rows / kLeastRows, tiles, tile_cycles) : 1;
-    return std::make_shared<const Plan>(
-        Plan{chosen, PackedWeight(weight_, chosen.layout, block_channels), split_rows(weight_.row_start, kRowEntries, chunks)});
+    return std::make_shared<const Plan>(Plan{chosen, PackedWeight(weight_, chosen.layout, block_channels),
+                                             split_rows(weight_.row_start, kRowEntries, chunks)});
   }
 
   static std::int64_t packed_floats(const Geometry& g) { return g.layout.channels * g.layout.channel_stride; }
