@@ -375,8 +375,8 @@ int main(int argc, char** argv) {
       failures += !(i % 3 == 0 ? linear_agrees(options) : convolution_agrees(options, i % 3 == 1));
     }
     std::printf("%s: %d of %d cases differ\n", isa, failures, cases);
-    good = good && failures == 0 && threads_are_found(options);
-    for (int i = 0; i < cases / 4; ++i) good = good && bits_are_kept(options);
+    good = threads_are_found(options) && good && failures == 0;
+    for (int i = 0; i < cases / 4; ++i) good = bits_are_kept(options) && good;
   }
   return good ? 0 : 1;
 }
