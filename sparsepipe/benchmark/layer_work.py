@@ -74,7 +74,7 @@ def layers_of(model: ModelProto, compact: Sequence[Compact], sizes: Sizes) -> li
         sizes: of its tensors.
     """
     stored = {row.name: row for row in compact}
-    constants = index(model.graph).constants
+    constants = index(model.graph).stored
     found = []
     for use in uses(model):
         if use.place or use.node.op_type not in (*CONVOLUTIONS, *PRODUCTS):

@@ -179,7 +179,7 @@ def _owners(model: ModelProto, optimised: ModelProto, layers: Mapping[str, str])
     readers: dict[str, set[str]] = defaultdict(set)  # constant -> the layers that read it
     for name, weight in layers.items():
         for read in (weight, *nodes[name].input[1:]):
-            if read in found.constants:
+            if read in found.stored:
                 readers[read].add(name)
     owners = {}
     for node in optimised.graph.node:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from sparsepipe.graph import cost, depthwise
 from sparsepipe.graph.balance import worth_it
@@ -89,7 +89,7 @@ def choose(model: ModelProto, isa: str = ANY_ISA) -> list[Choice]:
         model: without batch normalisations, so that what follows a layer can become part of it.
         isa: the instruction set that the file is for, a key of `cost.ISAS`; `any` for a file that may run anywhere.
     """
-    found = fixed(model.graph)
+    found = index(model.graph)
     network = Network.of(model)
     inputs = {value.name for value in model.graph.input}
     choices = []
@@ -113,7 +113,7 @@ def choose(model: ModelProto, isa: str = ANY_ISA) -> list[Choice]:
 
 def settle(model: ModelProto, choices: Sequence[Choice]) -> list[Choice]:
     """The rows with what follows from other rows: shared weights, and depthwise convolutions between sparse layers."""
-    found = fixed(model.graph)
+    found = index(model.graph)
     nodes = {node.output[0]: node for node in model.graph.node if node.output}
     choices = _all_or_none(choices, found)
     sparse = [nodes[choice.output] for choice in choices if choice.sparse]
@@ -171,13 +171,6 @@ def balanced(model: ModelProto, choices: Sequence[Choice], sizes: Sizes) -> list
         for choice in choices
     ]
     return settle(model, rows)
-
-
-def fixed(graph: GraphProto) -> Index:
-    """The index, without the constants that are also inputs: a caller may override those."""
-    found = index(graph)
-    inputs = {value.name for value in graph.input}
-    return replace(found, constants={name: value for name, value in found.constants.items() if name not in inputs})
 
 
 def _all_or_none(choices: Sequence[Choice], found: Index) -> list[Choice]:

@@ -99,7 +99,7 @@ def _fold_into_producer(graph: GraphProto, norm: NodeProto, found: Index) -> Non
     weight = found.constants.get(layer.input[1])
     if weight is None:
         raise _NotFoldable(f"the weight of '{label(layer)}' is not constant")
-    if len(found.consumers[layer.input[1]]) > 1 or found.pinned(layer.input[1]) or _is_input(graph, layer.input[1]):
+    if len(found.consumers[layer.input[1]]) > 1 or found.pinned(layer.input[1]):
         raise _NotFoldable(f"the weight '{layer.input[1]}' is shared")
     scale, shift = _scale_and_shift(norm, found)
     bias = _constant(layer.input[2], found, "bias") if len(layer.input) > 2 and layer.input[2] else None
@@ -184,7 +184,7 @@ def _replace(graph: GraphProto, found: Index, layer: NodeProto, weight: Array, b
     found.constants[name].CopyFrom(numpy_helper.from_array(weight, found.constants[name].name))
     if len(layer.input) > 2 and layer.input[2]:
         old = layer.input[2]
-        alone = len(found.consumers[old]) == 1 and not found.pinned(old) and not _is_input(graph, old)
+        alone = len(found.consumers[old]) == 1 and not found.pinned(old)
         if alone:
             found.constants[old].CopyFrom(numpy_helper.from_array(bias, found.constants[old].name))
             return
@@ -232,7 +232,3 @@ def _rename_inputs(graph: GraphProto, old: str, new: str) -> None:
         for position, name in enumerate(node.input):
             if name == old:
                 node.input[position] = new
-
-
-def _is_input(graph: GraphProto, name: str) -> bool:
-    return any(value.name == name for value in graph.input)

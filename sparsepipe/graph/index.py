@@ -20,13 +20,16 @@ class Index:
     Attributes:
         producers: the node that writes a tensor.
         consumers: the nodes that read a tensor, once per input slot; nodes inside subgraphs are not among them.
-        constants: initializers and the values of Constant nodes.
+        stored: initializers and the values of Constant nodes.
+        constants: those that are the same in every call; an initializer that is an input of the graph, too, is only the
+            default of that input.
         outputs: names of the graph's outputs.
         captured: names that a subgraph (of If, Loop or Scan) mentions.
     """
 
     producers: Mapping[str, NodeProto]
     consumers: Mapping[str, list[NodeProto]]
+    stored: Mapping[str, TensorProto]
     constants: Mapping[str, TensorProto]
     outputs: frozenset[str]
     captured: frozenset[str]
@@ -40,17 +43,20 @@ def index(graph: GraphProto) -> Index:
     """Index the nodes and initializers of `graph`."""
     producers: dict[str, NodeProto] = {}
     consumers: dict[str, list[NodeProto]] = {}
-    constants = {tensor.name: tensor for tensor in graph.initializer}
+    stored = {tensor.name: tensor for tensor in graph.initializer}
     captured: set[str] = set()
     for node in graph.node:
         for name in node.input:
             consumers.setdefault(name, []).append(node)
         producers.update((name, node) for name in node.output if name)
         if (value := constant_value(node)) is not None:
-            constants[node.output[0]] = value
+            stored[node.output[0]] = value
         for inner in subgraphs(node):
             captured |= mentioned(inner)
-    return Index(producers, consumers, constants, frozenset(value.name for value in graph.output), frozenset(captured))
+    inputs = {value.name for value in graph.input}
+    constants = {name: tensor for name, tensor in stored.items() if name not in inputs}
+    outputs = frozenset(value.name for value in graph.output)
+    return Index(producers, consumers, stored, constants, outputs, frozenset(captured))
 
 
 def attribute(node: NodeProto, name: str) -> AttributeProto | None:

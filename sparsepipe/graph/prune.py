@@ -77,7 +77,7 @@ def prune(model: ModelProto, sparsity: float, pattern: str, *, seed: int = 0) ->
     """
     block = block_shape(pattern)
     result = copy(model)
-    constants = index(result.graph).constants
+    stored = index(result.graph).stored
     random = np.random.default_rng(seed)
     found = list(uses(result))
     stem = next((use.node for use in found if use.node.op_type == "Conv"), None)
@@ -91,7 +91,7 @@ def prune(model: ModelProto, sparsity: float, pattern: str, *, seed: int = 0) ->
             if use.node is stem:
                 raise _Dense("the first convolution")
             weight = _with_zeros(weight, _output_axis(use), sparsity, block, random)
-            constants[name].CopyFrom(numpy_helper.from_array(weight, constants[name].name))
+            stored[name].CopyFrom(numpy_helper.from_array(weight, stored[name].name))
         except _Dense as why:
             reason = str(why)
         rows[name] = Pruned(name, tuple(weight.shape), int(np.count_nonzero(weight)), reason)

@@ -160,10 +160,10 @@ def _uses(place: str, node: NodeProto, found: Index) -> Iterator[Use]:
 
 def _use(place: str, node: NodeProto, position: int, found: Index) -> Use | None:
     name, views = node.input[position], []
-    while name not in found.constants and name in found.producers and is_standard(found.producers[name], *VIEWS):
+    while name not in found.stored and name in found.producers and is_standard(found.producers[name], *VIEWS):
         views.append(found.producers[name])
         name = views[-1].input[0]
-    stored = found.constants.get(name)
+    stored = found.stored.get(name)
     if stored is None or len(stored.dims) < 2 or stored.data_type in NO_WEIGHTS:
         return None
     if stored.name != name:  # the tensor inside of a Constant node has no name, or any
@@ -233,6 +233,6 @@ def _inner_graphs(nodes: Iterable[NodeProto], outer: Index) -> Iterator[tuple[st
     for node in nodes:
         for graph in subgraphs(node):
             own = index(graph)
-            inner = replace(own, constants={**outer.constants, **own.constants})
+            inner = replace(own, stored={**outer.stored, **own.stored})
             yield f"a subgraph of {node.op_type} '{label(node)}'", graph.node, inner
             yield from _inner_graphs(graph.node, inner)

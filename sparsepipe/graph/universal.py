@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-from sparsepipe.graph.choice import Choice, choose, fixed, settle
+from sparsepipe.graph.choice import Choice, choose, settle
 from sparsepipe.graph.fusion import fuse
-from sparsepipe.graph.index import copy, fresh, opset
+from sparsepipe.graph.index import copy, fresh, index, opset
 from sparsepipe.graph.kernel_layer import Array, KernelLayer, read, read_depthwise, steps
 from sparsepipe.graph.shapes import Shapes
 from sparsepipe.graph.tidy import tidy
@@ -64,12 +64,12 @@ class _Rewriter:
 
     def __init__(self, graph: GraphProto) -> None:
         self._graph = graph
-        self._shapes = Shapes(graph, fixed(graph))
+        self._shapes = Shapes(graph, index(graph))
         self._encoded: dict[str, list[tuple[list[str], Array, Array]]] = {}
 
     def replace(self, node: NodeProto, choice: Choice) -> NodeProto:
         """Put the operator in the place of the last node that it stands for."""
-        found = fixed(self._graph)
+        found = index(self._graph)
         layer = read_depthwise(node, found) if choice.kernel == "DepthwiseConv" else read(node, found)
         fuse(layer, found, self._shapes)
         made = self._made(node, layer, choice)

@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-from sparsepipe.graph.choice import Choice, fixed
+from sparsepipe.graph.choice import Choice
 from sparsepipe.graph.index import copy, fresh, index, is_standard, label, opset
 from sparsepipe.graph.kernel_layer import Stays
 from sparsepipe.graph.shapes import Shapes
@@ -56,7 +56,7 @@ def rewrite(model: ModelProto) -> tuple[ModelProto, list[Choice]]:
     chosen = {choice.output: choice for choice in choices if choice.sparse}
     if not chosen:
         return result, choices
-    shapes = Shapes(result.graph, fixed(result.graph))
+    shapes = Shapes(result.graph, index(result.graph))
     bodies: dict[str, onnx.FunctionProto] = {}
     # From the end: a sum of two branches is fused with the layer that runs last.
     for node in reversed(list(result.graph.node)):

@@ -60,13 +60,13 @@ def model(
     return made
 
 
-def evaluate(made: ModelProto, shape: tuple[int, ...]) -> list[NDArray[Any]]:
+def evaluate(made: ModelProto, shape: tuple[int, ...], **further: NDArray[Any]) -> list[NDArray[Any]]:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     x = np.random.default_rng(1).standard_normal((3, *shape)).astype(np.float32)
     return [
         np.asarray(value)
-        for value in onnxruntime.InferenceSession(made.SerializeToString(), options).run(None, {"x": x})
+        for value in onnxruntime.InferenceSession(made.SerializeToString(), options).run(None, {"x": x, **further})
     ]
 
 
@@ -193,6 +193,18 @@ def test_a_shared_weight_keeps_its_norm() -> None:
         helper.make_node("Conv", ["n", "w"], ["y"]),
     ]
     assert left_alone(nodes, {}) == "the weight 'w' is shared"
+
+
+@pytest.mark.parametrize("name", ["w", "b", *NORM_PARTS])
+def test_what_a_caller_may_override_keeps_its_norm(name: str) -> None:
+    constants = {"w": sparse(CHANNELS, CHANNELS, 1, 1), "b": np.ones(CHANNELS, np.float32), **norm_values()}
+    before = model([helper.make_node("Conv", ["x", "w", "b"], ["c"]), norm("c", "y")], constants, (CHANNELS, 3, 3))
+    default = next(tensor for tensor in before.graph.initializer if tensor.name == name)
+    before.graph.input.append(helper.make_tensor_value_info(name, default.data_type, default.dims))
+    after, unfolded = fold(before)
+    assert "is not constant" in unfolded[0].reason
+    given = {name: np.full_like(constants[name], 3)}
+    np.testing.assert_array_equal(*(evaluate(m, (CHANNELS, 3, 3), **given)[0] for m in (before, after)))
 
 
 @pytest.mark.parametrize(
