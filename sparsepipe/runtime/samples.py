@@ -18,28 +18,36 @@ BATCH_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs by name, of which the first `count` samples count; the rest fills up a fixed batch size."""
+    """Inputs for one call.
+
+    Attributes:
+        inputs: by name.
+        count: number of samples that count.
+        size: number of samples that the call takes; what is beyond `count` fills up a fixed batch size.
+        labels: true classes of those that count, where they are known.
+        batched: the inputs whose rows are samples; none where the batch size is fixed.
+    """
 
     inputs: dict[str, Array]
     count: int
+    size: int
     labels: Array | None = None
+    batched: frozenset[str] = frozenset()
 
     def outputs(self, outputs: Sequence[Array]) -> list[Array]:
         """A network's outputs without those of the filling."""
-        size = len(next(iter(self.inputs.values())))
-        return [output[: self.count] if output.ndim and len(output) == size else output for output in outputs]
+        return [output[: self.count] if output.ndim and len(output) == self.size else output for output in outputs]
 
     def only(self, sample: int) -> dict[str, Array]:
-        """The inputs of one sample, as a batch of one."""
+        """The inputs of one sample, as a batch of one; all of them where the batch size is fixed."""
         return self._rows(slice(sample, sample + 1))
 
     def head(self, count: int) -> dict[str, Array]:
-        """The inputs of the first samples, at most `count`."""
+        """The inputs of the first samples, at most `count`; all of them where the batch size is fixed."""
         return self._rows(slice(count))
 
     def _rows(self, chosen: slice) -> dict[str, Array]:
-        size = len(next(iter(self.inputs.values())))
-        return {name: value[chosen] if len(value) == size else value for name, value in self.inputs.items()}
+        return {name: value[chosen] if name in self.batched else value for name, value in self.inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -50,24 +58,20 @@ class Samples:
         inputs: what the networks take.
         count: number of samples.
         size: samples of a batch.
-        fixed: whether every batch must have just this size.
-        make: (first sample, number of samples) -> inputs by name, and labels where they are known.
+        make: (first sample, number of samples) -> the batch.
     """
 
     inputs: Sequence[Input]
     count: int
     size: int
-    fixed: bool
-    make: Callable[[int, int], tuple[dict[str, Array], Array | None]]
+    make: Callable[[int, int], Batch]
 
     def __len__(self) -> int:
         return -(-self.count // self.size)
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, self.count, self.size):
-            count = min(self.size, self.count - start)
-            inputs, labels = self.make(start, count)
-            yield Batch(_fill(inputs, self.size) if self.fixed else inputs, count, labels)
+            yield self.make(start, min(self.size, self.count - start))
 
 
 def random_samples(inputs: Sequence[Input], count: int, batch: int, seed: int, bounds: Mapping[str, int]) -> Samples:
@@ -82,11 +86,12 @@ def random_samples(inputs: Sequence[Input], count: int, batch: int, seed: int, b
     """
     size, fixed = _batch_size(inputs, batch)
     count = -(-count // size) * size if fixed else count
+    batched = frozenset() if fixed else _batched(inputs)
 
-    def make(start: int, number: int) -> tuple[dict[str, Array], None]:
-        return random_inputs(inputs, number, seed + start, bounds), None
+    def make(start: int, number: int) -> Batch:
+        return Batch(random_inputs(inputs, number, seed + start, bounds), number, number, batched=batched)
 
-    return Samples(inputs, count, size, fixed, make)
+    return Samples(inputs, count, size, make)
 
 
 def labelled_samples(
@@ -101,12 +106,16 @@ def labelled_samples(
         load: indices -> prepared samples.
     """
     size, fixed = _batch_size([entry], batch)
+    batched = frozenset() if fixed else frozenset({entry.name})
 
-    def make(start: int, number: int) -> tuple[dict[str, Array], Array]:
+    def make(start: int, number: int) -> Batch:
         chosen = np.arange(start, start + number)
-        return {entry.name: load(chosen)}, labels[chosen]
+        values = load(chosen)
+        if fixed:
+            values = np.concatenate([values, np.repeat(values[-1:], size - number, axis=0)])
+        return Batch({entry.name: values}, number, len(values), labels[chosen], batched)
 
-    return Samples([entry], len(labels), size, fixed, make)
+    return Samples([entry], len(labels), size, make)
 
 
 def _batch_size(inputs: Sequence[Input], wanted: int) -> tuple[int, bool]:
@@ -118,9 +127,7 @@ def _batch_size(inputs: Sequence[Input], wanted: int) -> tuple[int, bool]:
     return max(1, min(wanted, BATCH_BYTES // (4 * max(values, 1)))), False
 
 
-def _fill(inputs: dict[str, Array], size: int) -> dict[str, Array]:
-    """Repeat the last sample until there are `size`."""
-    return {
-        name: np.concatenate([value, np.repeat(value[-1:], size - len(value), axis=0)])
-        for name, value in inputs.items()
-    }
+def _batched(inputs: Sequence[Input]) -> frozenset[str]:
+    """The inputs whose first dimension is the batch, where networks leave that free."""
+    one, two = resolve(inputs, 1), resolve(inputs, 2)
+    return frozenset(name for name in one if one[name][:1] != two[name][:1])

@@ -201,11 +201,11 @@ class _Trial:
     """Some samples, for a closer look."""
 
     def add(self, batch: Batch, expected: Sequence[Any], samples: Samples) -> None:
-        self.first = self.first or (batch.inputs if samples.fixed else batch.head(int8_verdict.TRACED))
+        self.first = self.first or batch.head(int8_verdict.TRACED)
         found = self.network.run(rename(batch.inputs, samples.inputs, self.network.inputs))
         sample = self.tally.add(expected, batch.outputs(found), batch.labels)
         if sample is not None or not self.worst:
-            self.worst = batch.inputs if samples.fixed else batch.only(sample or 0)
+            self.worst = batch.only(sample or 0)
 
 
 def _of_each_file(result: Mapping[str, Any], ways: Sequence[int]) -> Iterator[dict[str, Any]]:

@@ -320,6 +320,33 @@ def test_random_samples_are_the_same_each_time_and_large_ones_come_in_small_batc
     assert random_samples([Input("x", "float", (None, 3, 512, 512))], 64, 64, 0, {}).size == 5
 
 
+@pytest.mark.parametrize(
+    ("shapes", "whole", "one"),
+    [
+        ([("n", 3), ()], [(4, 3), ()], [(1, 3), ()]),
+        ([(), ("n", 3)], [(), (4, 3)], [(), (1, 3)]),
+        ([()], [()], [()]),
+        ([], [], []),
+        ([("n", 3), ("m", 2)], [(4, 3), (4, 2)], [(1, 3), (1, 2)]),
+        ([("n", 16), (4,)], [(4, 16), (4,)], [(1, 16), (4,)]),  # as long as the batch, by chance
+        ([("n", "length"), ("length",)], [(4, 16), (16,)], [(1, 16), (16,)]),
+        ([(2, 3), (5, 4)], [(2, 3), (5, 4)], [(2, 3), (5, 4)]),
+        ([(5, 3), (2, 4)], [(5, 3), (2, 4)], [(5, 3), (2, 4)]),
+        ([("n", 3), (5, 4)], [(5, 3), (5, 4)], [(5, 3), (5, 4)]),
+    ],
+)
+def test_one_sample_is_a_row_of_the_inputs_that_have_rows_of_samples(
+    shapes: list[Any], whole: list[Any], one: list[Any]
+) -> None:
+    inputs = [Input(f"x{place}", "float", shape) for place, shape in enumerate(shapes)]
+    batch, *_ = random_samples(inputs, 8, 4, seed=0, bounds={})
+    assert [value.shape for value in batch.inputs.values()] == whole
+    sample = batch.only(1)
+    assert [value.shape for value in sample.values()] == one
+    assert all(np.isin(sample[name], batch.inputs[name]).all() for name in sample)
+    assert [output.shape for output in batch.outputs([np.zeros((4, 7)), np.zeros(())])] == [(4, 7), ()]
+
+
 finite_floats = st.floats(-1e3, 1e3, width=32)
 
 
