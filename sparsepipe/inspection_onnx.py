@@ -100,12 +100,12 @@ def _external_files(model: ModelProto) -> Iterator[str]:
 def _weights(
     model: ModelProto, stored: Mapping[str, int], compact: Mapping[str, Compact], where: str
 ) -> Iterator[Weight]:
-    seen: set[tuple[str, str]] = set()
+    seen = set()
     for use in uses(model):
         name = use.weight.name
-        if {("", name), (use.place, name)} & seen:
+        if use.key in seen:
             continue
-        seen.add((use.place, name))
+        seen.add(use.key)
         try:
             values = numpy_helper.to_array(use.weight)
         except (ValueError, TypeError) as error:

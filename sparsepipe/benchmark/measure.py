@@ -89,7 +89,7 @@ def measure(
     progress(0.0, "preparing layers")
     feeds = _feeds(model)
     sizes = sizes_of(model, {name: value.shape for name, value in feeds.items()}).sizes
-    rows = {choice.output: choice for choice in choices}
+    rows: dict[str, Choice] = {}
     saved: dict[str, float] = {}
     groups = _groups(candidates_of(model, choices, sizes))
     streamed = Network.of(model).streamed
@@ -108,7 +108,7 @@ def measure(
             rows[candidate.choice.output] = _decided(candidate.choice, form, dense, sparse)
             saved[candidate.choice.output] = dense - sparse
     progress(LAYERS_SHARE, "the whole network")
-    decided = balanced(model, settle(model, list(rows.values())), sizes)
+    decided = balanced(model, settle(model, [rows.get(choice.output, choice) for choice in choices]), sizes)
     outcome = _whole(model, decided, saved, feeds, (1 - LAYERS_SHARE) * seconds)
     progress(1.0, "")
     return replace(outcome, timed=len(saved), missed=sum(map(len, groups)) - len(saved))

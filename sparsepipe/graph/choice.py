@@ -45,7 +45,7 @@ class Choice:
         sparse: whether a sparse kernel takes the node's place.
         block: rows of its blocks; 0 for a dense layer.
         reason: why.
-        output: name of the node's output.
+        output: name of the node's output; empty where the node is inside of a subgraph or function.
         kernel: the operator of the library that takes the node's place; empty where it stays.
         mode: how the kernel shall read the input, of `operators.MODES`; "auto" leaves it to the kernel.
         predicted: rows of a block -> time of the sparse layer by the cost model, in times of the dense one; empty where
@@ -93,7 +93,9 @@ def choose(model: ModelProto, isa: str = ANY_ISA) -> list[Choice]:
     network = Network.of(model)
     inputs = {value.name for value in model.graph.input}
     choices = []
+    keys = []
     for use in uses(model):
+        keys.append(use.key)
         try:
             if use.place:
                 raise Stays(f"inside of {use.place}, which is left alone")
@@ -107,8 +109,9 @@ def choose(model: ModelProto, isa: str = ANY_ISA) -> list[Choice]:
             choice = replace(choice, predicted=verdict.times, dense_us=round(verdict.dense / 1e3, 3))
             choices.append(_sparse(choice, layer, verdict.block) if verdict.block else choice)
         except Stays as reason:
-            choices.append(as_it_is(use.node, use.weight, str(reason)))
-    return _counted_once(balanced(model, settle(model, choices), network.sizes))
+            choice = as_it_is(use.node, use.weight, str(reason))
+            choices.append(replace(choice, output="") if use.place else choice)
+    return _counted_once(balanced(model, settle(model, choices), network.sizes), keys)
 
 
 def settle(model: ModelProto, choices: Sequence[Choice]) -> list[Choice]:
@@ -198,15 +201,15 @@ def _sources(name: str, found: Index) -> list[str]:
     return [step.input[0] for step in steps(name, found)]
 
 
-def _counted_once(choices: Sequence[Choice]) -> list[Choice]:
-    """The rows with no bytes where an earlier one counts the same weight."""
-    first: dict[str, str] = {}
+def _counted_once(choices: Sequence[Choice], keys: Sequence[tuple[str, str]]) -> list[Choice]:
+    """The rows with no bytes where an earlier one counts the same weight; `keys` tell weights apart."""
+    first: dict[tuple[str, str], str] = {}
     result = []
-    for choice in choices:
-        if choice.name in first:
-            reason = f"{choice.reason}; same weight as in '{first[choice.name]}'"
+    for choice, key in zip(choices, keys, strict=True):
+        if key in first:
+            reason = f"{choice.reason}; same weight as in '{first[key]}'"
             choice = replace(choice, dense_bytes=0, bytes=0, reason=reason)
-        first.setdefault(choice.name, choice.node)
+        first.setdefault(key, choice.node)
         result.append(choice)
     return result
 

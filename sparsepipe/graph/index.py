@@ -51,7 +51,7 @@ def index(graph: GraphProto) -> Index:
         producers.update((name, node) for name in node.output if name)
         if (value := constant_value(node)) is not None:
             stored[node.output[0]] = value
-        for inner in subgraphs(node):
+        for _, inner in subgraphs(node):
             captured |= mentioned(inner)
     inputs = {value.name for value in graph.input}
     constants = {name: tensor for name, tensor in stored.items() if name not in inputs}
@@ -89,22 +89,22 @@ def constant_value(node: NodeProto) -> TensorProto | None:
     return found.t if found is not None else None
 
 
-def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    """The graphs that `node` holds as attributes."""
+def subgraphs(node: NodeProto) -> Iterator[tuple[str, GraphProto]]:
+    """The graphs that `node` holds as attributes, with the names of these."""
     for found in node.attribute:
         if found.type == AttributeProto.GRAPH:
-            yield found.g
-        yield from found.graphs
+            yield found.name, found.g
+        yield from ((f"{found.name}[{place}]", graph) for place, graph in enumerate(found.graphs))
 
 
 def graphs(model: ModelProto) -> Iterator[GraphProto]:
     """Every graph of `model`: the main one, and those inside of nodes at any depth, of functions, too."""
     pending = [model.graph]
-    pending += [inner for function in model.functions for node in function.node for inner in subgraphs(node)]
+    pending += [inner for function in model.functions for node in function.node for _, inner in subgraphs(node)]
     while pending:
         graph = pending.pop()
         yield graph
-        pending += [inner for node in graph.node for inner in subgraphs(node)]
+        pending += [inner for node in graph.node for _, inner in subgraphs(node)]
 
 
 def all_nodes(model: ModelProto) -> Iterator[NodeProto]:
@@ -146,6 +146,6 @@ def mentioned(graph: GraphProto) -> set[str]:
     for node in graph.node:
         names.update(node.input)
         names.update(node.output)
-        for inner in subgraphs(node):
+        for _, inner in subgraphs(node):
             names |= mentioned(inner)
     return names

@@ -114,7 +114,7 @@ def _lower_graph(graph: GraphProto, source: int, target: int) -> None:
 def _lower_node(graph: GraphProto, found: Index, node: NodeProto, source: int, target: int) -> Sequence[NodeProto]:
     if node.domain not in STANDARD_DOMAINS:
         return [node]
-    for inner in subgraphs(node):
+    for _, inner in subgraphs(node):
         _lower_graph(inner, source, target)
     if is_standard(node, "LayerNormalization") and target < LAYER_NORMALIZATION_SINCE:
         return _layer_normalization(graph, node)

@@ -81,10 +81,10 @@ def prune(model: ModelProto, sparsity: float, pattern: str, *, seed: int = 0) ->
     random = np.random.default_rng(seed)
     found = list(uses(result))
     stem = next((use.node for use in found if use.node.op_type == "Conv"), None)
-    rows: dict[str, Pruned] = {}
+    rows: dict[tuple[str, str], Pruned] = {}
     for use in found:
         name = use.weight.name
-        if name in rows:  # one mask serves all uses of a weight
+        if use.key in rows:  # one mask serves all uses of a weight
             continue
         weight, reason = numpy_helper.to_array(use.weight), None
         try:
@@ -94,7 +94,7 @@ def prune(model: ModelProto, sparsity: float, pattern: str, *, seed: int = 0) ->
             stored[name].CopyFrom(numpy_helper.from_array(weight, stored[name].name))
         except _Dense as why:
             reason = str(why)
-        rows[name] = Pruned(name, tuple(weight.shape), int(np.count_nonzero(weight)), reason)
+        rows[use.key] = Pruned(name, tuple(weight.shape), int(np.count_nonzero(weight)), reason)
     reasons = {row.reason for row in rows.values()}
     if None not in reasons:
         listed = "; ".join(sorted(str(reason) for reason in reasons)) or "it has none"

@@ -115,7 +115,7 @@ class _Restorer:
         weights: dict[tuple[Any, ...], str] = {}
         nodes: list[NodeProto] = []
         for node in graph.node:
-            for inner in subgraphs(node):
+            for _, inner in subgraphs(node):
                 self.restore(inner, constants)
             nodes += self._standard(node, graph, constants, weights) if _is_ours(node) else [node]
         del graph.node[:]

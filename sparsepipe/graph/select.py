@@ -99,16 +99,16 @@ def survey(model: ModelProto) -> list[Layer]:
     found = index(model.graph)
     inputs = {value.name for value in model.graph.input}
     layers: list[Layer] = []
-    counted: dict[str, tuple[Layer, str]] = {}
+    counted: dict[tuple[str, str], tuple[Layer, str]] = {}
     for use in uses(model):
-        name = use.weight.name
-        if name in counted and (not use.place or name in found.captured):
-            layers.append(_again(use.node, *counted[name]))
-        elif use.place:
+        if use.key in counted:
+            layers.append(_again(use.node, *counted[use.key]))
+            continue
+        if use.place:
             layers.append(_judge(use, f"inside of {use.place}, which is left alone"))
         else:
-            layers.append(_judge(use, _obstacle(use.weight, found), was_input=name in inputs))
-            counted[name] = (layers[-1], label(use.node))
+            layers.append(_judge(use, _obstacle(use.weight, found), was_input=use.weight.name in inputs))
+        counted[use.key] = (layers[-1], label(use.node))
     return layers
 
 
@@ -118,6 +118,7 @@ class Use:
 
     Attributes:
         place: the subgraph or function that the node is in, which is left alone; empty in the graph itself.
+        home: the one that stores the weight; a subgraph sees what is around it, too.
         node: the node.
         position: which of its inputs the weight is.
         weight: the weight as it is stored, under the name of the tensor that holds it.
@@ -125,18 +126,34 @@ class Use:
     """
 
     place: str
+    home: str
     node: NodeProto
     position: int
     weight: TensorProto
     views: tuple[NodeProto, ...]
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells weights apart: each graph and function has names of its own."""
+        return self.home, self.weight.name
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """The nodes of one graph or function, the tensors that they see, and the place of those from outside of the graph
+    itself."""
+
+    place: str
+    nodes: Sequence[NodeProto]
+    found: Index
+    homes: Mapping[str, str]
+
 
 def uses(model: ModelProto) -> Iterator[Use]:
     """Every use of a constant weight, in the order of the graph, those in subgraphs and functions last."""
-    found = index(model.graph)
-    for place, nodes, seen in [("", model.graph.node, found), *_left_alone(model, found)]:
-        for node in nodes:
-            yield from _uses(place, node, seen)
+    for scope in _scopes(model):
+        for node in scope.nodes:
+            yield from _uses(node, scope)
 
 
 def sparsity(layers: Iterable[Layer]) -> float:
@@ -146,19 +163,20 @@ def sparsity(layers: Iterable[Layer]) -> float:
     return 1 - sum(layer.nnz for layer in counted) / size if size else 0.0
 
 
-def _uses(place: str, node: NodeProto, found: Index) -> Iterator[Use]:
+def _uses(node: NodeProto, scope: _Scope) -> Iterator[Use]:
     if node.domain not in WEIGHT_DOMAINS:
         return
     groups = WEIGHT_INPUTS.get(node.op_type, ())
     if node.op_type == "Einsum":
         groups = tuple((position,) for position in range(len(node.input)))
     for group in groups:
-        candidates = (_use(place, node, position, found) for position in group if position < len(node.input))
+        candidates = (_use(node, position, scope) for position in group if position < len(node.input))
         if (use := next((use for use in candidates if use is not None), None)) is not None:
             yield use
 
 
-def _use(place: str, node: NodeProto, position: int, found: Index) -> Use | None:
+def _use(node: NodeProto, position: int, scope: _Scope) -> Use | None:
+    found = scope.found
     name, views = node.input[position], []
     while name not in found.stored and name in found.producers and is_standard(found.producers[name], *VIEWS):
         views.append(found.producers[name])
@@ -168,7 +186,7 @@ def _use(place: str, node: NodeProto, position: int, found: Index) -> Use | None
         return None
     if stored.name != name:  # the tensor inside of a Constant node has no name, or any
         stored = _renamed(stored, name)
-    return Use(place, node, position, stored, tuple(views))
+    return Use(scope.place, scope.homes.get(name, ""), node, position, stored, tuple(views))
 
 
 def _renamed(tensor: TensorProto, name: str) -> TensorProto:
@@ -220,19 +238,23 @@ def _again(node: NodeProto, first: Layer, user: str) -> Layer:
     return replace(first, op=node.op_type, dense_bytes=0, bytes=0, reason=f"same weight as in '{user}'")
 
 
-def _left_alone(model: ModelProto, found: Index) -> Iterator[tuple[str, Sequence[NodeProto], Index]]:
-    """The subgraphs and functions: what to call each, its nodes, and the tensors that these see."""
-    yield from _inner_graphs(model.graph.node, found)
+def _scopes(model: ModelProto) -> Iterator[_Scope]:
+    """The graph, the subgraphs in it, and the functions with theirs."""
+    outermost = [_Scope("", model.graph.node, index(model.graph), {})]
     for function in model.functions:
-        inner = index(GraphProto(node=function.node))
-        yield f"the function '{function.name}'", function.node, inner
-        yield from _inner_graphs(function.node, inner)
+        found, place = index(GraphProto(node=function.node)), f"the function '{function.name}'"
+        outermost.append(_Scope(place, function.node, found, dict.fromkeys(found.stored, place)))
+    for scope in outermost:
+        yield scope
+        yield from _inner(scope)
 
 
-def _inner_graphs(nodes: Iterable[NodeProto], outer: Index) -> Iterator[tuple[str, Sequence[NodeProto], Index]]:
-    for node in nodes:
-        for graph in subgraphs(node):
+def _inner(outer: _Scope) -> Iterator[_Scope]:
+    for node in outer.nodes:
+        for name, graph in subgraphs(node):
+            place = f"the {name} of {node.op_type} '{label(node)}'" + (f" in {outer.place}" if outer.place else "")
             own = index(graph)
-            inner = replace(own, stored={**outer.stored, **own.stored})
-            yield f"a subgraph of {node.op_type} '{label(node)}'", graph.node, inner
-            yield from _inner_graphs(graph.node, inner)
+            found = replace(own, stored={**outer.found.stored, **own.stored})
+            scope = _Scope(place, graph.node, found, {**outer.homes, **dict.fromkeys(own.stored, place)})
+            yield scope
+            yield from _inner(scope)

@@ -574,6 +574,49 @@ def test_the_weights_of_an_onnx_file(tmp_path: Path) -> None:
     )
 
 
+def test_graphs_in_a_file_have_names_of_their_own(tmp_path: Path) -> None:
+    """One weight in each branch of an If and in a function, all called `w`, and one around them that both see."""
+    values = {name: np.full((3, 3), place, np.float32) for place, name in enumerate(("then", "else", "function"))}
+    values["outer"] = np.eye(3, dtype=np.float32)
+
+    def branch(name: str) -> onnx.GraphProto:
+        nodes = [
+            helper.make_node("MatMul", ["x", "w"], [f"{name}.m"]),
+            helper.make_node("MatMul", [f"{name}.m", "outer"], [name]),
+        ]
+        out = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3])]
+        return helper.make_graph(nodes, name, [], out, [numpy_helper.from_array(values[name], "w")])
+
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+    constant = helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(values["function"]))
+    inner = [constant, helper.make_node("MatMul", ["a", "w"], ["b"])]
+    function = helper.make_function("own", "Dense", ["a"], ["b"], inner, imports[:1])
+    choice = helper.make_node("If", ["c"], ["z"], then_branch=branch("then"), else_branch=branch("else"))
+    graph = helper.make_graph(
+        [choice, helper.make_node("Dense", ["z"], ["y"], domain="own")],
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3]),
+            helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(values["outer"], "outer")],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=imports, ir_version=8, functions=[function]), tmp_path / "net.onnx"
+    )
+    artefact = convert.from_onnx(tmp_path / "net.onnx", Conversion(), tmp_path / "converted")
+    state = convert.load_weights(artefact)
+    expected = {
+        "outer": values["outer"],
+        "w in the then_branch of If 'z'": values["then"],
+        "w in the else_branch of If 'z'": values["else"],
+        "w in the function 'Dense'": values["function"],
+    }
+    assert state.keys() == expected.keys()
+    assert all(np.array_equal(state[name], value) for name, value in expected.items())
+
+
 def test_an_onnx_file_with_nan_is_refused(tmp_path: Path) -> None:
     onnx_file(tmp_path / "net.onnx")
     model = onnx.load(tmp_path / "net.onnx")

@@ -67,7 +67,7 @@ def check(before: ModelProto, side: int = 9, batches: tuple[int, ...] = (1, 3)) 
             for found, wanted in zip(run(way, x), expected, strict=True):
                 assert found.shape == wanted.shape
                 np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(1e-30, float(np.abs(wanted).max())))
-    return after, {choice.output: choice for choice in choices}
+    return after, {choice.output or choice.node: choice for choice in choices}
 
 
 def ops(made: ModelProto) -> list[str]:

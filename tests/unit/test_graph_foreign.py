@@ -48,8 +48,10 @@ def check(path: Path, out: Path, sizes: Mapping[str, tuple[int, ...]] | None = N
 
 
 def reasons(made: Artefact) -> dict[str, str]:
-    """Output of a node -> "sparse", or why it stays."""
-    return {row["output"]: "sparse" if row["sparse"] else row["reason"] for row in made.metrics["kernels"]}
+    """Output of a node, or the name of one inside of a function -> "sparse", or why it stays."""
+    return {
+        row["output"] or row["node"]: "sparse" if row["sparse"] else row["reason"] for row in made.metrics["kernels"]
+    }
 
 
 def constant(name: str, value: Array, inner: str = "") -> NodeProto:

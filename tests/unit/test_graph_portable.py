@@ -220,7 +220,10 @@ def test_weights_of_subgraphs_are_listed_and_left_alone() -> None:
     constants = {"free": sparse_weight(5, 6), "outer": sparse_weight(5, 6), "yes": np.array(True)}
     after, layers = check_portable(model(nodes, (5,), constants))
     assert {layer.name: layer.sparse for layer in layers} == {"free": True, "inner": False, "outer": False}
-    assert [layer.reason for layer in layers[1:]] == ["inside of a subgraph of If 'choice', which is left alone"] * 2
+    assert {layer.name: layer.reason for layer in layers[1:]} == {
+        name: f"inside of the {place}_branch of If 'choice', which is left alone"
+        for name, place in (("inner", "then"), ("outer", "else"))
+    }
     assert next(entry for entry in after.graph.node if entry.op_type == "If") == choice
 
 

@@ -155,7 +155,7 @@ def test_layers_that_stay_say_why() -> None:
     for (name, made, reason), choice in zip(layers, choices.values(), strict=False):
         assert (choice.name, choice.op, choice.sparse) == (name, made.op_type, name == "view")
         assert re.search(reason, choice.reason), choice
-    assert "inside of a subgraph of If" in choices["i"].reason
+    assert "_branch of If" in choices["i"].reason
     assert [entry for entry in ops(after) if entry.startswith("Sparse")] == ["SparseLinear"]
     assert "view" not in {tensor.name for tensor in after.graph.initializer}
 

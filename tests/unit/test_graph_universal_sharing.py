@@ -228,6 +228,31 @@ def test_a_channel_multiplier_is_a_grouped_convolution() -> None:
     assert choices["b"].reason == "convolution of 16 groups"
 
 
+def test_the_names_of_a_function_are_its_own() -> None:
+    """Its weight and its result are called as those of the depthwise convolution between two sparse layers."""
+    constant = node("Constant", [], ["depthwise"], value=numpy_helper.from_array(weight(16, 16)))
+    inner = [constant, node("MatMul", ["t", "depthwise"], ["b"])]
+    function = helper.make_function("own", "Dense", ["t"], ["b"], inner, [helper.make_opsetid("", 18)])
+    nodes = [
+        node("Conv", ["x", "w0"], ["a"]),
+        node("Conv", ["a", "depthwise"], ["b"], group=16),
+        node("Conv", ["b", "w1"], ["c"]),
+        node("Transpose", ["c"], ["d"], perm=[0, 2, 3, 1]),
+        node("Identity", ["d"], ["y"]),
+    ]
+    constants = {"w0": weight(16, 16, 1, 1), "depthwise": weight(16, 1, 3, 3, density=1), "w1": weight(16, 16, 1, 1)}
+    before = model(nodes, (16, 6, 6), constants)
+    before.graph.node[-1].CopyFrom(node("Dense", ["d"], ["y"], domain="own"))
+    before.functions.append(function)
+    before.opset_import.append(helper.make_opsetid("own", 1))
+    after, _ = check(before)
+    assert ops(after) == ["SparseConv", "DepthwiseConv", "SparseConv", "Transpose", "Dense"]
+    rows = choose(before)
+    assert [row.kernel for row in rows] == ["SparseConv", "DepthwiseConv", "SparseConv", ""]
+    assert rows[-1].dense_bytes == 16 * 16 * 4
+    assert rows[-1].reason == "inside of the function 'Dense', which is left alone"
+
+
 @pytest.mark.parametrize("opset", [13, 16, 22])
 def test_loops_and_branches_see_the_tensors_of_rewritten_layers(opset: int) -> None:
     """A Loop that uses a layer's output and a weight of the graph, and an If with a layer of its own."""
@@ -270,8 +295,8 @@ def test_loops_and_branches_see_the_tensors_of_rewritten_layers(opset: int) -> N
     }
     after, choices = check(model(nodes, (32,), constants, opset=opset))
     assert ops(after) == ["SparseLinearRelu", "Sigmoid", "Loop", "If", "SparseLinear"]
-    assert "inside of a subgraph of Loop" in choices["m"].reason
-    assert "inside of a subgraph of If" in choices["f"].reason
+    assert "inside of the body of Loop" in choices["m"].reason
+    assert "inside of the then_branch of If" in choices["f"].reason
 
 
 def test_external_data(tmp_path: Path) -> None:
