@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -13,13 +13,21 @@ ADVICE = (
 )
 
 
-def not_finite(tensors: Iterable[tuple[str, Array]]) -> str | None:
+def not_finite(tensors: Iterable[tuple[str, Array]], weights: Collection[str] | None = None) -> str | None:
     """Which tensors hold values that are not finite, as a sentence; None where none does.
 
     A tensor of zeros and infinities passes, because it is a mask that is added to scores, and so does a single
     infinity, a bound. Tensors of other than floating-point types are passed over.
+
+    Args:
+        tensors: names and values.
+        weights: names of the tensors that are weights; others may hold any infinities. None takes all for weights.
     """
-    found = [(name, count, array.size) for name, array in tensors if (count := _count(array))]
+    found = [
+        (name, count, array.size)
+        for name, array in tensors
+        if (count := _count(array, is_weight=weights is None or name in weights))
+    ]
     if not found:
         return None
     name, count, size = found[0]
@@ -27,10 +35,11 @@ def not_finite(tensors: Iterable[tuple[str, Array]]) -> str | None:
     return f"'{name}' holds {count} of {size} values that are not finite (NaN or infinite).{others}"
 
 
-def _count(array: Array) -> int:
+def _count(array: Array, *, is_weight: bool) -> int:
     if array.dtype.kind not in "fV":  # V: bfloat16 and the like
         return 0
     good = np.isfinite(array)
     count = array.size - int(np.count_nonzero(good))
     mask = good.any() or array.size == 1
-    return 0 if mask and not np.isnan(array).any() and not array[good].any() else count
+    harmless = not is_weight or (mask and not array[good].any())
+    return 0 if harmless and not np.isnan(array).any() else count

@@ -457,6 +457,35 @@ def test_a_foreign_file_with_nan_is_refused_and_one_with_infinite_bounds_is_not(
     assert not (tmp_path / "refused").exists()
 
 
+def test_masks_may_hold_infinities_and_weights_may_not(tmp_path: Path) -> None:
+    """Scores with a distance penalty and no look ahead (ALiBi), and an affine network after them."""
+    distance = np.subtract.outer(np.arange(4), np.arange(4))
+    mask = np.where(distance >= 0, -0.5 * distance, -np.inf).astype(np.float32)
+    constants = {"mask": mask, "all": np.full((1, 4), -np.inf, np.float32), "w": np.eye(4), "b": np.zeros(4)}
+    nodes = [
+        helper.make_node("Add", ["x", "mask"], ["s"]),
+        helper.make_node("Softmax", ["s"], ["p"]),
+        helper.make_node("Max", ["p", "all"], ["m"]),
+        helper.make_node("Gemm", ["m", "w", "b"], ["y"]),
+    ]
+    info = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4, 4]) for name in "xy"]
+    tensors = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "g", info[:1], info[1:], tensors)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(made, tmp_path / "masks.onnx")
+    export.from_onnx(tmp_path / "masks.onnx", Export(targets=("dense",)), tmp_path / "export")
+    for place, name, value, count in ((2, "w", np.inf, 1), (3, "b", -np.inf, 1), (0, "mask", np.nan, 7)):
+        broken = onnx.load(tmp_path / "masks.onnx")
+        values = numpy_helper.to_array(broken.graph.initializer[place]).copy()
+        values.reshape(-1)[0] = value
+        if name == "b":
+            values[1] = 1.0
+        broken.graph.initializer[place].CopyFrom(numpy_helper.from_array(values, name))
+        onnx.save(broken, tmp_path / "broken.onnx")
+        with pytest.raises(GraphError, match=rf"'{name}' holds {count} of {values.size} values that are not finite"):
+            export.from_onnx(tmp_path / "broken.onnx", Export(), tmp_path / "refused")
+
+
 def test_a_file_that_onnxruntime_cannot_load_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "theirs.onnx"
     onnx.save(foreign(op_type="Own", domain="their.domain"), path)
