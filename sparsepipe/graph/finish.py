@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from onnx import ModelProto
 
-from sparsepipe.graph.load import LIMIT_BYTES, SMALLER, check, too_large
+from sparsepipe.graph.load import LIMIT_BYTES, SMALLER, check, check_made, too_large
 
 WRITING = f"Write the portable target alone if that is small enough. {SMALLER}"
 
@@ -19,15 +19,14 @@ def stamp(model: ModelProto, properties: Mapping[str, str]) -> None:
         model.metadata_props.add(key=key, value=value)
 
 
-def serialise(model: ModelProto, *, where: str, limit: int = LIMIT_BYTES) -> bytes:
+def serialise(model: ModelProto, *, where: str, source: ModelProto | None = None, limit: int = LIMIT_BYTES) -> bytes:
     """The model as the bytes of its file, checked by onnx.checker.
-
-    A model without sparse initializers must pass the full check, with inference of all types and shapes; no model
-    with sparse initializers can.
 
     Args:
         model: the model.
         where: what to call it in an error.
+        source: what it was made of. If that passes the full check, with inference of all types and shapes, the model
+            must, too; no model with sparse initializers can.
         limit: most bytes that it may have.
 
     Raises:
@@ -39,5 +38,8 @@ def serialise(model: ModelProto, *, where: str, limit: int = LIMIT_BYTES) -> byt
         raise too_large(where, WRITING) from error
     if len(data) > limit:
         raise too_large(where, WRITING)
-    check(data, where=where, full=not model.graph.sparse_initializer)
+    if source is None or model.graph.sparse_initializer:
+        check(model, where=where)
+    else:
+        check_made(model, source, where=where)
     return data

@@ -82,11 +82,12 @@ def is_standard(node: NodeProto, *op_types: str) -> bool:
 
 
 def constant_value(node: NodeProto) -> TensorProto | None:
-    """The tensor of a Constant node that holds one as `value`; None for every other node."""
-    if not is_standard(node, "Constant"):
-        return None
-    found = attribute(node, "value")
-    return found.t if found is not None else None
+    """The tensor of a Constant node that holds one as `value`; None for every other node.
+
+    Inside of a function the value may be an attribute of the node that calls it; that is none, either.
+    """
+    found = attribute(node, "value") if is_standard(node, "Constant") else None
+    return found.t if found is not None and not found.ref_attr_name else None
 
 
 def subgraphs(node: NodeProto) -> Iterator[tuple[str, GraphProto]]:

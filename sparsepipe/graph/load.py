@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, ModelProto, SparseTensorProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, ModelProto, SparseTensorProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from sparsepipe.errors import GraphError, NotOnnxError, first_line
-from sparsepipe.graph.index import NUMBERS, all_nodes, attribute, constant_value, graphs, is_standard, opset
+from sparsepipe.graph.index import NUMBERS, all_nodes, copy, graphs, is_standard, opset
 from sparsepipe.graph.restore import Compact, restore
 
 OLDEST_OPSET = 7
@@ -43,7 +45,9 @@ def load_with_rows(path: Path) -> tuple[ModelProto, list[Compact]]:
     model = _parse(path)
     _check_opset(model, path)
     _check_types(model, path)
+    model.graph.name = model.graph.name or path.stem  # onnx.checker wants one
     _read_external(model, path)
+    _check_lengths(model, path)
     _densify(model, path)
     _complete_outputs(model)
     check(model, where=str(path))
@@ -53,21 +57,44 @@ def load_with_rows(path: Path) -> tuple[ModelProto, list[Compact]]:
     return model, rows
 
 
-def check(model: ModelProto | bytes, *, where: str, full: bool = False) -> None:
+def check(model: ModelProto, *, where: str, full: bool = False) -> None:
     """Run onnx.checker.
 
     Args:
-        model: the model, or its serialised form.
+        model: the model.
         where: what to call it in the error.
         full: infer the types and shapes of all tensors, too; no model with sparse initializers passes that.
 
     Raises:
         GraphError: the checker refuses the model.
     """
+    if any(_vague_outputs(model)):  # onnxruntime does not mind, and knows operators that onnx cannot infer
+        model = copy(model)
+        for value in _vague_outputs(model):
+            value.type.tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(model, full_check=full)
     except Exception as error:  # checker, inference and protobuf errors have no common base class
         raise GraphError(f"The model is not valid ONNX: {first_line(error)}.", where=where) from error
+
+
+def check_made(model: ModelProto, source: ModelProto, *, where: str) -> None:
+    """Run the full `check` on what was made of `source`, as far as `source` passes it.
+
+    A size that a file records wrongly is none to onnxruntime, which warns and goes on.
+
+    Raises:
+        GraphError: the checker refuses the model.
+    """
+    try:
+        check(model, where=where, full=True)
+    except GraphError:
+        try:
+            check(source, where=where, full=True)
+        except GraphError:
+            check(model, where=where)
+        else:
+            raise
 
 
 def too_large(where: str, advice: str = SMALLER) -> GraphError:
@@ -116,6 +143,23 @@ def _check_types(model: ModelProto, path: Path) -> None:
             )
 
 
+def _check_lengths(model: ModelProto, path: Path) -> None:
+    """Refuse bytes that are more or fewer than those of a tensor's shape: onnx.checker lets more of them pass."""
+    for tensor in _tensors(model):
+        if tensor.HasField("raw_data") and len(tensor.raw_data) != _bytes(tensor):
+            raise GraphError(
+                f"It has {len(tensor.raw_data)} bytes, not the {_bytes(tensor)} of its shape {list(tensor.dims)}.",
+                where=f"{path}, tensor '{tensor.name}'",
+                advice="The file is damaged: export it again.",
+            )
+
+
+def _bytes(tensor: TensorProto) -> int:
+    """What its shape and type take; types of less than a byte are packed."""
+    bits = re.search(r"\d+", helper.tensor_dtype_to_np_dtype(tensor.data_type).name)  # float32, int4, float8_e5m2
+    return -(-math.prod(tensor.dims) * (int(bits[0]) if bits else 8) // 8)
+
+
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:
     """Every tensor of the model, wherever it is stored."""
     for graph in graphs(model):
@@ -123,6 +167,8 @@ def _tensors(model: ModelProto) -> Iterator[TensorProto]:
         for sparse in graph.sparse_initializer:
             yield from (sparse.values, sparse.indices)
     for found in (found for node in all_nodes(model) for found in node.attribute):
+        if found.ref_attr_name:  # in a function: the node that calls it holds the tensor
+            continue
         if found.type == AttributeProto.TENSOR:
             yield found.t
         elif found.type == AttributeProto.SPARSE_TENSOR:
@@ -131,12 +177,19 @@ def _tensors(model: ModelProto) -> Iterator[TensorProto]:
 
 
 def _complete_outputs(model: ModelProto) -> None:
-    """Infer the shapes of outputs that do not say theirs: onnxruntime does not mind, onnx.checker does."""
-    vague = [value for value in model.graph.output if not value.type.tensor_type.HasField("shape")]
-    if vague:
+    """Infer the shapes of outputs that do not say theirs, where onnx knows the operators before them."""
+    if not any(_vague_outputs(model)):
+        return
+    with contextlib.suppress(Exception):  # what is wrong with the model is for the checker to say
         inferred = {value.name: value.type for value in onnx.shape_inference.infer_shapes(model).graph.output}
-        for value in vague:
+        for value in _vague_outputs(model):
             value.type.CopyFrom(inferred[value.name])
+
+
+def _vague_outputs(model: ModelProto) -> Iterator[ValueInfoProto]:
+    for value in model.graph.output:
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
+            yield value
 
 
 def _read_external(model: ModelProto, path: Path) -> None:
@@ -177,7 +230,7 @@ def _external_piece(tensor: TensorProto, path: Path) -> tuple[Path, int, int]:
     size = file.stat().st_size
     try:
         offset = int(entries.get("offset", "0"))
-        length = int(entries.get("length", str(size - offset)))
+        length = int(entries.get("length", "0")) or _bytes(tensor)
     except ValueError as error:
         raise GraphError("The offset or length of its external data is not a number.", where=where) from error
     if offset < 0 or length < 0 or offset + length > size:
@@ -191,8 +244,14 @@ def _external_piece(tensor: TensorProto, path: Path) -> tuple[Path, int, int]:
 
 def _densify(model: ModelProto, path: Path) -> None:
     """Turn what holds a tensor in another form into tensors: sparse ones, and plain numbers in Constant nodes."""
-    constants = [node for node in all_nodes(model) if is_standard(node, "Constant") and constant_value(node) is None]
-    held = [found for node in constants if (found := attribute(node, "sparse_value")) is not None]
+    numbers = [
+        found
+        for node in all_nodes(model)
+        if is_standard(node, "Constant")
+        for found in node.attribute
+        if found.name != "value" and not found.ref_attr_name
+    ]
+    held = [found for found in numbers if found.name == "sparse_value"]
     initializers = [sparse for graph in graphs(model) for sparse in graph.sparse_initializer]
     # A few bytes can stand for a tensor of any size, so the sum is known before the first one is made.
     if sum(_dense_bytes(sparse) for sparse in [*initializers, *(found.sparse_tensor for found in held)]) > LIMIT_BYTES:
@@ -208,13 +267,12 @@ def _densify(model: ModelProto, path: Path) -> None:
         found.Clear()
         found.name, found.type = "value", AttributeProto.TENSOR
         found.t.CopyFrom(dense)
-    for node in constants:
-        for found in node.attribute:
-            if found.name in NUMBERS and not found.ref_attr_name:
-                value = np.array(helper.get_attribute_value(found), NUMBERS[found.name])
-                found.Clear()
-                found.name, found.type = "value", AttributeProto.TENSOR
-                found.t.CopyFrom(numpy_helper.from_array(value))
+    for found in numbers:
+        if found.name in NUMBERS:
+            value = np.array(helper.get_attribute_value(found), NUMBERS[found.name])
+            found.Clear()
+            found.name, found.type = "value", AttributeProto.TENSOR
+            found.t.CopyFrom(numpy_helper.from_array(value))
 
 
 def _dense_bytes(sparse: SparseTensorProto) -> int:

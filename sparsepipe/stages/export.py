@@ -193,7 +193,7 @@ def _write(
         else:
             rewritten = TARGETS[form.target](plan)
         stamp(rewritten, own)
-        files[form] = serialise(rewritten, where=file_name(form.key))
+        files[form] = serialise(rewritten, where=file_name(form.key), source=model)
     advance(note="writing")
     rows = [asdict(layer) for layer in plan.layers]
     universal = "universal" in config.targets

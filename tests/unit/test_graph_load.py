@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, SparseTensorProto, TensorProto, helper, numpy_helper
@@ -93,11 +94,64 @@ def test_outputs_of_unknown_shape_get_one(tmp_path: Path) -> None:
     assert [dim.dim_param or dim.dim_value for dim in dims] == ["n", 4]
 
 
-def test_a_tensor_shorter_than_its_shape_is_refused(tmp_path: Path) -> None:
+def test_an_output_behind_an_operator_of_onnxruntime_may_have_no_shape(tmp_path: Path) -> None:
+    vague = gemm()
+    vague.graph.name = ""  # onnxruntime does not mind this, either
+    vague.graph.node[0].output[0] = "a"
+    vague.graph.node.append(helper.make_node("FastGelu", ["a"], ["y"], domain="com.microsoft"))
+    vague.graph.output[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(GraphError, match=r"No opset import for domain 'com\.microsoft'"):
+        load(saved(vague, tmp_path))
+    vague.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    read = load(saved(vague, tmp_path))
+    x = np.ones((2, 3), np.float32)
+    outputs = [onnxruntime.InferenceSession(made.SerializeToString()).run(None, {"x": x})[0] for made in (vague, read)]
+    np.testing.assert_array_equal(*outputs)
+    vague.graph.node[0].input[1] = "nowhere"
+    with pytest.raises(GraphError, match=r"not valid ONNX.*nowhere"):
+        load(saved(vague, tmp_path))
+
+
+@pytest.mark.parametrize("size", [8, 47, 52])
+def test_a_tensor_of_other_bytes_than_its_shape_has_is_refused(size: int, tmp_path: Path) -> None:
     broken = gemm()
-    broken.graph.initializer[0].raw_data = bytes(8)
-    with pytest.raises(GraphError, match="w"):
+    broken.graph.initializer[0].raw_data = bytes(size)
+    with pytest.raises(GraphError, match=rf"tensor 'w': It has {size} bytes, not the 48 of its shape \[4, 3\]"):
         load(saved(broken, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["INT2", "INT4", "UINT4", "FLOAT4E2M1", "FLOAT8E5M2", "BFLOAT16", "BOOL", "COMPLEX64"])
+@pytest.mark.parametrize("count", [4, 5])
+def test_every_width_of_number_is_read(kind: str, count: int, tmp_path: Path) -> None:
+    """The bytes are those that onnx writes."""
+    dtype = helper.tensor_dtype_to_np_dtype(getattr(TensorProto, kind))
+    tensor = numpy_helper.from_array(np.ones(count).astype(dtype), "k")
+    made = gemm()
+    made.graph.initializer.append(tensor)
+    assert load(saved(made, tmp_path)).graph.initializer[1] == tensor
+
+
+@pytest.mark.parametrize("name", ["value", "value_float", "value_ints", "sparse_value"])
+def test_a_constant_of_a_function_may_be_what_its_caller_gives(name: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "value": numpy_helper.from_array(np.float32([2, 3, 4])),
+        "value_float": 2.5,
+        "value_ints": [2, 3, 4],
+        "sparse_value": sparse_zeros((3,), "k"),
+    }
+    constant = helper.make_node("Constant", [], ["k"], **{name: given[name]})
+    kind = constant.attribute[0].type
+    del constant.attribute[:]
+    constant.attribute.add(name=name, ref_attr_name="given", type=kind)
+    nodes = [constant, helper.make_node("Cast", ["k"], ["f"], to=TensorProto.FLOAT)]
+    nodes.append(helper.make_node("Add", ["a", "f"], ["b"]))
+    function = helper.make_function("own", "Plus", ["a"], ["b"], nodes, [helper.make_opsetid("", 17)], ["given"])
+    made = gemm()
+    made.graph.node.insert(0, helper.make_node("Plus", ["x"], ["p"], domain="own", given=given[name]))
+    made.graph.node[1].input[0] = "p"
+    made.functions.append(function)
+    made.opset_import.append(helper.make_opsetid("own", 1))
+    assert load(saved(made, tmp_path)) == made
 
 
 def test_sparse_initializers_become_dense(tmp_path: Path) -> None:
@@ -202,6 +256,25 @@ def test_external_data_is_read_in(external: Path) -> None:
     model = load(external)
     np.testing.assert_array_equal(weight_of(model), WEIGHT)
     assert model.graph.initializer[0].data_location == TensorProto.DEFAULT
+
+
+@pytest.mark.parametrize("length", [None, "0"])
+def test_external_data_may_leave_its_length_to_the_shape(length: str | None, tmp_path: Path) -> None:
+    """Two tensors in one file, the second at an offset, as onnxruntime reads them."""
+    bias = np.float32([1, 2, 3, 4])
+    made = gemm(initializer=[numpy_helper.from_array(WEIGHT, "w"), numpy_helper.from_array(bias, "b")])
+    made.graph.node[0].input.append("b")
+    (tmp_path / "weights.bin").write_bytes(WEIGHT.tobytes() + bias.tobytes() + bytes(64))
+    for tensor, offset in zip(made.graph.initializer, (0, WEIGHT.nbytes), strict=True):
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        entries = {"location": "weights.bin", "offset": str(offset)} | ({"length": length} if length else {})
+        for key, value in entries.items():
+            tensor.external_data.add(key=key, value=value)
+    onnxruntime.InferenceSession(saved(made, tmp_path))
+    read = {tensor.name: numpy_helper.to_array(tensor) for tensor in load(tmp_path / "model.onnx").graph.initializer}
+    np.testing.assert_array_equal(read["w"], WEIGHT)
+    np.testing.assert_array_equal(read["b"], bias)
 
 
 def test_missing_external_data_is_named(external: Path) -> None:

@@ -347,4 +347,9 @@ def test_an_invalid_file_is_not_serialised() -> None:
     copy.CopyFrom(FOREIGN["convolution"][0])
     copy.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 999  # only the full check sees this
     with pytest.raises(GraphError, match="not valid ONNX"):
-        serialise(copy, where="m")
+        serialise(copy, where="m", source=FOREIGN["convolution"][0])
+    # A source that says so itself is one that onnxruntime only warns of.
+    assert serialise(copy, where="m", source=copy) == copy.SerializeToString()
+    copy.graph.node[0].input[0] = "nowhere"
+    with pytest.raises(GraphError, match=r"not valid ONNX.*nowhere"):
+        serialise(copy, where="m", source=copy)
