@@ -157,7 +157,8 @@ def _check_lengths(model: ModelProto, path: Path) -> None:
 def _bytes(tensor: TensorProto) -> int:
     """What its shape and type take; types of less than a byte are packed."""
     bits = re.search(r"\d+", helper.tensor_dtype_to_np_dtype(tensor.data_type).name)  # float32, int4, float8_e5m2
-    return -(-math.prod(tensor.dims) * (int(bits[0]) if bits else 8) // 8)
+    count: int = math.prod(tensor.dims)
+    return -(-count * (int(bits[0]) if bits else 8) // 8)
 
 
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:

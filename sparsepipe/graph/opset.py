@@ -17,6 +17,7 @@ from sparsepipe.errors import GraphError, first_line
 from sparsepipe.graph.index import (
     STANDARD_DOMAINS,
     Index,
+    all_nodes,
     copy,
     fresh,
     index,
@@ -27,7 +28,7 @@ from sparsepipe.graph.index import (
     opset,
     subgraphs,
 )
-from sparsepipe.graph.load import check
+from sparsepipe.graph.load import check_made
 from sparsepipe.graph.tidy import tidy
 
 _UNCHANGED = """
@@ -65,6 +66,14 @@ def convert(model: ModelProto, target: int, *, where: str) -> ModelProto:
     """
     if opset(model) == target:
         return copy(model)
+    advice = f"Keep opset {opset(model)}, or export the model anew with opset {target}."
+    if model.functions:
+        raise GraphError(
+            f"The model cannot be converted from opset {opset(model)} to {target}: it has functions of its own, such "
+            f"as '{model.functions[0].name}', and onnx.version_converter loses them.",
+            where=where,
+            advice=f"{advice} onnx.inliner.inline_local_functions writes functions out.",
+        )
     reason = ""
     if FIRST_LOWERED <= target < opset(model):
         try:
@@ -73,15 +82,15 @@ def convert(model: ModelProto, target: int, *, where: str) -> ModelProto:
             reason = f"{first_line(error)}; "
     try:
         converted = version_converter.convert_version(model, target)
-        check(converted, where=where, full=True)
+        check_made(converted, model, where=where)
     except Exception as error:  # the converter is written in C++ and raises RuntimeError and others
         raise GraphError(
             f"The model cannot be converted from opset {opset(model)} to {target}: {reason}"
             f"onnx.version_converter: {first_line(error)}.",
             where=where,
-            advice=f"Keep opset {opset(model)}, or export the model anew with opset {target}.",
+            advice=advice,
         ) from error
-    helper.set_model_props(converted, {entry.key: entry.value for entry in model.metadata_props})
+    _keep_metadata(model, converted)
     return converted
 
 
@@ -91,15 +100,23 @@ def smallest_ir_version(model: ModelProto) -> int:
     return version
 
 
+def _keep_metadata(model: ModelProto, converted: ModelProto) -> None:
+    """Copy the metadata of the model, its graph and its nodes, which onnx.version_converter loses."""
+    nodes = {tuple(node.output): node for node in all_nodes(model)}
+    pairs: list[tuple[Any, Any]] = [(model, converted), (model.graph, converted.graph)]
+    pairs += [(nodes[key], node) for node in all_nodes(converted) if (key := tuple(node.output)) in nodes]
+    for before, after in pairs:
+        del after.metadata_props[:]
+        after.metadata_props.extend(before.metadata_props)
+
+
 def _lower(model: ModelProto, target: int, where: str) -> ModelProto:
-    if model.functions:
-        raise _CannotLower("it has functions of its own")
     lowered = copy(model)
     _lower_graph(lowered.graph, opset(model), target)
     for entry in lowered.opset_import:
         if entry.domain in STANDARD_DOMAINS:
             entry.version = target
-    check(lowered, where=where, full=True)
+    check_made(lowered, model, where=where)
     return lowered
 
 

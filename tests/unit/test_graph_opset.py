@@ -148,14 +148,27 @@ def test_what_has_no_older_equal_is_refused_by_name(case: str) -> None:
     assert str(caught.value).startswith("file.onnx: The model cannot be converted from opset")
 
 
+@pytest.mark.parametrize("target", [17, 19])
+def test_functions_of_its_own_are_a_reason_to_refuse(target: int) -> None:
+    body = [node("Neg", ["a"], ["b"])]
+    function = helper.make_function("own", "Minus", ["a"], ["b"], body, [helper.make_opsetid("", 18)])
+    made = model([node("Relu", ["x"], ["y"])])
+    made.graph.node[0].CopyFrom(node("Minus", ["x"], ["y"], domain="own"))
+    made.functions.append(function)
+    made.opset_import.append(helper.make_opsetid("own", 1))
+    with pytest.raises(GraphError, match=f"from opset 18 to {target}: it has functions of its own, such as 'Minus'"):
+        convert(made, target, where="file.onnx")
+
+
 def test_the_same_opset_gives_an_equal_copy_and_metadata_stay() -> None:
     made = CASES["elementwise"]
     assert convert(made, 18, where="") == made
-    helper.set_model_props(made, {"key": "value"})
+    for place, holder in enumerate((made, made.graph, *made.graph.node)):
+        holder.metadata_props.add(key="key", value=str(place))
     for target in (17, 21):
-        assert [(entry.key, entry.value) for entry in convert(made, target, where="").metadata_props] == [
-            ("key", "value")
-        ]
+        after = convert(made, target, where="")
+        for place, holder in enumerate((after, after.graph, *after.graph.node)):
+            assert [(entry.key, entry.value) for entry in holder.metadata_props] == [("key", str(place))]
 
 
 @pytest.mark.parametrize(("version", "ir"), [(13, 7), (15, 8), (18, 8), (19, 9), (21, 10), (22, 10)])
