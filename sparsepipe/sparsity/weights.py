@@ -127,8 +127,10 @@ def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
 def _weights_of(path: str, module: nn.Module) -> Iterator[nn.Parameter]:
     if isinstance(module, nn.MultiheadAttention):
         names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
-    elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        names = [name for name in module._parameters if name.startswith("weight_")]
+    elif isinstance(module, nn.RNNBase):
+        names = [name for layer in module._all_weights for name in layer if name.startswith("weight_")]
+    elif isinstance(module, nn.RNNCellBase):
+        names = ["weight_ih", "weight_hh"]
     elif isinstance(module, nn.Linear | nn.Bilinear | _ConvNd) or _is_turned_linear(module):
         names = [] if _is_depthwise(module) else ["weight"]
     else:

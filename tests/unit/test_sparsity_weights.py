@@ -106,6 +106,21 @@ def test_a_computed_weight_is_left_dense_with_a_warning_that_names_it(caplog: py
     assert [record.message for record in caplog.records if "'2.weight' is computed anew" in record.message]
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell])
+def test_the_factors_of_a_weight_norm_in_a_recurrent_layer_stay_dense(
+    kind: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A zero in the lengths, or a row of zeros in the directions, would make the weight NaN."""
+    torch.manual_seed(0)
+    name = "weight_hh_l0" if kind is nn.LSTM else "weight_hh"
+    model = nn.utils.weight_norm(kind(8, 16), name)
+    sparsifier = trained(model, torch.randn(5, 8), lambda output: output[0])
+    assert list(sparsifier.masks) == [name.replace("hh", "ih")]
+    assert getattr(model, name).isfinite().all()
+    assert f"'{name}' is computed anew" in caplog.text
+
+
 def trained(model: Any, inputs: Any, read: Callable[[Any], Any], **options: Any) -> Sparsifier:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     sparsifier = Sparsifier(model, optimizer, DSTEE(sparsity=0.75, update_every=2, **options), total_steps=12)
