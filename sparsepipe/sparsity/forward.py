@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,12 +28,12 @@ class _Replace(torch.autograd.Function):
 
 
 class ForwardWeights:
-    """While `model` is called, its modules hold transformed weights.
+    """While a module of `model` is called, it and what it contains hold transformed weights.
 
     Gradients of the parameters are those with respect to the transformed weights: what gathers, averages, unscales or
-    clips gradients works as ever, and the chain rule is applied where they are complete, at the step. The weights are
-    transformed once in each call of the whole model, so parts of it that are called by themselves, as activation
-    checkpointing does in the backward pass, compute with the parameters as they are.
+    clips gradients works as ever, and the chain rule is applied where they are complete, at the step. Who calls parts
+    of the model by themselves, as a LightningModule calls its network or activation checkpointing calls it again in the
+    backward pass, computes with the same weights. Each is transformed once in a call of what contains it.
 
     Args:
         model: as the user trains it.
@@ -41,58 +41,94 @@ class ForwardWeights:
         transform: called without gradient tracking.
 
     Raises:
-        ModelError: the model is compiled.
+        ModelError: the model is compiled. When somebody pickles the model: it holds other weights than it computes
+            with.
     """
 
     def __init__(self, model: nn.Module, weights: Mapping[str, Weight], transform: Transform) -> None:
-        root = unwrapped(model)
-        modules = [*model.modules()]
-        if any("_orig_mod" in each._modules or each._compiled_call_impl is not None for each in modules):
-            raise ModelError(
-                "The model is compiled, but this method changes the weights that forward passes compute with.",
-                where="model",
-                advice="Train it without torch.compile, or choose a method without learned gates or thresholds.",
-            )
+        refuse_compiled(model)
+        self._root, self._weights, self._transform = unwrapped(model), weights, transform
         names = {id(weight.parameter): name for name, weight in weights.items()}
-        places = [
-            (module, key, names[id(parameter)])
-            for module in root.modules()
-            for key, parameter in module._parameters.items()
-            if id(parameter) in names
-        ]
-        recurrent = [module for module in root.modules() if isinstance(module, nn.RNNBase)]
-        swapped: list[tuple[Any, str, Any]] = []
-
-        # Plain functions, because a copy of the model shares them, and they leave copies alone.
-        def swap(module: nn.Module, args: Any) -> None:
-            if module is not root or swapped:
-                return
-            with torch.no_grad():
-                values = {name: transform(name, weight.parameter, root.training) for name, weight in weights.items()}
-            replace: Callable[[Tensor, Tensor], Tensor] = _Replace.apply
-            values = {name: replace(weights[name].parameter, value) for name, value in values.items()}
-            for owner, key, name in places:
-                table: dict[str, Any] = owner._parameters
-                swapped.append((table, key, table[key]))
-                table[key] = values[name]
-            for owner in recurrent:  # these compute with a list of their own
-                swapped.append((owner.__dict__, "_flat_weights", owner._flat_weights))
-                own = [each if each is None else names.get(id(each)) for each in owner._flat_weights]
-                pairs = zip(own, owner._flat_weights, strict=True)
-                owner.__dict__["_flat_weights"] = [each if name is None else values[name] for name, each in pairs]
-
-        def restore(module: nn.Module, args: Any, output: Any) -> None:
-            if module is root:
-                for table, key, value in swapped:
-                    table[key] = value
-                swapped.clear()
-
+        self._within = {
+            module: [names[id(parameter)] for parameter in module.parameters() if id(parameter) in names]
+            for module in self._root.modules()
+        }
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in weights}
+        for module in self._root.modules():
+            for key, parameter in module._parameters.items():
+                if id(parameter) in names:
+                    self._places[names[id(parameter)]].append((module, key))
+        self._held: dict[str, list[tuple[Any, Any, nn.Parameter]]] = {}
+        """Weights that are transformed now: table, key and parameter of each place."""
+        self._calls: list[tuple[nn.Module, list[str]]] = []
+        """Calls under way, and the weights that each has transformed."""
         self._hooks = [
-            root.register_forward_pre_hook(swap),
-            root.register_forward_hook(restore, always_call=True),
+            hook
+            for module, inside in self._within.items()
+            if inside
+            for hook in (
+                module.register_forward_pre_hook(self._swap),
+                module.register_forward_hook(self._restore, always_call=True),
+            )
         ]
 
     def remove(self) -> None:
         """Compute with the parameters again."""
         for hook in self._hooks:
             hook.remove()
+
+    def __deepcopy__(self, memo: Any) -> ForwardWeights:
+        return self  # a copy of the model has the same hooks, which leave its modules alone
+
+    def __reduce__(self) -> Any:
+        raise ModelError(
+            "The model cannot be pickled now: until `freeze`, this method computes with other weights than it holds.",
+            where="model",
+            advice="Save the state_dict() of the model, the optimizer and the Sparsifier, or the model after freeze().",
+        )
+
+    def _swap(self, module: nn.Module, args: Any) -> None:
+        if module not in self._within:
+            return
+        names = [name for name in self._within[module] if name not in self._held]
+        self._calls.append((module, names))
+        with torch.no_grad():
+            values = {name: self._transform(name, self._weights[name].parameter, self._root.training) for name in names}
+        replace: Callable[[Tensor, Tensor], Tensor] = _Replace.apply
+        for name, value in values.items():
+            parameter = self._weights[name].parameter
+            value = replace(parameter, value)
+            self._held[name] = []
+            for owner, key in self._places[name]:
+                for table, place in _tables(owner, key, parameter):
+                    self._held[name].append((table, place, parameter))
+                    table[place] = value
+
+    def _restore(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._calls and self._calls[-1][0] is module:  # the hook before `_swap` may have failed
+            for name in self._calls.pop()[1]:
+                for table, place, parameter in self._held.pop(name, ()):
+                    table[place] = parameter
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse a compiled model, whose forward pass may pass over hooks and hold on to its parameters.
+
+    Raises:
+        ModelError: it is one.
+    """
+    if any("_orig_mod" in each._modules or each._compiled_call_impl is not None for each in model.modules()):
+        raise ModelError(
+            "The model is compiled, but this method changes the weights that forward passes compute with.",
+            where="model",
+            advice="Train it without torch.compile, or choose a method without learned gates or thresholds.",
+        )
+
+
+def _tables(owner: nn.Module, key: str, parameter: nn.Parameter) -> Iterator[tuple[Any, Any]]:
+    """Where a module looks up one of its parameters."""
+    yield owner._parameters, key
+    if isinstance(owner, nn.RNNBase):  # these compute with a list of their own
+        for place, each in enumerate(owner._flat_weights):
+            if each is parameter:
+                yield owner._flat_weights, place

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from sparsepipe.errors import ArtefactError, ModelError  # noqa: E402
 from sparsepipe.integrations.lightning import SparseCallback  # noqa: E402
+from sparsepipe.sparsity.methods.autosparse import AutoSparseTopK  # noqa: E402
 from sparsepipe.sparsity.methods.gmp import GMP  # noqa: E402
 from sparsepipe.sparsity.sparsifier import Sparsifier  # noqa: E402
 
@@ -115,6 +116,19 @@ def test_a_training_that_resumes_from_a_checkpoint_ends_in_the_same_bits(tmp_pat
     assert callback.sparsifier.step == EPOCHS * BATCHES
     assert same(module, whole)
     assert same_masks(callback.sparsifier, whole_callback.sparsifier)
+
+
+def test_thresholds_hold_in_a_step_that_calls_the_network_inside_the_module(tmp_path: Path) -> None:
+    seen = []
+
+    class Watched(Module):
+        def on_train_start(self) -> None:  # after the callback's hooks
+            self.network[4].register_forward_pre_hook(lambda layer, args: seen.append(layer.weight.count_nonzero()))
+
+    callback = SparseCallback(AutoSparseTopK(sparsity=0.8, distribution="uniform", first_conv="sparse"))
+    trainer(tmp_path, callback, max_epochs=1, enable_checkpointing=False).fit(Watched(), loader())
+    assert len(seen) == BATCHES
+    assert set(map(int, seen)) == {819}  # of 32 x 128
 
 
 def test_masks_follow_the_weights_of_the_best_checkpoint(tmp_path: Path) -> None:

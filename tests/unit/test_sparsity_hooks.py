@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from sparse_bench import batch, loss_of, network, sgd, train
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, relu
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 from sparsepipe.errors import ModelError, RecipeError
 from sparsepipe.sparsity.emergent import Emergent
@@ -78,8 +81,18 @@ def transformed_parameters(model: nn.Module, thresholds: dict[str, nn.Parameter]
     return {name: soft(value, thresholds[name]) if name in thresholds else value for name, value in parameters.items()}
 
 
+CALLS: dict[str, Callable[[Mixed, Tensor], Tensor]] = {
+    "whole": lambda model, x: model(x),
+    "parts": lambda model, x: model.forward(x),  # as a loop does that calls the layers or blocks of a model itself
+    "checkpointed": lambda model, x: checkpointed(model, x, use_reentrant=False),
+    "checkpointed parts": lambda model, x: checkpointed(model.forward, x, use_reentrant=False),
+    "checkpointed reentrant": lambda model, x: checkpointed(model, x.requires_grad_(), use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_weight_transform_trains_like_a_model_that_computes_it_itself(accumulate: int) -> None:
+def test_a_weight_transform_trains_like_a_model_that_computes_it_itself(accumulate: int, call: str) -> None:
     """The oracle: autograd through the transform, by functional_call, and one optimizer for each kind of parameter."""
     model, oracle = Mixed(), Mixed()
     optimizer, other = sgd(model.parameters()), sgd(oracle.parameters())
@@ -94,7 +107,7 @@ def test_a_weight_transform_trains_like_a_model_that_computes_it_itself(accumula
             each.zero_grad()
         for part in range(accumulate):
             x, y = mixed_batch(step * accumulate + part)
-            cross_entropy(model(x), y).backward()
+            cross_entropy(CALLS[call](model, x), y).backward()
             cross_entropy(functional_call(oracle, transformed_parameters(oracle, thresholds), x), y).backward()
         for each in (optimizer, other, own):
             each.step()
@@ -142,6 +155,18 @@ def test_an_error_in_a_forward_pass_leaves_the_parameters_in_place() -> None:
     copied = copy.deepcopy(model)
     assert torch.equal(copied(batch(0)[0]), copied(batch(0)[0]))
     assert all(isinstance(value, nn.Parameter) for value in copied.parameters())
+
+
+def test_a_model_is_pickled_only_where_it_computes_with_what_it_holds() -> None:
+    model = network()
+    sparsifier = Sparsifier(model, sgd(model.parameters()), Soft(), total_steps=8)
+    with pytest.raises(ModelError, match=r"other weights than it holds.*state_dict"):
+        torch.save(model, io.BytesIO())
+    sparsifier.freeze()
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    x = batch(0)[0]
+    assert torch.equal(torch.load(file, weights_only=False)(x), model(x))
 
 
 def test_compiled_models_and_averages_are_refused_where_weights_are_transformed() -> None:
