@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from sparsepipe.errors import ModelError
 from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.masks import MaskSet
-from sparsepipe.sparsity.optimizer import states
+from sparsepipe.sparsity.optimizer import renew, states, tensors_in
 from sparsepipe.sparsity.samples import Loss, Samples
 from sparsepipe.sparsity.target import Layer, Target
 from sparsepipe.sparsity.weights import Weight
@@ -133,7 +133,7 @@ class Network:
         self.masks = MaskSet.dense(self.tensors)
 
     def restart(self, kept: tuple[str, ...]) -> None:
-        """Be as before any method was attached: no masks, a fresh optimizer, nothing remembered.
+        """Be as before any method was attached: no masks, nothing remembered.
 
         Args:
             kept: how the kinds of `memory` begin that stay.
@@ -146,7 +146,6 @@ class Network:
             table.clear()
         self.memory = {kind: tensors for kind, tensors in self.memory.items() if kind.startswith(kept)}
         self.own_optimizer = None
-        self.reset_optimizer()
 
     def snapshot(self, kind: str) -> None:
         """Keep the model as it is now."""
@@ -169,11 +168,8 @@ class Network:
         return model
 
     def reset_optimizer(self) -> None:
-        """Zero all floating-point state of the optimizer: momentum, moments, and the step counts of Adam."""
-        for state in states(self.optimizer):
-            for value in _tensors(state):
-                if value.is_floating_point():
-                    value.zero_()
+        """Let the optimizer begin anew with the weights as they are: no momentum, moments or step counts."""
+        renew(self.optimizer)
 
     def step_own(self) -> None:
         """Step the method's own optimizer; groups with a `relative_lr` follow the first group of the other one."""
@@ -228,19 +224,7 @@ class Network:
     def _state(self, parameter: Tensor) -> Iterator[Tensor]:
         for state in states(self.optimizer):
             if parameter in state:
-                yield from _tensors(state[parameter])
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    """All tensors in nested dicts, lists and tuples."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            yield from _tensors(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from _tensors(value)
+                yield from tensors_in(state[parameter])
 
 
 def _mask(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

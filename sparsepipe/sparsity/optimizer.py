@@ -61,12 +61,56 @@ def within_own_step(optimizer: Optimizer) -> bool:
     return steps == 2
 
 
-def states(optimizer: Optimizer) -> list[Mapping[Tensor, Any]]:
-    """Parameter -> state, of the optimizer and of those that it keeps: Lookahead, sharpness-aware ones, ZeRO."""
+def with_inner(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizer, and those that it keeps: Lookahead, sharpness-aware ones, ZeRO."""
     found = [optimizer]
     for each in found:
         found.extend(inner for inner in _inside(vars(each)) if not any(inner is known for known in found))
-    return [each.state for each in found]
+    return found
+
+
+def states(optimizer: Optimizer) -> list[Mapping[Tensor, Any]]:
+    """Parameter -> state, of the optimizer and of those that it keeps."""
+    return [each.state for each in with_inner(optimizer)]
+
+
+def renew(optimizer: Optimizer) -> None:
+    """Make all state what it is in an optimizer that was just built.
+
+    That is none, for most: they make their state at the next step. What an optimizer keeps beside the state of another
+    one are copies of the weights, as the slow weights of Lookahead, and become the weights as they are now.
+    """
+    found = with_inner(optimizer)
+    for each in found:
+        if not any(_inside(vars(each))):
+            fresh = _fresh_state(each)
+            each.state.clear()
+            each.state.update(fresh)
+        elif not any(each.state is other.state for other in found if other is not each):
+            for parameter, state in each.state.items():
+                for value in tensors_in(state):
+                    if value.shape == parameter.shape and value.is_floating_point():
+                        value.copy_(parameter)
+
+
+def _fresh_state(optimizer: Optimizer) -> Mapping[Tensor, Any]:
+    """What the constructor puts into the state, as that of Adagrad does."""
+    try:
+        return type(optimizer)([{**group} for group in optimizer.param_groups], **optimizer.defaults).state
+    except Exception:  # one of another library may ask for anything
+        return {}
+
+
+def tensors_in(state: Any) -> Iterator[Tensor]:
+    """All tensors in nested dicts, lists and tuples."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from tensors_in(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from tensors_in(value)
 
 
 def _inside(value: Any) -> Iterator[Optimizer]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsepipe.errors import ModelError
 from sparsepipe.sparsity.methods.rigl import RigL
 from sparsepipe.sparsity.methods.static import Static
+from sparsepipe.sparsity.optimizer import let_hooks_run
 from sparsepipe.sparsity.sparsifier import Sparsifier
 
 
@@ -308,6 +309,38 @@ def test_any_optimizer_starts_grown_and_dropped_weights_anew(name: str) -> None:
     assert all((value[changed] == 0).all() for value in shaped)
     assert name == "adafactor" or shaped  # whose second moments are factored into rows and columns
     assert int(bench.mask.sum()) == 30
+
+
+class Slow(Lookahead):
+    """One that takes its slow weights when it is built."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer, "fast_one")
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["slow"] = parameter.detach().clone()
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "slow"])
+def test_a_reset_optimizer_goes_on_like_one_that_was_just_built(name: str) -> None:
+    make = OPTIMIZERS.get(name, lambda parameters: Slow(sgd(parameters)))
+    bench = Bench(Static(sparsity=0.5), (10, 10), 100, make)
+    for t in range(7):
+        bench.step(randn(10, 10, seed=t))
+    bench.sparsifier._network.reset_optimizer()
+    other = nn.Parameter(bench.weight.detach().clone())
+    optimizer = make([other])
+    if isinstance(optimizer, Lookahead):
+        optimizer.steps = 7
+        let_hooks_run(optimizer)
+    for t in range(7, 14):
+        torch.manual_seed(t)
+        bench.step(randn(10, 10, seed=t))
+        torch.manual_seed(t)
+        other.grad = randn(10, 10, seed=t) * bench.mask
+        optimizer.step()
+        with torch.no_grad():
+            other.mul_(bench.mask)
+    torch.testing.assert_close(bench.weight, other, rtol=1e-6, atol=1e-7)
 
 
 class Nested(torch.optim.Optimizer):

@@ -27,7 +27,7 @@ class ACDC(MagnitudePruning):
         final_dense: share of the training in the last dense phase.
         final_sparse: share of the training in the last sparse phase.
         epochs_multiplier: how many times longer to train.
-        reset_optimizer: zero the optimizer's momentum and moments whenever a dense phase begins.
+        reset_optimizer: a fresh optimizer, without momentum and moments, whenever a dense phase begins.
         **shared: the options of `TargetMethod`; the paper's distribution is `global`, or `uniform`.
 
     Raises:

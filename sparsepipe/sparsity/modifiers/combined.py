@@ -85,6 +85,7 @@ class Combined(Method):
         network.seed += 1
         network.restart(kept=tuple(modifier.name for modifier in self._modifiers if modifier.stages > 1))
         self.begin(network)
+        network.reset_optimizer()
 
     def attach(self, network: Network) -> None:
         for each in self._all:
