@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -52,12 +52,12 @@ def let_hooks_run(optimizer: Optimizer) -> None:
     Optimizer.__setstate__(optimizer, {"defaults": getattr(optimizer, "defaults", {})})
 
 
-def within_own_step(optimizer: Optimizer) -> bool:
-    """Whether a step of a subclass is calling that of its base class, which calls the hooks once more."""
+def within_step(optimizers: Sequence[Optimizer]) -> bool:
+    """Whether a step of one of these is calling the present one: its base class's, or of one that it keeps."""
     frame, steps = sys._getframe(), 0
     while frame.f_back is not None and steps < 2:
         frame = frame.f_back
-        steps += frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer
+        steps += frame.f_code is _HOOKED_STEP and any(frame.f_locals.get("self") is each for each in optimizers)
     return steps == 2
 
 

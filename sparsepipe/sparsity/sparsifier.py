@@ -23,7 +23,7 @@ from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.modifiers.combined import Combined, Modifier
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.observation import Observer
-from sparsepipe.sparsity.optimizer import let_hooks_run, within_own_step, without_wrapper
+from sparsepipe.sparsity.optimizer import let_hooks_run, with_inner, within_step, without_wrapper
 from sparsepipe.sparsity.replicas import Replicas, refuse_sharded
 from sparsepipe.sparsity.samples import Loss, Samples
 from sparsepipe.sparsity.scaling import refuse_scaled
@@ -88,7 +88,9 @@ class Sparsifier:
         modifiers: Sequence[Modifier] = (),
     ) -> None:
         optimizer = without_wrapper(optimizer)
-        let_hooks_run(optimizer)
+        self._optimizers = with_inner(optimizer)
+        for each in self._optimizers:
+            let_hooks_run(each)
         if not isinstance(method, Method):
             raise RecipeError(
                 f"A Sparsifier needs a method, not {method!r}.",
@@ -119,6 +121,7 @@ class Sparsifier:
         self._network.loss, self._network.processes = loss, self._replicas.count
         if batches := list(samples):
             self._network.samples = Samples(self._model, batches, loss, self._replicas.average)
+        self._hooks: list[Any] = []
         self._loop_lrs: list[Any] = []
         self._skipped = False
         self._stepping = False
@@ -141,10 +144,10 @@ class Sparsifier:
         self._forward = self._forward_weights(model) if self._transformed else None
         self._take_place()
         # A compiled `optimizer.step` leaves its graph for them: traced, they would be compiled anew at every step.
-        self._hooks = [
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),  # type: ignore[no-untyped-call]
-        ]
+        before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
+        # Loops of sharpness-aware optimizers call methods that step the one inside alone.
+        for each in self._optimizers:
+            self._hooks += [each.register_step_pre_hook(before), each.register_step_post_hook(after)]
 
     @property
     def mask_set(self) -> MaskSet:
@@ -289,7 +292,9 @@ class Sparsifier:
             self._network.mask_weights()
             self._network.mask_copies()
         self._leave()
-        if not self.masks_final and self.step < self._total_steps:
+        if self.step == 0:
+            log.warning("Fixed the masks before the optimizer that they belong to took any step.")
+        elif not self.masks_final and self.step < self._total_steps:
             steps, sparsity = f"{self.step} of {self._total_steps}", f"{self.mask_set.sparsity:.2%}"
             log.warning(
                 "Fixed the masks after step %s, before %s is done: %s sparse.", steps, self.method.name, sparsity
@@ -406,7 +411,7 @@ class Sparsifier:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._stepping and within_own_step(optimizer):
+        if self._stepping and within_step(self._optimizers):
             self._inner_steps += 1
             return None
         self._stepping, self._inner_steps = True, 0

@@ -213,6 +213,65 @@ def test_an_optimizer_that_keeps_another_one_is_followed_with_all_state_of_both(
     assert bench.sparsifier.step == 6
 
 
+class SharpnessAware(torch.optim.Optimizer):
+    """Its loop steps it in two halves; the second restores the weights and steps an optimizer inside."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__(parameters, {"rho": 0.05})
+        self.base_optimizer = sgd(self.param_groups)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_half(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["before"] = parameter.clone()
+            parameter.add_(parameter.grad, alpha=0.05)
+
+    @torch.no_grad()
+    def second_half(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.copy_(self.state[parameter]["before"])
+        self.base_optimizer.step()
+
+    def step(self, closure: Any = None) -> Any:
+        closure = torch.enable_grad()(closure)
+        closure()
+        self.first_half()
+        self.zero_grad()
+        closure()
+        self.second_half()
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_sharpness_aware_step_counts_once_whichever_way_the_loop_calls_it(closure: bool) -> None:
+    model = network()
+    optimizer = SharpnessAware(model.parameters())
+    sparsifier = Sparsifier(model, optimizer, dst_ee(), total_steps=20)
+    first = sparsifier.mask_set.digest()
+    for step in range(20):
+        optimizer.zero_grad()
+        if closure:
+            optimizer.step(lambda step=step: backward(model, step))
+        else:
+            backward(model, step)
+            optimizer.first_half()
+            optimizer.zero_grad()
+            backward(model, step)
+            optimizer.second_half()
+        assert inactive_are_positive_zero(model, sparsifier)
+    assert sparsifier.step == 20
+    assert sparsifier.mask_set.rounds == 3
+    assert sparsifier.mask_set.digest() != first
+
+
+def test_masks_that_no_step_has_followed_are_not_fixed_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    sparsifier = Sparsifier(model, sgd(model.parameters()), Static(sparsity=0.5), total_steps=2)
+    train(model, sgd(model.parameters()), range(2))
+    sparsifier.freeze()
+    assert "took any step" in caplog.text
+
+
 def test_a_step_whose_hooks_cannot_run_any_more_is_refused_before_anything_is_masked() -> None:
     model = network()
 
