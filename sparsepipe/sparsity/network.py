@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from sparsepipe.errors import ModelError
 from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.masks import MaskSet
-from sparsepipe.sparsity.optimizer import renew, states, tensors_in
+from sparsepipe.sparsity.optimizer import is_preconditioner, renew, states, tensors_in
 from sparsepipe.sparsity.samples import Loss, Samples
 from sparsepipe.sparsity.target import Layer, Target
 from sparsepipe.sparsity.weights import Weight
@@ -112,6 +112,9 @@ class Network:
         What was dropped or grown gets weight zero, also in the copies, and zero in every floating-point state tensor
         of the weight's shape, however deep in the optimizer's state; everything else keeps both. State that all
         elements share, as the step count of Adam, goes on.
+
+        Raises:
+            ModelError: the optimizer keeps a preconditioner of the weight's shape.
         """
         if self.history is not None:
             self.history.change(name, mask, self.gradients.get(name))
@@ -218,6 +221,14 @@ class Network:
         for value in self._state(parameter):
             # In integers an optimizer keeps codes, of which 0 need not stand for zero.
             if value.shape == parameter.shape and value.is_floating_point():
+                if is_preconditioner(value):
+                    raise ModelError(
+                        f"The optimizer keeps a matrix over the rows or columns of '{name}', which has the weight's "
+                        "own shape, so that no part of it can be told to belong to a weight that is dropped or grown.",
+                        where="optimizer",
+                        advice="Keep square layers dense with an override, or train with an optimizer whose state has "
+                        "an entry for each weight, as SGD and Adam.",
+                    )
                 value.masked_fill_(state, 0)
 
     def _state(self, parameter: Tensor) -> Iterator[Tensor]:

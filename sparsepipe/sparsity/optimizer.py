@@ -74,6 +74,19 @@ def states(optimizer: Optimizer) -> list[Mapping[Tensor, Any]]:
     return [each.state for each in with_inner(optimizer)]
 
 
+def is_preconditioner(value: Tensor) -> bool:
+    """Whether state of the shape of a square weight is a matrix over its rows or columns, as of Shampoo and SOAP.
+
+    These are symmetric with a positive diagonal, and not constant; what has an entry for each weight is both only by
+    chance, or where it never changed.
+    """
+    if value.ndim != 2 or value.shape[0] != value.shape[1] or not bool((value.diagonal() > 0).all()):
+        return False
+    others = value - value.diagonal().diag()
+    constant = bool((value == value[0, 0]).all())
+    return bool(others.any()) and not constant and bool((others - others.T).norm() <= 1e-3 * others.norm())
+
+
 def renew(optimizer: Optimizer) -> None:
     """Make all state what it is in an optimizer that was just built.
 

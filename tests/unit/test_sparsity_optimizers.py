@@ -428,6 +428,39 @@ def test_state_is_found_however_deep_and_integer_codes_are_left_alone() -> None:
     assert (state["codes"] == 7).all()
 
 
+class Shampoo(torch.optim.Optimizer):
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            state, gradient, scaled = self.state[parameter], parameter.grad, parameter.grad
+            for side, size in enumerate(parameter.shape):
+                factor = state.setdefault(f"factor {side}", 1e-4 * torch.eye(size))
+                factor += gradient @ gradient.T if side == 0 else gradient.T @ gradient
+                values, vectors = torch.linalg.eigh(factor)
+                root = vectors * values.clamp(min=1e-12) ** -0.25 @ vectors.T
+                scaled = root @ scaled if side == 0 else scaled @ root
+            parameter.sub_(scaled, alpha=0.05)
+
+
+@pytest.mark.parametrize("columns", [10, 11])
+def test_a_preconditioner_of_the_shape_of_its_weight_is_refused_and_another_left_alone(columns: int) -> None:
+    bench = Bench(RigL(sparsity=0.7, update_every=3), (10, columns), 100, Shampoo)
+    for t in range(2):
+        bench.step(randn(10, columns, seed=t))
+    before = bench.weight.clone()
+    if columns == 10:
+        with pytest.raises(ModelError, match=r"matrix over the rows or columns of 'weight'.*square layers dense"):
+            bench.step(randn(10, columns, seed=2))
+    else:
+        bench.step(randn(10, columns, seed=2))
+        assert bench.sparsifier.mask_set.rounds == 1
+    assert torch.linalg.eigvalsh(bench.optimizer.state[bench.weight]["factor 0"])[0] > 0
+    assert not torch.equal(before, bench.weight)
+
+
 def test_a_closure_that_is_called_again_never_sees_inactive_weights_move() -> None:
     """Directions of L-BFGS come from steps before the masks changed."""
     model = network()
