@@ -16,6 +16,7 @@ from sparsepipe.runtime.library import library_path
 
 if TYPE_CHECKING:
     import onnxruntime
+    from onnx import ModelProto
 
 Array = NDArray[Any]
 
@@ -24,6 +25,8 @@ log = logging.getLogger("sparsepipe")
 PROVIDERS = ["CPUExecutionProvider"]
 _IR_TOO_NEW = re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")
 _NO_MODEL = re.compile(r"INVALID_PROTOBUF|No graph was found in the protobuf")
+_SHARED_WEIGHT = "Attempt to replace the existing tensor"
+"""How onnxruntime 1.31 fails where several nodes share an int8 weight, and int8 shall be exact."""
 EXACT_INT8 = "session.x64quantprecision"
 """An entry of a session's configuration: "1" where onnxruntime's int8 operators are exact on any processor."""
 _EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -66,7 +69,7 @@ def session(
         if library and (kernels := library_path()) is not None:
             settings.register_custom_ops_library(kernels)
         try:
-            return _open(str(file) if file else path, settings)
+            return _open(path if isinstance(path, bytes) else str(path), settings)
         except Exception as error:
             too_new = _IR_TOO_NEW.search(str(error))
             if too_new is None:
@@ -79,33 +82,42 @@ def session(
             )
             if file:
                 settings.add_session_config_entry(_EXTERNAL_DATA_FOLDER, str(file.absolute().parent))
-            model = _with_ir_version(path, int(too_new[2]))
-            return _open(model, settings)
+            model = _parse(path)
+            model.ir_version = int(too_new[2])
+            return _open(model.SerializeToString(), settings)
     except Exception as error:  # onnxruntime's errors have no common base class
         if _NO_MODEL.search(str(error)):
             raise NotOnnxError(where) from error
         raise GraphError(f"onnxruntime cannot load it: {one_line(error)}", where=where) from error
 
 
-def _open(model: str | bytes | Path, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _open(model: str | bytes, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     """A session; not an exact one where onnxruntime 1.31 has none: of convolutions of int8 activations."""
     import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoSuchKernel
 
     try:
         return onnxruntime.InferenceSession(model, settings, providers=PROVIDERS)
     except NoSuchKernel:
         settings.add_session_config_entry(EXACT_INT8, "0")
-        return onnxruntime.InferenceSession(model, settings, providers=PROVIDERS)
+    except Fail as error:
+        if _SHARED_WEIGHT not in str(error):
+            raise
+        from sparsepipe.runtime.unshared import unshare
+
+        if isinstance(model, str):
+            settings.add_session_config_entry(_EXTERNAL_DATA_FOLDER, str(Path(model).absolute().parent))
+        model = unshare(_parse(model)).SerializeToString()
+    return onnxruntime.InferenceSession(model, settings, providers=PROVIDERS)
 
 
-def _with_ir_version(path: str | Path | bytes, version: int) -> bytes:
-    """A serialised model under an older version of the file format; its external data stays where it is."""
+def _parse(model: str | Path | bytes) -> ModelProto:
+    """A model from its file or its serialised form; its external data stays where it is."""
     import onnx
 
-    model = onnx.ModelProto.FromString(path if isinstance(path, bytes) else Path(path).read_bytes())
-    model.ir_version = version
-    return bytes(model.SerializeToString())
+    result: ModelProto = onnx.ModelProto.FromString(model if isinstance(model, bytes) else Path(model).read_bytes())
+    return result
 
 
 def _set(settings: onnxruntime.SessionOptions, options: Mapping[str, Any]) -> None:

@@ -167,6 +167,30 @@ def test_int8_operators_of_onnxruntime_are_exact_on_every_processor() -> None:
     assert run(session(model.SerializeToString()), {"x": x})[0].tolist() == [[255] * 3] * 2
 
 
+@pytest.mark.parametrize("external", [False, True])
+def test_int8_operators_that_share_a_weight_are_exact_on_every_processor(tmp_path: Path, external: bool) -> None:
+    depth = 64
+    constants = {
+        "one": np.float32(1), "low": np.uint8(0), "w": np.full((depth, depth), 127, np.int8),
+        "ones": np.ones(depth, np.float32), "zeros": np.zeros(depth, np.int8), "large": np.float32(depth * 127),
+    }  # fmt: skip
+    nodes = [helper.make_node("DequantizeLinear", ["w", "ones", "zeros"], ["real"], name="weight", axis=1)]
+    nodes.append(helper.make_node("DequantizeLinear", ["x", "one", "low"], ["x0"]))
+    for place in range(3):
+        nodes += [
+            helper.make_node("MatMul", [f"x{place}", "real"], [f"product{place}"]),
+            helper.make_node("QuantizeLinear", [f"product{place}", "large", "low"], [f"bytes{place}"]),
+            helper.make_node("DequantizeLinear", [f"bytes{place}", "one", "low"], [f"x{place + 1}"]),
+        ]
+    value = helper.make_tensor_value_info
+    ends = [value("x", TensorProto.UINT8, [2, depth])], [value("x3", TensorProto.FLOAT, [2, depth])]
+    path = save(tmp_path / "shared.onnx", nodes, *ends, {name: np.asarray(given) for name, given in constants.items()})
+    if external:
+        onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    # 255 * 127 * 64 / (127 * 64) = 255, three times; by pairs in 16 bits it would be less.
+    assert run(session(path), {"x": np.full((2, depth), 255, np.uint8)})[0].tolist() == [[255.0] * depth] * 2
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
