@@ -111,7 +111,7 @@ def choose(model: ModelProto, isa: str = ANY_ISA) -> list[Choice]:
         except Stays as reason:
             choice = as_it_is(use.node, use.weight, str(reason))
             choices.append(replace(choice, output="") if use.place else choice)
-    return _counted_once(balanced(model, settle(model, choices), network.sizes), keys)
+    return counted_once(balanced(model, settle(model, choices), network.sizes), keys)
 
 
 def settle(model: ModelProto, choices: Sequence[Choice]) -> list[Choice]:
@@ -201,7 +201,7 @@ def _sources(name: str, found: Index) -> list[str]:
     return [step.input[0] for step in steps(name, found)]
 
 
-def _counted_once(choices: Sequence[Choice], keys: Sequence[tuple[str, str]]) -> list[Choice]:
+def counted_once(choices: Sequence[Choice], keys: Sequence[tuple[str, str]]) -> list[Choice]:
     """The rows with no bytes where an earlier one counts the same weight; `keys` tell weights apart."""
     first: dict[tuple[str, str], str] = {}
     result = []

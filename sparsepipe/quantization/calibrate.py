@@ -13,20 +13,22 @@ import io
 import logging
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import GraphProto, ModelProto
 from onnxruntime.quantization.calibrate import CalibrationDataReader, CalibrationMethod, TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import QuantizationMode, QuantType
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
 from sparsepipe.errors import GraphError
-from sparsepipe.graph.index import copy, opset
+from sparsepipe.graph.index import copy, mentioned, opset, subgraphs
 from sparsepipe.quantization.attention import attention
+from sparsepipe.quantization.normal import normal_form, stay_fp32
 
 Feeds = Mapping[str, NDArray[Any]]
 Ranges = Mapping[str, tuple[float, float]]
@@ -61,13 +63,20 @@ def quantise(
         reduce_range: give weights 7 bits instead of 8.
 
     Raises:
-        GraphError: the opset is older than 13, there are no samples, or onnxruntime cannot quantise the model.
+        GraphError: the opset is older than 13, the model is not float32, there are no samples, or onnxruntime cannot
+            quantise it.
     """
+    model = normal_form(model)
     return with_ranges(model, ranges(model, samples, method=method), exclude=exclude, reduce_range=reduce_range)
 
 
 def ranges(model: ModelProto, samples: Sequence[Feeds], *, method: str = "minmax") -> Ranges:
     """The range of every tensor that may be quantised, as `quantise` finds it.
+
+    Args:
+        model: in normal form.
+        samples: as of `quantise`.
+        method: as of `quantise`.
 
     Raises:
         GraphError: the opset is older than 13, there are no samples, or onnxruntime cannot calibrate the model.
@@ -97,7 +106,7 @@ def with_ranges(
     """The int8 form of an fp32 model, with given ranges of its activations.
 
     Args:
-        model: as of `quantise`.
+        model: in normal form.
         found: tensor -> smallest and largest value.
         exclude: outputs of the nodes that stay fp32.
         reduce_range: give weights 7 bits instead of 8.
@@ -107,7 +116,7 @@ def with_ranges(
     """
     where = model.graph.name or "model"
     _check_opset(model, where)
-    named, excluded = _named(model, {*exclude, *attention(model)})
+    named, excluded = _named(model, {*exclude, *attention(model), *stay_fp32(model)})
     limits = {name: (np.float32(low), np.float32(high)) for name, (low, high) in found.items()}
     settings: dict[str, Any] = {
         "per_channel": True,
@@ -125,8 +134,8 @@ def with_ranges(
     with _tools(where):
         quantizer = QDQQuantizer(named, **settings)
         quantizer.quantize_model()
-        quantizer.model.topological_sort()
         result: ModelProto = quantizer.model.model
+        _sort(result.graph)
     result.ir_version = model.ir_version
     del result.metadata_props[:]
     result.metadata_props.extend(model.metadata_props)
@@ -140,6 +149,18 @@ def _check_opset(model: ModelProto, where: str) -> None:
             where=where,
             advice=f"Export it with --opset {OLDEST_OPSET} or newer.",
         )
+
+
+def _sort(graph: GraphProto) -> None:
+    """Put each node behind those that it needs; the tools' own sort does not see what subgraphs use."""
+    makers = {name: place for place, node in enumerate(graph.node) for name in node.output if name}
+    needed = {}
+    for place, node in enumerate(graph.node):
+        inside = sorted({name for _, inner in subgraphs(node) for name in mentioned(inner)})
+        needed[place] = [makers[name] for name in (*node.input, *inside) if name in makers]
+    nodes = [graph.node[place] for place in TopologicalSorter(needed).static_order()]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _quantisable() -> list[str]:

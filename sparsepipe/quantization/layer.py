@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, numpy_helper
 
-from sparsepipe.graph.index import Index, integer, is_standard, number
+from sparsepipe.graph.index import Index, integer, is_standard
 from sparsepipe.graph.kernel_layer import Stays, window_of
 from sparsepipe.graph.shapes import Shapes
+from sparsepipe.quantization.normal import obstacle
 
 Array = NDArray[Any]
 BYTES = (TensorProto.UINT8, TensorProto.INT8)
@@ -68,9 +69,13 @@ def read(node: NodeProto, found: Index) -> QLayer:
     """
     if not is_standard(node, "Conv", "Gemm", "MatMul"):
         raise Stays(f"no int8 kernel for {node.op_type}")
+    if (reason := obstacle(node, found)) is not None:
+        raise Stays(reason)
     source, weight = source_of(node.input[0], found), source_of(node.input[1], found)
-    if source is None or weight is None or source.name in found.constants:
+    if source is None or weight is None:
         raise Stays("not quantised")
+    if source.name in found.constants:
+        raise Stays("the weight is the left factor")
     values = _constant(weight.name, found)
     if values.dtype != np.int8 or np.any(_constant(weight.zero_point, found)):
         raise Stays("the weight is not symmetric int8")
@@ -207,8 +212,8 @@ def _rows(node: NodeProto, weight: Array) -> Array:
         raise Stays(f"a weight of {weight.ndim} dimensions is several matrices")
     if is_standard(node, "MatMul"):
         return weight.T
-    if integer(node, "transA", 0) or number(node, "alpha", 1.0) != 1 or number(node, "beta", 1.0) != 1:
-        raise Stays("no kernel for transA, or alpha or beta other than 1")
+    if integer(node, "transA", 0):
+        raise Stays("no kernel for transA")
     return weight if integer(node, "transB", 0) else weight.T
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from onnx import ModelProto
 
-from sparsepipe.graph.index import is_standard
+from sparsepipe.graph.index import index, is_standard
 from sparsepipe.quantization.calibrate import Ranges, with_ranges
+from sparsepipe.quantization.normal import normal_form
 
 
 def quantised_tensors(model: ModelProto) -> set[str]:
@@ -21,6 +22,7 @@ def quantised_tensors(model: ModelProto) -> set[str]:
     Raises:
         GraphError: onnxruntime cannot quantise it.
     """
+    model = normal_form(model)
     graph = model.graph
     weights = {tensor.name for tensor in graph.initializer}
     names = {value.name for value in graph.input if value.name not in weights}
@@ -35,16 +37,20 @@ def quantised_tensors(model: ModelProto) -> set[str]:
 def completed(model: ModelProto, observed: Ranges) -> tuple[Ranges, set[str]]:
     """The observed ranges of tensors of `model`, and the quantised tensors for which there is none.
 
-    A layer before a ReLU or Clip gets the range behind it, as onnxruntime's tools would give it.
+    A layer before a ReLU or Clip that alone uses its output gets the range behind it, as onnxruntime's tools would give
+    it.
 
     Raises:
         GraphError: onnxruntime cannot quantise the model.
     """
     made = {name for node in model.graph.node for name in node.output} | {value.name for value in model.graph.input}
     found: dict[str, tuple[float, float]] = {name: limits for name, limits in observed.items() if name in made}
+    users = index(model.graph)
     for node in model.graph.node:
         if is_standard(node, "Relu", "Clip") and node.output[0] in found:
-            found.setdefault(node.input[0], found[node.output[0]])
+            before = node.input[0]
+            if len(users.consumers[before]) == 1 and not users.pinned(before):
+                found.setdefault(before, found[node.output[0]])
     return found, quantised_tensors(model) - found.keys()
 
 

@@ -18,8 +18,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-from sparsepipe.graph.choice import Choice
-from sparsepipe.graph.index import copy, fresh, index, is_standard, label, opset
+from sparsepipe.graph.choice import Choice, counted_once
+from sparsepipe.graph.index import Index, copy, fresh, index, is_standard, label, opset
 from sparsepipe.graph.kernel_layer import Stays
 from sparsepipe.graph.shapes import Shapes
 from sparsepipe.graph.tidy import tidy
@@ -27,6 +27,7 @@ from sparsepipe.graph.universal import OLDEST_IR
 from sparsepipe.native import operators, quantized
 from sparsepipe.quantization.beside import pool
 from sparsepipe.quantization.layer import QLayer, Quantised, fuse_bias, fuse_sum, read
+from sparsepipe.quantization.normal import LAYERS
 from sparsepipe.quantization.table import tabulate
 
 FEWEST_VALUES = 256
@@ -39,7 +40,6 @@ RELATIVE: Mapping[int, float] = {4: 1.5, 2: 2.1, 1: 3.2}
 of so many outputs store. Lines through VGG-19 on 32 x 32 images at 80%, 60% and 90%, one core with AVX-512 VNNI, beside
 other work; other networks were not timed."""
 PAYS_BELOW = 0.9
-LAYERS = ("Conv", "Gemm", "MatMul")
 
 
 def rewrite(model: ModelProto) -> tuple[ModelProto, list[Choice]]:
@@ -58,10 +58,11 @@ def rewrite(model: ModelProto) -> tuple[ModelProto, list[Choice]]:
         return result, choices
     shapes = Shapes(result.graph, index(result.graph))
     bodies: dict[str, onnx.FunctionProto] = {}
+    stored: dict[str, str] = {}
     # From the end: a sum of two branches is fused with the layer that runs last.
     for node in reversed(list(result.graph.node)):
         if node.output and node.output[0] in chosen:
-            made = _replace(result.graph, node, chosen[node.output[0]], shapes)
+            made = _replace(result.graph, node, chosen[node.output[0]], shapes, stored)
             bodies.setdefault(made.op_type, quantized.function_for(made, opset(result)))
     for made in (*tabulate(result.graph, shapes, opset(result)), *pool(result.graph)):
         bodies.setdefault(made.op_type, quantized.function_for(made, opset(result)))
@@ -94,9 +95,8 @@ def _choose(graph: GraphProto) -> list[Choice]:
     for node in graph.node:
         if not is_standard(node, *LAYERS):
             continue
-        step = found.producers.get(node.input[1])
-        stored = step.input[0] if step is not None and is_standard(step, "DequantizeLinear") else node.input[1]
-        if stored not in found.constants:
+        stored = _stored_weight(node, found)
+        if stored is None:
             continue
         weight = numpy_helper.to_array(found.constants[stored])
         row = Choice(
@@ -121,9 +121,19 @@ def _choose(graph: GraphProto) -> list[Choice]:
             choices.append(_judge(row, layer))
         except Stays as reason:
             choices.append(replace(row, reason=str(reason)))
-    if not any(choice.sparse for choice in choices):
-        return choices
-    return [_dense(choice, between[choice.output]) if choice.output in between else choice for choice in choices]
+    if any(choice.sparse for choice in choices):
+        choices = [_dense(row, between[row.output]) if row.output in between else row for row in choices]
+    return counted_once(choices, [("", choice.name) for choice in choices])
+
+
+def _stored_weight(node: NodeProto, found: Index) -> str | None:
+    """The name of the constant that a layer multiplies by, quantised or not."""
+    for name in reversed(node.input[:2]):
+        step = found.producers.get(name)
+        stored = step.input[0] if step is not None and is_standard(step, "DequantizeLinear") else name
+        if stored in found.constants:
+            return str(stored)
+    return None
 
 
 def _judge(row: Choice, layer: QLayer) -> Choice:
@@ -154,7 +164,7 @@ def _taken(row: Choice, layer: QLayer, block: int, reason: str) -> Choice:
     return replace(row, sparse=True, block=block, bytes=size, reason=reason, kernel=layer.base)
 
 
-def _replace(graph: GraphProto, node: NodeProto, choice: Choice, shapes: Shapes) -> NodeProto:
+def _replace(graph: GraphProto, node: NodeProto, choice: Choice, shapes: Shapes, stored: dict[str, str]) -> NodeProto:
     found = index(graph)
     layer = read(node, found)
     bias = fuse_bias(layer, found)
@@ -162,11 +172,10 @@ def _replace(graph: GraphProto, node: NodeProto, choice: Choice, shapes: Shapes)
     if bias is None and not layer.bias:  # nodes of one operator share its body, which has a bias or not
         bias = np.zeros(len(layer.weight), np.int32)
     if bias is not None:
-        layer.bias = fresh(f"{choice.name.removesuffix('.weight')}.bias_quantized", graph)
-        graph.initializer.append(numpy_helper.from_array(bias, layer.bias))
+        layer.bias = _added(graph, bias, f"{choice.name.removesuffix('.weight')}.bias_quantized")
     depthwise = layer.base == "QDepthwiseConv"
-    stored = [layer.weight_name] if depthwise else _encoded(graph, choice, layer)
-    inputs = [*_names(layer.source), *stored, layer.weight_scale, layer.output.scale, layer.output.zero_point]
+    weight = [layer.weight_name] if depthwise else _encoded(graph, choice, layer, stored)
+    inputs = [*_names(layer.source), *weight, layer.weight_scale, layer.output.scale, layer.output.zero_point]
     inputs.append(layer.bias)
     if layer.residual is not None and layer.sum is not None:
         inputs += [*_names(layer.residual), layer.sum.scale, layer.sum.zero_point]
@@ -188,13 +197,22 @@ _MAKERS: Mapping[str, Callable[..., NodeProto]] = {
 }
 
 
-def _encoded(graph: GraphProto, choice: Choice, layer: QLayer) -> list[str]:
-    """The names of the blocks of a weight, which become constants of the graph."""
-    stem, names = choice.name.removesuffix(".weight"), []
-    for name, value in zip(("values", "deltas"), quantized.encode(layer.weight, choice.block), strict=True):
-        names.append(fresh(f"{stem}.{name}", graph))
-        graph.initializer.append(numpy_helper.from_array(value, names[-1]))
-    return names
+def _encoded(graph: GraphProto, choice: Choice, layer: QLayer, stored: dict[str, str]) -> list[str]:
+    """The names of the blocks of a weight, which become constants of the graph.
+
+    Layers that share a weight share its values (`stored`, by name of the weight). The deltas are each layer's own: of
+    equal bodies onnxruntime makes one weight, and where its int8 shall be exact it cannot load a shared one.
+    """
+    stem = choice.name.removesuffix(".weight")
+    values, deltas = quantized.encode(layer.weight, choice.block)
+    if layer.weight_name not in stored:
+        stored[layer.weight_name] = _added(graph, values, f"{stem}.values")
+    return [stored[layer.weight_name], _added(graph, deltas, f"{stem}.deltas")]
+
+
+def _added(graph: GraphProto, value: NDArray[Any], name: str) -> str:
+    graph.initializer.append(numpy_helper.from_array(value, fresh(name, graph)))
+    return str(graph.initializer[-1].name)
 
 
 def _names(tensor: Quantised) -> list[str]:

@@ -13,10 +13,10 @@ from onnx import ModelProto, NodeProto
 from sparsepipe.graph.finish import serialise
 from sparsepipe.graph.index import Index, index, is_standard
 from sparsepipe.quantization.calibrate import Feeds, Ranges, with_ranges
+from sparsepipe.quantization.normal import LAYERS
 from sparsepipe.runtime.sessions import run, session
 
 Outputs = list[list[NDArray[np.float64]]]
-LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)

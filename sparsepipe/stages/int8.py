@@ -15,13 +15,14 @@ from sparsepipe import data as datasets
 from sparsepipe.errors import GraphError, RecipeError
 from sparsepipe.graph.choice import Choice
 from sparsepipe.graph.finish import serialise
-from sparsepipe.quantization.calibrate import Ranges, calibration_rows, ranges
+from sparsepipe.quantization.calibrate import Feeds, Ranges, calibration_rows, ranges
 from sparsepipe.quantization.noise import is_quantised
+from sparsepipe.quantization.normal import normal_form
 from sparsepipe.quantization.points import completed
 from sparsepipe.quantization.rewrite import rewrite
 from sparsepipe.quantization.sensitivity import mixed
 from sparsepipe.recipe import Export
-from sparsepipe.runtime.inputs import inputs_of
+from sparsepipe.runtime.inputs import Input, inputs_of, random_inputs
 from sparsepipe.runtime.samples import Batch, labelled_samples
 from sparsepipe.runtime.sessions import session
 from sparsepipe.settings import check
@@ -44,12 +45,14 @@ class Int8:
         files: target -> model.
         kernels: a row for each layer, of the file `universal`.
         samples: number of samples that the ranges come from.
+        call: inputs of one call, by name, on which a file is tried.
         selection: what was decided by `max_drop`; None without that.
     """
 
     files: Mapping[str, ModelProto]
     kernels: list[Choice]
     samples: int
+    call: Feeds
     selection: Selection | None = None
 
 
@@ -65,7 +68,7 @@ def prepare(folded: ModelProto, properties: Mapping[str, str], config: Export) -
     Raises:
         RecipeError: there is nothing to calibrate with.
         DataError: the dataset cannot be read, or does not fit the network.
-        GraphError: the network is quantised already, or onnxruntime cannot quantise it.
+        GraphError: the network is quantised already, is not float32, or onnxruntime cannot quantise it.
     """
     if is_quantised(folded):
         raise GraphError(
@@ -73,6 +76,7 @@ def prepare(folded: ModelProto, properties: Mapping[str, str], config: Export) -
             where=folded.graph.name or "model",
             advice="Export the fp32 network that it was made from with --precision int8, or leave that out here.",
         )
+    folded = normal_form(folded)
     stored = {entry.key: entry.value for entry in folded.metadata_props} | dict(properties)
     spec = stored.get(SPEC_KEY)
     observed = (check(ModelSpec, json.loads(spec), where=SPEC_KEY).activation_ranges if spec else None) or {}
@@ -97,7 +101,8 @@ def prepare(folded: ModelProto, properties: Mapping[str, str], config: Export) -
     if selection is not None:
         kernels = [replace(row, reason=selection.kept.get(row.output, row.reason)) for row in kernels]
     count = sum(batch.count for batch in calibration)
-    return Int8({"dense": dense, "universal": sparse}, kernels, count, selection)
+    call = feeds[0] if feeds else random_inputs(_inputs(folded), 1, 0)
+    return Int8({"dense": dense, "universal": sparse}, kernels, count, call, selection)
 
 
 def _refuse_without_samples(trained: bool, missing: Collection[str], config: Export) -> None:
@@ -122,8 +127,7 @@ def _samples(model: ModelProto, spec: str | None, config: Export) -> tuple[list[
     assert config.calibrate is not None
     name = config.calibrate.name
     dataset = datasets.load(name, config.calibrate.options)
-    taken = inputs_of(session(serialise(model, where=model.graph.name), library=False))
-    entry = input_for(dataset, taken, where=name)
+    entry = input_for(dataset, _inputs(model), where=name)
     preprocessing = dataset.preprocessing
     if spec is None:
         log.info("The network names no preprocessing, so that of the dataset '%s' is used.", name)
@@ -150,3 +154,7 @@ def _samples(model: ModelProto, spec: str | None, config: Export) -> tuple[list[
         return list(labelled_samples(entry, dataset.train.labels[chosen], BATCH, load)) if len(chosen) else []
 
     return batches(rows), batches(others)
+
+
+def _inputs(model: ModelProto) -> list[Input]:
+    return inputs_of(session(serialise(model, where=model.graph.name), library=False))
