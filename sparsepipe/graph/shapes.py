@@ -18,8 +18,8 @@ Size = int | tuple[Any, ...]
 Shape = tuple[Size, ...]
 
 _LIKE_THE_INPUT = """
-Abs BatchNormalization Cast Celu Clip Dropout Elu Erf Exp Gelu HardSigmoid HardSwish Identity LeakyRelu Log Mish Neg
-PRelu Relu Selu Sigmoid Softmax Softplus Softsign Sqrt Swish Tanh ThresholdedRelu
+Abs BatchNormalization Cast Celu Clip DequantizeLinear Dropout Elu Erf Exp Gelu HardSigmoid HardSwish Identity LeakyRelu
+Log Mish Neg PRelu QuantizeLinear Relu Selu Sigmoid Softmax Softplus Softsign Sqrt Swish Tanh ThresholdedRelu
 """
 
 

@@ -262,6 +262,20 @@ def test_subgraphs_that_use_what_lies_between(with_condition: bool, activation: 
     assert rows["w"].reason
 
 
+def test_a_sum_of_open_height_and_width_is_part_of_a_layer() -> None:
+    nodes = [
+        node("Conv", ["x", "w", "c"], ["a"], pads=[1] * 4),
+        node("Relu", ["a"], ["r"]),
+        node("Conv", ["r", "v", "c"], ["b"], pads=[1] * 4),
+        node("Add", ["b", "r"], ["s"]),
+        node("Relu", ["s"], ["y"]),
+    ]
+    constants = {"w": blocks(SIZE, 32, 3, 3), "v": blocks(SIZE, SIZE, 3, 3, seed=7), "c": BIAS}
+    found, sparse, _ = errors(network(nodes, constants, x=("n", 32, "h", "w")), samples((2, 32, 6, 6)))
+    assert max(found) < WORST
+    assert kinds(sparse) == ["SparseQConv", "SparseQConvAdd"]
+
+
 @pytest.mark.parametrize("kind", [np.float16, np.float64])
 def test_other_types_are_refused_with_the_way_out(kind: type) -> None:
     nodes = [node("Cast", ["x"], ["h"], to=helper.np_dtype_to_tensor_dtype(np.dtype(kind)))]
