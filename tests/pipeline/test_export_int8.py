@@ -143,6 +143,34 @@ def test_int8_files_are_not_quantised_again(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_loads_but_does_not_run_is_not_written(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """onnxruntime makes int8 of a constant left factor, opens the file, and fails whenever it runs."""
+    monkeypatch.setattr("sparsepipe.quantization.calibrate.stay_fp32", lambda model: set())
+    left = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("MatMul", ["left", "x"], ["product"]),
+            onnx.helper.make_node("ReduceMax", ["product"], ["pooled"], axes=[1, 2], keepdims=0),
+            onnx.helper.make_node("Concat", ["pooled"] * 10, ["y"], axis=1),
+        ],
+        "left",
+        [info("x", onnx.TensorProto.FLOAT, ["n", 1, 8, 8])],
+        [info("y", onnx.TensorProto.FLOAT, ["n", "classes"])],
+        [numpy_helper.from_array(left, "left")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    source = tmp_path / "left.onnx"
+    onnx.save(model, source)
+    out = tmp_path / "out"
+    arguments = ["export", str(source), "--precision", "int8", "--calibrate", f"npz:{digits}", "--out", str(out)]
+    assert exit_code(arguments) == 2
+    assert "cannot run it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["left.onnx"]
+
+
 def test_a_universal_int8_file_becomes_a_plain_one_again(int8: Path, prepared: tuple[Any, Any], tmp_path: Path) -> None:
     source = int8 / "model.universal.onnx"
     made = export.from_onnx(source, recipe.Export(targets=("dense",)), tmp_path / "out")
