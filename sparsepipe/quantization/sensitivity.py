@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto
 from sparsepipe.graph.finish import serialise
 from sparsepipe.graph.index import Index, index, is_standard
 from sparsepipe.quantization.calibrate import Feeds, Ranges, with_ranges
-from sparsepipe.quantization.normal import LAYERS
+from sparsepipe.quantization.normal import LAYERS, obstacle
 from sparsepipe.runtime.sessions import run, session
 
 Outputs = list[list[NDArray[np.float64]]]
@@ -33,12 +33,14 @@ class Sensitive:
 
 
 def layers(model: ModelProto) -> list[str]:
-    """Outputs of the nodes with constant weights, in the order of the graph."""
+    """Outputs of the nodes with constant weights that have an int8 form, in the order of the graph."""
     found = index(model.graph)
     return [
         node.output[0]
         for node in model.graph.node
-        if is_standard(node, *LAYERS) and any(name in found.constants for name in node.input[:2])
+        if is_standard(node, *LAYERS)
+        and any(name in found.constants for name in node.input[:2])
+        and obstacle(node, found) is None
     ]
 
 
@@ -50,7 +52,7 @@ def rank(
     One network is run for each layer.
 
     Args:
-        model: float32.
+        model: in normal form.
         found: the ranges of its activations.
         samples: input name -> array of each call.
         advance: called for each layer.
@@ -72,7 +74,7 @@ def mixed(model: ModelProto, found: Ranges, fp32: set[str]) -> ModelProto:
     made for it alone.
 
     Args:
-        model: float32.
+        model: in normal form.
         found: the ranges of its activations.
         fp32: outputs of the layers that stay.
     """

@@ -16,6 +16,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from sparsepipe.errors import GraphError
 from sparsepipe.graph.finish import serialise
+from sparsepipe.quantization import sensitivity
 from sparsepipe.quantization.calibrate import quantise
 from sparsepipe.quantization.normal import normal_form
 from sparsepipe.quantization.points import completed
@@ -209,6 +210,7 @@ def test_what_onnxruntime_has_no_int8_form_of_stays_fp32_and_says_why(form: str)
     assert max(found) < 1e-6
     assert word in rows["w"].reason
     assert not rows["w"].sparse
+    assert sensitivity.layers(network(nodes, constants, x=shape)) == []
 
 
 ACTIVATIONS: Mapping[str, Sequence[NodeProto]] = {
