@@ -1,6 +1,6 @@
 // Calls one operator on fixed inputs, for a tool that counts instructions.
 //
-//     instruction_test CASE CALLS     the first call makes the plan; what the others cost is the kernel's
+//     instruction_test CASE ROUNDS    one call of each size; the first round plans, what the others cost is the kernel's
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -26,6 +26,7 @@ struct Case {
   const char* name;
   bool linear;
   std::int64_t out, in, kernel, size, block, every;  // one block of `every` is kept; `size`: side of the map, or rows
+  std::int64_t sizes = 1;  // called one after the other
 };
 
 const Case kCases[] = {
@@ -33,9 +34,10 @@ const Case kCases[] = {
     {"conv3x3", false, 64, 64, 3, 28, 1, 20},     {"conv3x3-4x1", false, 64, 64, 3, 28, 4, 10},
     {"conv3x3-small", false, 128, 128, 3, 7, 1, 20}, {"linear", true, 512, 512, 1, 64, 1, 20},
     {"linear-4x1", true, 512, 512, 1, 64, 4, 10}, {"linear-vector", true, 1024, 1024, 1, 1, 1, 20},
+    {"conv3x3-sizes", false, 128, 128, 3, 6, 1, 20, 8}, {"linear-sizes", true, 512, 512, 1, 16, 1, 5, 12},
 };
 
-int run(const SessionOptions& options, const Case& c, int calls) {
+int run(const SessionOptions& options, const Case& c, int rounds) {
   Numbers numbers;
   const std::int64_t columns = c.in * c.kernel * c.kernel;
   std::vector<float> values;
@@ -51,10 +53,13 @@ int run(const SessionOptions& options, const Case& c, int calls) {
   const auto count = static_cast<std::int64_t>(deltas.size());
   const Value kept = Value::of<float>(kFloat, {count, c.block}, values.data());
   const Value index = Value::of<std::uint16_t>(kUint16, {count}, deltas.data());
-  const auto dims = c.linear ? std::vector<std::int64_t>{c.size, c.in}
-                             : std::vector<std::int64_t>{1, c.in, c.size, c.size};
-  const Value x = Value::of<float>(kFloat, dims);
-  for (std::size_t i = 0; i < x.size(); ++i) x.floats()[i] = numbers.next();
+  std::vector<Value> inputs;
+  for (std::int64_t i = 0; i < c.sizes; ++i) {
+    const std::int64_t side = c.size + i, rows = c.size + 8 * i;
+    inputs.push_back(Value::of<float>(kFloat, c.linear ? std::vector<std::int64_t>{rows, c.in}
+                                                       : std::vector<std::int64_t>{1, c.in, side, side}));
+    for (std::size_t f = 0; f < inputs.back().size(); ++f) inputs.back().floats()[f] = numbers.next();
+  }
   const Value bias = Value::of<float>(kFloat, {c.out});
   for (std::size_t i = 0; i < bias.size(); ++i) bias.floats()[i] = numbers.next();
 
@@ -75,13 +80,14 @@ int run(const SessionOptions& options, const Case& c, int calls) {
     info.attributes["dilations"] = List{1, 1};
     info.attributes["pads"] = List{pad, pad, pad, pad};
   }
-  info.inputs = {&x, &kept, &index, &bias};
+  info.inputs = {nullptr, &kept, &index, &bias};
   info.constant = {false, true, true, true};
   for (const CustomOp* op : options.domain->operators) {
     if (info.op != op->name(op)) continue;
     void* kernel = nullptr;
     Status* status = op->create_kernel_v2(op, fake::api(kApiVersion), &info, &kernel);
-    for (int i = 0; status == nullptr && i < calls; ++i) {
+    for (std::int64_t i = 0; status == nullptr && i < rounds * c.sizes; ++i) {
+      info.inputs[0] = &inputs[static_cast<std::size_t>(i % c.sizes)];
       KernelContext context{&info, 1, false, {}};
       status = op->compute_v2(kernel, &context);
     }

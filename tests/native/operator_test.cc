@@ -299,25 +299,47 @@ class Made {
   void* kernel_ = nullptr;
 };
 
-// Also a layer that one thread would do in one task is divided once there are two, and all of them give the same bits.
-bool threads_are_found(const SessionOptions& options) {
-  const std::vector<float> weight = random_weight(16, 16 * 9, 4, 0.05);
-  const auto [values, deltas] = encode(weight, 16, 16 * 9, 4);
-  const Value x = random_tensor({1, 16, 32, 32});
+KernelInfo convolution_3x3(std::int64_t out, std::int64_t in, std::int64_t block) {
+  const auto list = [](std::int64_t each, std::size_t size) { return std::vector<std::int64_t>(size, each); };
   KernelInfo info;
   info.name = "node";
   info.op = "SparseConv";
-  const auto list = [](std::int64_t each, std::size_t size) { return std::vector<std::int64_t>(size, each); };
   info.attributes = {{"kernel_shape", list(3, 2)}, {"strides", list(1, 2)}, {"dilations", list(1, 2)},
-                     {"pads", list(1, 4)}, {"activation", std::string("none")}, {"block", std::int64_t{4}},
-                     {"in_channels", std::int64_t{16}}, {"out_channels", std::int64_t{16}}};
+                     {"pads", list(1, 4)}, {"activation", std::string("none")}, {"block", block},
+                     {"in_channels", in}, {"out_channels", out}};
+  return info;
+}
+
+// A convolution in 4x1 blocks is divided once there are several threads, and all of them give the same bits.
+bool threads_are_found(const SessionOptions& options, std::int64_t in, std::int64_t out, double density,
+                       std::int64_t mode, unsigned threads) {
+  const auto [values, deltas] = encode(random_weight(out, in * 9, 4, density), out, in * 9, 4);
+  const Value x = random_tensor({1, in, 32, 32});
+  KernelInfo info = convolution_3x3(out, in, 4);
+  info.attributes["mode"] = mode;
   info.inputs = {&x, &values, &deltas, nullptr, nullptr};
   info.constant = {false, true, true, false, false};
   Made alone(options, info), helped(options, info);
-  const bool same = alone.called(1, 9) == helped.called(2, 9);
-  if (!same) std::printf("SparseConv gives other bits on two threads\n");
-  if (helped.tasks < 2) std::printf("SparseConv is one task for two threads\n");
+  const bool same = alone.called(1, 9) == helped.called(threads, 9);
+  if (!same) std::printf("SparseConv, mode %d, gives other bits on %u threads\n", int(mode), threads);
+  if (helped.tasks < 2) std::printf("SparseConv, mode %d, is one task for %u threads\n", int(mode), threads);
   return same && helped.tasks >= 2;
+}
+
+// A batch is divided as if it were the first: rows that are split among threads are packed at once, all images together.
+bool batches_are_divided_anew(const SessionOptions& options) {
+  const auto [values, deltas] = encode(random_weight(64, 64 * 9, 1, 0.3), 64, 64 * 9, 1);
+  const Value few = random_tensor({2, 64, 14, 14}), many = random_tensor({40, 64, 14, 14});
+  KernelInfo info = convolution_3x3(64, 64, 1);
+  info.inputs = {&few, &values, &deltas, nullptr, nullptr};
+  info.constant = {false, true, true, false, false};
+  Made fresh(options, info), used(options, info);
+  used.called(1);
+  info.inputs[0] = &many;
+  const bool same = fresh.called(1) == used.called(1);
+  if (!same) std::printf("SparseConv gives other bits after another batch\n");
+  if (used.tasks != fresh.tasks) std::printf("%zu tasks after another batch, not %zu\n", used.tasks, fresh.tasks);
+  return same && used.tasks == fresh.tasks;
 }
 
 // What a linear layer computes for so many rows depends neither on calls before nor on the number of threads.
@@ -375,7 +397,10 @@ int main(int argc, char** argv) {
       failures += !(i % 3 == 0 ? linear_agrees(options) : convolution_agrees(options, i % 3 == 1));
     }
     std::printf("%s: %d of %d cases differ\n", isa, failures, cases);
-    good = threads_are_found(options) && good && failures == 0;
+    good = good && failures == 0;
+    good = threads_are_found(options, 16, 16, 0.05, 0, 2) && good;  // one task for one thread
+    good = threads_are_found(options, 32, 128, 0.1, 3, 12) && good;  // in rows: as wide as for one thread
+    good = batches_are_divided_anew(options) && good;
     for (int i = 0; i < cases / 4; ++i) good = bits_are_kept(options) && good;
   }
   return good ? 0 : 1;

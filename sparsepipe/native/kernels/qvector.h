@@ -206,7 +206,7 @@ SPARSEPIPE_INLINE vi rounded_small(vf x) {
 #endif
 }
 
-// a * b + c, rounded once.
+// a * b + c, rounded once; without an FMA as a double first, which hardly ever gives another float.
 SPARSEPIPE_INLINE vf multiply_add(vf a, vf b, vf c) {
 #if defined(__AVX512F__) && SPARSEPIPE_LANES == 16
   return reinterpret_cast<vf>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));

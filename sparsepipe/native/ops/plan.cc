@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
 namespace sparsepipe {
 
@@ -109,45 +110,86 @@ Blocking best_blocking(const SparseWeight& weight, const TileLayout& layout, con
   }
 }
 
+std::int64_t vectors_in_l1(std::int64_t channels, int lanes) {
+  return static_cast<std::int64_t>(kL1Share * caches().l1 / (4.0 * static_cast<double>(channels * lanes)));
+}
+
 PackedWeight::PackedWeight(const SparseWeight& weight, const TileLayout& layout, std::int64_t block_channels)
     : rows_(weight.rows),
       channels_(layout.channels),
       block_channels_(block_channels),
       blocks_((layout.channels + block_channels - 1) / block_channels),
-      groups_(layout.groups) {
-  const auto taps = static_cast<std::int64_t>(layout.tap.size());
-  const std::size_t size = sizeof(std::int32_t) + static_cast<std::size_t>(weight.block) * sizeof(float);
-  entries_.resize(weight.entries() * size);
+      groups_(layout.groups),
+      dense_bytes_(weight.dense_bytes()) {
+  entries_.resize(weight.packed_bytes());
   row_start_.resize(static_cast<std::size_t>(blocks_ * (rows_ * groups_ + 1)));
+  const auto lay_out = weight.block == 1   ? &PackedWeight::lay_out<1>
+                       : weight.block == 2 ? &PackedWeight::lay_out<2>
+                                           : &PackedWeight::lay_out<4>;
+  (this->*lay_out)(weight, layout);
+}
+
+template <int B>
+void PackedWeight::lay_out(const SparseWeight& weight, const TileLayout& layout) {
+  struct Entry {
+    std::int32_t offset;
+    float values[B];
+  };
+  struct Place {
+    std::int32_t offset;
+    std::uint32_t group;
+  };
+  const auto taps = static_cast<std::uint32_t>(layout.tap.size());
+  const auto write = [&](std::uint32_t to, std::int32_t offset, std::uint32_t from) {
+    Entry entry;
+    entry.offset = offset;
+    std::memcpy(entry.values, weight.values.data() + std::size_t{from} * B, sizeof entry.values);
+    std::memcpy(entries_.data() + to * sizeof entry, &entry, sizeof entry);
+  };
   std::vector<std::uint32_t> cursor(weight.row_start.begin(), weight.row_start.end() - 1);
+  std::vector<std::uint32_t> next(static_cast<std::size_t>(groups_));
+  std::vector<Place> places;
   std::uint32_t written = 0;
+  std::uint32_t* start = row_start_.data();
   for (std::int64_t block = 0; block < blocks_; ++block) {
-    std::uint32_t* start = row_start_.data() + block * (rows_ * groups_ + 1);
-    const std::int64_t first = first_channel(block);
-    const std::int64_t end = last_channel(block) * taps;
-    for (std::int64_t row = 0; row < rows_; ++row) {
-      std::uint32_t& from = cursor[static_cast<std::size_t>(row)];
+    const std::int64_t first = first_channel(block), end = last_channel(block) * taps;
+    const auto place = [&](std::uint32_t entry) {
+      const std::uint32_t column = weight.column(entry), channel = column / taps, tap = column % taps;
+      const auto offset = static_cast<std::int32_t>((channel - first) * layout.channel_stride + layout.tap[tap]);
+      return Place{offset, groups_ > 1 ? static_cast<std::uint32_t>(layout.group[tap]) : 0};
+    };
+    for (std::size_t row = 0; row < cursor.size(); ++row) {
+      const std::uint32_t from = cursor[row];
       std::uint32_t to = from;
-      while (to < weight.row_start[static_cast<std::size_t>(row) + 1] && weight.column(to) < end) ++to;
-      for (int group = 0; group < groups_; ++group) {
-        start[row * groups_ + group] = written;
-        for (std::uint32_t e = from; e < to; ++e) {
-          const std::int64_t column = weight.column(e);
-          const auto tap = static_cast<std::size_t>(column % taps);
-          if (groups_ > 1 && layout.group[tap] != group) continue;
-          const auto offset =
-              static_cast<std::int32_t>((column / taps - first) * layout.channel_stride + layout.tap[tap]);
-          char* entry = entries_.data() + written * size;
-          std::memcpy(entry, &offset, sizeof offset);
-          std::memcpy(entry + sizeof offset, weight.values.data() + static_cast<std::size_t>(e) * weight.block,
-                      size - sizeof offset);
-          ++written;
-        }
+      while (to < weight.row_start[row + 1] && weight.column(to) < end) ++to;
+      cursor[row] = to;
+      if (groups_ == 1) {
+        *start++ = written;
+        for (std::uint32_t e = from; e < to; ++e) write(written++, place(e).offset, e);
+        continue;
       }
-      from = to;
+      // Group by group, in each in the order of the weight.
+      places.clear();
+      std::fill(next.begin(), next.end(), 0);
+      for (std::uint32_t e = from; e < to; ++e) ++next[places.emplace_back(place(e)).group];
+      for (std::uint32_t& of_group : next) {
+        *start++ = written;
+        written += std::exchange(of_group, written);
+      }
+      for (std::uint32_t e = from; e < to; ++e) {
+        const Place& at = places[e - from];
+        write(next[at.group]++, at.offset, e);
+      }
     }
-    start[rows_ * groups_] = written;
+    *start++ = written;
   }
+}
+
+std::vector<std::int64_t> PackedWeight::key(const TileLayout& layout, std::int64_t block_channels) {
+  std::vector<std::int64_t> key{block_channels, layout.channel_stride, layout.groups};
+  key.insert(key.end(), layout.tap.begin(), layout.tap.end());
+  key.insert(key.end(), layout.group.begin(), layout.group.end());
+  return key;
 }
 
 std::int64_t PackedWeight::last_channel(std::int64_t block) const {
@@ -204,7 +246,7 @@ bool same_order(int block, const Tiling& a, const Tiling& b) {
   };
   const int all = chains(a.vectors);
   const bool even = chains(a.least_vectors) == all && chains(b.vectors) == all && chains(b.least_vectors) == all;
-  const bool alike = a.vectors == b.vectors && a.tile_vectors == b.tile_vectors;
+  const bool alike = a.vectors == b.vectors && a.tile_vectors == b.tile_vectors && a.pitch == b.pitch;
   if (a.groups != b.groups || (!even && !alike)) return false;
   const bool in_turn = even && all == 1 && a.groups == 1;  // then blocks of channels change nothing
   return in_turn || a.block_channels == b.block_channels;

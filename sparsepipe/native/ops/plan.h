@@ -4,9 +4,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <functional>
-#include <memory>
-#include <mutex>
 #include <vector>
 
 #include "kernels/kernel.h"
@@ -48,11 +45,18 @@ const Caches& caches();
 // The cheapest split of the input channels for one tile, and what it costs.
 Blocking best_blocking(const SparseWeight& weight, const TileLayout& layout, const Cost& cost, int lanes);
 
+// The vectors of the widest tile of which so many channels are read from the L1 cache.
+std::int64_t vectors_in_l1(std::int64_t channels, int lanes);
+
 // The weight in the order in which the kernels read it: for each block of input channels, row by row, group by group.
 class PackedWeight {
  public:
   PackedWeight(const SparseWeight& weight, const TileLayout& layout, std::int64_t block_channels);
+  // Two of one weight are the same where these numbers are.
+  static std::vector<std::int64_t> key(const TileLayout& layout, std::int64_t block_channels);
 
+  std::size_t bytes() const { return entries_.size() + row_start_.size() * sizeof(std::uint32_t); }
+  std::size_t dense_bytes() const { return dense_bytes_; }
   std::int64_t blocks() const { return blocks_; }
   std::int64_t first_channel(std::int64_t block) const { return block * block_channels_; }
   std::int64_t last_channel(std::int64_t block) const;
@@ -63,8 +67,12 @@ class PackedWeight {
   }
 
  private:
+  template <int B>
+  void lay_out(const SparseWeight& weight, const TileLayout& layout);
+
   std::int64_t rows_, channels_, block_channels_, blocks_;
   int groups_;
+  std::size_t dense_bytes_;
   std::vector<char> entries_;
   std::vector<std::uint32_t> row_start_;
 };
@@ -96,6 +104,7 @@ struct Tiling {
   int groups = 1;
   std::int64_t block_channels = 0;
   int tile_vectors = 0;  // of all turns of the kernel
+  std::int64_t pitch = 0;  // floats of a row, where a tile is made of rows
 };
 // Whether both give the same bits.
 bool same_order(int block, const Tiling& a, const Tiling& b);
@@ -113,36 +122,6 @@ class Helpers {
  private:
   std::atomic<int> alone_{0};
   std::atomic<std::int64_t> threads_{1};
-};
-
-// The plans of a kernel that were used last, by shape, each for a number of threads: one for another number takes its place.
-// A plan is immutable once it is in here.
-template <typename Plan>
-class PlanCache {
- public:
-  std::shared_ptr<const Plan> get(const std::vector<std::int64_t>& key,
-                                  const std::function<std::shared_ptr<const Plan>()>& make, std::int64_t threads = 1) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (Entry& entry : plans_) {
-      if (entry.key != key) continue;
-      if (entry.threads != threads) entry = {key, threads, make()};
-      std::rotate(&entry, &entry + 1, plans_.data() + plans_.size());  // to the end: used last
-      return plans_.back().plan;
-    }
-    if (plans_.size() >= kMost) plans_.erase(plans_.begin());
-    plans_.push_back({key, threads, make()});
-    return plans_.back().plan;
-  }
-
- private:
-  struct Entry {
-    std::vector<std::int64_t> key;
-    std::int64_t threads;
-    std::shared_ptr<const Plan> plan;
-  };
-  static constexpr std::size_t kMost = 4;
-  std::mutex mutex_;
-  std::vector<Entry> plans_;
 };
 
 // Memory of one thread, kept between calls: it is warm in the caches.

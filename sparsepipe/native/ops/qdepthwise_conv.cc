@@ -10,6 +10,7 @@
 
 #include "ops/ops.h"
 #include "ops/plan.h"
+#include "ops/plan_cache.h"
 #include "ops/qplan.h"
 #include "ops/quantized.h"
 #include "ops/window.h"
@@ -46,7 +47,7 @@ struct Geometry {
 
 struct Plan {
   Geometry geometry;
-  PackedQWeight weight;
+  std::shared_ptr<const PackedQWeight> weight;
 };
 
 class QDepthwiseConv final : public Kernel {
@@ -89,15 +90,17 @@ class QDepthwiseConv final : public Kernel {
     const Planes p = read_planes(window_, *x, channels_, channels_, quantization_->type, quantization_->type_name());
     auto* y = static_cast<std::uint8_t*>(call.output_data(p.out_dims));
     if (p.batch == 0) return;
-    const std::shared_ptr<const Plan> plan = plans_.get({p.height, p.width}, [&] {
+    const std::shared_ptr<const Plan> plan = plans_.plan({p.height, p.width}, [&] {
       Geometry g = lay_out(p);
       std::vector<std::int32_t> tap;
       for (std::int64_t j = 0; j < window_.kernel_w; ++j) {
         const std::int64_t column = j * window_.dilation_w;
         tap.push_back(static_cast<std::int32_t>((column % window_.stride_w * g.phase + column / window_.stride_w) * kQuad));
       }
-      PackedQWeight packed(weight_, g.group_bytes, tap, isa_.wide);
-      return std::make_shared<const Plan>(Plan{std::move(g), std::move(packed)});
+      std::shared_ptr<const PackedQWeight> weight =
+          plans_.weight(PackedQWeight::key(g.group_bytes, tap),
+                        [&] { return PackedQWeight(weight_, g.group_bytes, tap, isa_.wide); });
+      return Plan{std::move(g), std::move(weight)};
     });
     const auto* data = static_cast<const std::uint8_t*>(x->data);
     const std::int64_t groups = std::min(channels_, ceil_div(kTasks, p.batch));
@@ -178,21 +181,17 @@ class QDepthwiseConv final : public Kernel {
     return runs;
   }
 
-  static std::uint8_t* bytes(Buffer& buffer, std::int64_t count) {
-    return reinterpret_cast<std::uint8_t*>(buffer.at_least(static_cast<std::size_t>(count) / sizeof(float) + 1));
-  }
-
   // Channels [first, last) of the image whose first channel is `origin`.
   void run(const Plan& plan, const Planes& p, std::int64_t origin, std::int64_t first, std::int64_t last,
            const std::uint8_t* x, std::uint8_t* y) const {
     const Geometry& g = plan.geometry;
     const std::uint8_t flip = quantization_->input_flip(isa_);
-    std::uint8_t* const stage = bytes(scratch().stage, g.stage_bytes + kSlack);
-    std::uint8_t* const packed = bytes(scratch().tile, weight_.groups * g.group_bytes + kSlack);
-    std::uint8_t* const out = bytes(scratch().out, g.positions + kSlack);
+    std::uint8_t* const stage = scratch().stage.bytes(g.stage_bytes + kSlack);
+    std::uint8_t* const packed = scratch().tile.bytes(weight_.groups * g.group_bytes + kSlack);
+    std::uint8_t* const out = scratch().out.bytes(g.positions + kSlack);
     kernels::QRowsArgs args{};
-    args.entries = plan.weight.entries();
-    args.row_start = plan.weight.row_start();
+    args.entries = plan.weight->entries();
+    args.row_start = plan.weight->row_start();
     args.x = packed;
     args.requantize = requantize_;
     for (const Band& band : g.bands) {
@@ -222,7 +221,7 @@ class QDepthwiseConv final : public Kernel {
   QWeight weight_;
   std::unique_ptr<Quantization> quantization_;
   kernels::Requantize requantize_{};
-  PlanCache<Plan> plans_;
+  PlanCache<Plan, PackedQWeight> plans_;
 };
 
 }  // namespace

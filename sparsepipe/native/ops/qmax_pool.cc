@@ -26,7 +26,7 @@ class QMaxPool final : public Kernel {
   QMaxPool(const abi::Functions& functions, const Node& node, const QIsa& isa)
       : Kernel(functions), isa_(isa), window_(read_window(node)) {
     const Window& w = window_;
-    // Else a window could lie in the padding alone.
+    // As onnxruntime asks. A dilated window may still lie in the padding alone: its output is the least byte.
     if (std::max(w.top, w.bottom) >= w.kernel_h || std::max(w.left, w.right) >= w.kernel_w) {
       throw Error("attribute 'pads' must be below 'kernel_shape'");
     }
@@ -72,8 +72,7 @@ class QMaxPool final : public Kernel {
     const std::int64_t pitch = ceil_div(wide, w.stride_w) * w.stride_w;
     const std::int64_t some = std::clamp<std::int64_t>(kBandBytes / pitch, 1, p.out_height);
     const std::int64_t steps = pitch / w.stride_w;
-    auto* const rows = reinterpret_cast<std::uint8_t*>(
-        scratch().stage.at_least(static_cast<std::size_t>(some * (pitch + 2 * steps) + reach) / sizeof(float) + 1));
+    std::uint8_t* const rows = scratch().stage.bytes(some * (pitch + 2 * steps) + reach);
     std::uint8_t* const column = rows + some * pitch + reach;
     std::uint8_t* const largest = column + some * steps;
     if (pitch > p.width) std::memset(rows, 0, static_cast<std::size_t>(some * pitch));

@@ -11,7 +11,9 @@ using kernels::kQuad;
 
 PackedQWeight::PackedQWeight(const QWeight& weight, std::int64_t group_bytes, const std::vector<std::int32_t>& tap,
                              bool wide)
-    : row_start_(weight.row_start) {
+    : dense_bytes_(static_cast<std::size_t>(weight.rows * weight.block * weight.groups * kQuad * weight.positions) *
+                   sizeof(float)),
+      row_start_(weight.row_start) {
   const auto block = static_cast<std::size_t>(weight.block);
   const std::size_t size = sizeof(std::int32_t) + block * kQuad * (wide ? 2 : 1);
   entries_.resize(weight.entries() * size);
@@ -33,6 +35,12 @@ PackedQWeight::PackedQWeight(const QWeight& weight, std::int64_t group_bytes, co
       }
     }
   }
+}
+
+std::vector<std::int64_t> PackedQWeight::key(std::int64_t group_bytes, const std::vector<std::int32_t>& tap) {
+  std::vector<std::int64_t> key{group_bytes};
+  key.insert(key.end(), tap.begin(), tap.end());
+  return key;
 }
 
 std::vector<std::int64_t> PackedQWeight::split(std::int64_t chunks) const { return split_rows(row_start_, 8, chunks); }

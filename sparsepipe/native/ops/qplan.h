@@ -13,13 +13,18 @@ namespace sparsepipe {
 class PackedQWeight {
  public:
   PackedQWeight(const QWeight& weight, std::int64_t group_bytes, const std::vector<std::int32_t>& tap, bool wide);
+  // Two of one weight are the same where these numbers are.
+  static std::vector<std::int64_t> key(std::int64_t group_bytes, const std::vector<std::int32_t>& tap);
 
+  std::size_t bytes() const { return entries_.size() + row_start_.size() * sizeof(std::uint32_t); }
+  std::size_t dense_bytes() const { return dense_bytes_; }  // as float32
   const char* entries() const { return entries_.data(); }
   const std::uint32_t* row_start() const { return row_start_.data(); }
   // Splits the rows into `chunks` ranges of about equal work; returns chunks + 1 bounds.
   std::vector<std::int64_t> split(std::int64_t chunks) const;
 
  private:
+  std::size_t dense_bytes_;
   std::vector<char> entries_;
   std::vector<std::uint32_t> row_start_;
 };

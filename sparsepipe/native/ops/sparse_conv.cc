@@ -3,6 +3,7 @@
 
 #include "ops/conv_pack.h"
 #include "ops/ops.h"
+#include "ops/plan_cache.h"
 
 namespace sparsepipe {
 namespace {
@@ -12,12 +13,22 @@ using kernels::Isa;
 // What a tile of several turns of the kernel may take, or what is packed to learn of other threads: 4 MB. Tiles that do
 // not stay in the caches take twice the time (NOTES.md).
 constexpr std::int64_t kTileFloats = 1 << 20;
+// What is packed at once for several threads.
+constexpr std::int64_t kSharedFloats = 4 * kTileFloats;
+constexpr std::int64_t kFewTiles = 4;  // of an image: so few may not tell of other threads, nor occupy them
+constexpr std::int64_t kSlack = 64;    // floats behind packed data that a tile may read
 
 struct Plan {
   Geometry geometry;
-  PackedWeight weight;
+  std::shared_ptr<const PackedWeight> weight;
   std::vector<std::int64_t> row_bounds;  // of the chunks of rows, where work is split further than tiles
+
+  std::int64_t chunks() const { return static_cast<std::int64_t>(row_bounds.size()) - 1; }
 };
+
+std::int64_t packed_floats(const Geometry& g) {
+  return g.mode == Mode::kDirect ? 0 : g.layout.channels * g.layout.channel_stride;
+}
 
 class SparseConv final : public Kernel {
  public:
@@ -57,167 +68,189 @@ class SparseConv final : public Kernel {
       shape.lanes = isa_.lanes;
       return make_plan(shape, p.batch, threads);
     };
-    const std::shared_ptr<const Plan> plan = plans_.get({p.height, p.width, p.batch == 1}, make, threads);
-    run(call, *plan, static_cast<const float*>(x->data), p.batch,
-        residual ? static_cast<const float*>(residual->data) : nullptr, y);
+    const std::shared_ptr<const Plan> plan = plans_.plan({p.height, p.width, p.batch, threads}, make);
+    run({*plan, static_cast<const float*>(x->data), p.batch,
+         residual ? static_cast<const float*>(residual->data) : nullptr, y},
+        call);
   }
 
  private:
-  std::shared_ptr<const Plan> make_plan(const Geometry& shape, std::int64_t batch, std::int64_t threads) const {
-    double best = 0, tile_cycles = 0;
-    Geometry chosen{};
-    std::int64_t block_channels = 0;
-    const auto choose = [&](std::int64_t count) {
-      const auto tiling = [](const Geometry& g, std::int64_t channels) {
-        return Tiling{g.at_once, g.least(), g.layout.groups, channels, g.vectors};
-      };
-      const Mode mode = chosen.mode;
-      const Tiling alone = count > 1 ? tiling(chosen, block_channels) : Tiling{};
-      best = 0;
-      candidates(a_, shape, isa_.max_vectors[weight_.block], [&](const Geometry& g) {
-        if (g.mode != Mode::kDirect && g.layout.channel_stride * 8 > kMostFloats) return;
-        const Blocking blocking = best_blocking(weight_, g.layout, g.cost, g.lanes);
-        if (g.layout.turns > 1 && floats_in_use(g, blocking.block_channels) > kTileFloats) return;
-        if (count > 1 && g.mode != mode) return;
-        if (count > 1 && !same_order(weight_.block, alone, tiling(g, blocking.block_channels))) return;
-        const double cycles = makespan(weight_, g.layout, batch * g.tiles, blocking.cycles, count, g.lanes).least();
-        if (best == 0 || cycles < best) {
-          best = cycles;
-          tile_cycles = blocking.cycles;
-          chosen = g;
-          block_channels = blocking.block_channels;
-        }
-      });
-    };
-    choose(1);
-    if (threads > 1 && best > 0) choose(threads);  // among those that give the same bits
-    if (best == 0) throw Error("stride, dilation and input are too large together");
-    if (chosen.mode != Mode::kDirect) {  // offsets are 32-bit
-      block_channels = std::min(block_channels, std::max<std::int64_t>(1, kMostFloats / chosen.layout.channel_stride));
-    }
-    const std::int64_t tiles = batch * chosen.tiles;
-    const Makespan span = makespan(weight_, chosen.layout, tiles, tile_cycles, threads, chosen.lanes);
-    // One thread splits to learn of others, unless that would pack much at once: a few tiles tell of them as well.
-    const bool little = chosen.mode == Mode::kDirect || tiles * packed_floats(chosen) <= kTileFloats;
-    const bool learns = threads == 1 && (little || tiles < 4);
-    const bool split = learns || (threads > 1 && span.shared < span.whole);
-    const std::int64_t chunks = split ? row_chunks(weight_.rows / kLeastRows, tiles, tile_cycles) : 1;
-    return std::make_shared<const Plan>(Plan{chosen, PackedWeight(weight_, chosen.layout, block_channels),
-                                             split_rows(weight_.row_start, kRowEntries, chunks)});
+  struct Choice {
+    Geometry geometry{};
+    Blocking blocking;
+    double cycles = 0;  // until all is done; 0: there is none
+  };
+
+  static Tiling tiling(const Geometry& g, const Blocking& blocking) {
+    return {g.at_once, g.least(), g.layout.groups, blocking.block_channels, g.vectors, g.pitch};
   }
 
-  static std::int64_t packed_floats(const Geometry& g) { return g.layout.channels * g.layout.channel_stride; }
-
-  // Packed, and kept of sums between blocks of channels, while a tile is multiplied.
-  std::int64_t floats_in_use(const Geometry& g, std::int64_t block_channels) const {
-    const bool blocks = block_channels < g.layout.channels;
-    return block_channels * g.layout.channel_stride + (blocks ? a_.out * g.tile_floats() : 0);
+  // The way that `threads` threads are done with first, of all or of those that give the same bits as `like`.
+  Choice cheapest(const Geometry& shape, std::int64_t batch, std::int64_t threads, const Choice* like) const {
+    Choice best;
+    candidates(a_, shape, isa_.max_vectors[weight_.block], [&](const Geometry& g) {
+      const bool packs = g.mode != Mode::kDirect;
+      if (packs && g.layout.channel_stride * 8 > kMostFloats) return;
+      if (like && g.mode != like->geometry.mode) return;
+      Blocking blocking = best_blocking(weight_, g.layout, g.cost, g.lanes);
+      if (packs) {  // offsets are 32-bit
+        const std::int64_t most = std::max<std::int64_t>(1, kMostFloats / g.layout.channel_stride);
+        blocking.block_channels = std::min(blocking.block_channels, most);
+      }
+      if (g.layout.turns > 1 && is_large(g, blocking.block_channels)) return;
+      if (like && !same_order(weight_.block, tiling(like->geometry, like->blocking), tiling(g, blocking))) return;
+      const double cycles = makespan(weight_, g.layout, batch * g.tiles, blocking.cycles, threads, g.lanes).least();
+      if (best.cycles == 0 || cycles < best.cycles) best = {g, blocking, cycles};
+    });
+    return best;
   }
 
-  void run(const Call& call, const Plan& plan, const float* x, std::int64_t batch, const float* residual,
-           float* y) const {
-    const Geometry& g = plan.geometry;
-    const std::int64_t in_plane = g.height * g.width;
-    const std::int64_t out_plane = g.out_height * g.out_width;
-    const std::int64_t tile_size = packed_floats(g);
-    const bool packs = g.mode != Mode::kDirect;
+  // Whether a tile takes too much of what is packed, and kept of sums between blocks of channels, while it is multiplied;
+  // or all tiles do where they are so few that they are packed for several threads.
+  bool is_large(const Geometry& g, std::int64_t channels) const {
+    const std::int64_t sums = channels < g.layout.channels ? a_.out * g.tile_floats() : 0;
+    if (channels * g.layout.channel_stride + sums > kTileFloats) return true;
+    return g.tiles < kFewTiles && g.tiles * packed_floats(g) > kSharedFloats;
+  }
+
+  Plan make_plan(const Geometry& shape, std::int64_t batch, std::int64_t threads) {
+    Choice choice = cheapest(shape, batch, 1, nullptr);
+    if (choice.cycles == 0) throw Error("stride, dilation and input are too large together");
+    if (threads > 1) choice = cheapest(shape, batch, threads, &choice);
+    const Geometry& g = choice.geometry;
     const std::int64_t tiles = batch * g.tiles;
-    const auto all_chunks = static_cast<std::int64_t>(plan.row_bounds.size()) - 1;
+    const double tile_cycles = choice.blocking.cycles;
+    const Makespan span = makespan(weight_, g.layout, tiles, tile_cycles, threads, g.lanes);
+    // One thread splits to learn of others, unless that would pack much at once: a few tiles tell of them as well.
+    const std::int64_t packed = tiles * packed_floats(g);
+    const bool learns = threads == 1 && (packed <= kTileFloats || tiles < kFewTiles);
+    const bool shares = threads > 1 && span.shared < span.whole && packed <= kSharedFloats;
+    const std::int64_t chunks = learns || shares ? row_chunks(weight_.rows / kLeastRows, tiles, tile_cycles) : 1;
+    const std::int64_t channels = choice.blocking.block_channels;
+    return {g,
+            plans_.weight(PackedWeight::key(g.layout, channels),
+                          [&] { return PackedWeight(weight_, g.layout, channels); }),
+            split_rows(weight_.row_start, kRowEntries, chunks)};
+  }
+
+  struct Work {
+    const Plan& plan;
+    const float* x;
+    std::int64_t batch;
+    const float* residual;
+    float* y;
+  };
+
+  void run(const Work& work, const Call& call) const {
+    const Geometry& g = work.plan.geometry;
+    const std::int64_t tiles = work.batch * g.tiles;
     // A layer that is one task for one thread would never learn of others: it is packed in parts.
-    const bool alone = tiles == 1 && all_chunks == 1 && packs && helpers_.threads() == 1;
-    const bool asks = (all_chunks > 1 || alone) && helpers_.expected();
-    const std::int64_t chunks = asks ? all_chunks : 1;
+    const bool packs = g.mode != Mode::kDirect;
+    const bool alone = tiles == 1 && work.plan.chunks() == 1 && packs && helpers_.threads() == 1;
+    const bool asks = (work.plan.chunks() > 1 || alone) && helpers_.expected();
+    const std::int64_t chunks = asks ? work.plan.chunks() : 1;
     std::atomic<std::uint64_t> seen{0};
-    const double most_cached = 0.75 * caches().l2 / sizeof(float);
-    const bool prefetch_input = static_cast<double>(a_.in * in_plane) > most_cached;
-    const bool prefetch_output = static_cast<double>(a_.out * out_plane) * (residual ? 2 : 1) > most_cached;
-
-    // Split rows need the packed input at once; it is packed first, by all threads together.
-    float* shared = nullptr;
-    constexpr std::int64_t kSlack = 64;
-    if (asks && packs) {
-      shared = scratch().shared.at_least(static_cast<std::size_t>(tiles * tile_size + kSlack));
-      const std::int64_t parts = std::min<std::int64_t>(g.layout.channels, 8);
-      call.parallel(static_cast<std::size_t>(tiles * parts), [&](std::size_t task) {
-        seen.fetch_or(scratch().bit, std::memory_order_relaxed);
-        const std::int64_t index = static_cast<std::int64_t>(task) / parts;
-        const std::int64_t part = static_cast<std::int64_t>(task) % parts;
-        const std::int64_t first = g.layout.channels * part / parts;
-        const std::int64_t last = g.layout.channels * (part + 1) / parts;
-        thread_local TilePacking packing;
-        packing.prepare(a_, g, index % g.tiles);
-        packing.pack(isa_, x + index / g.tiles * a_.in * in_plane, first, last,
-                     shared + index * tile_size + first * g.layout.channel_stride);
-      });
-      std::fill_n(shared + tiles * tile_size, g.lanes, 0.0f);
-    }
-
+    const float* shared = asks && packs ? pack_all(work, call, seen) : nullptr;
     // Every other layer goes backwards: it begins with what the one before it left in the L2 cache.
     const bool backwards = scratch().backwards = !scratch().backwards;
     const std::int64_t tasks = tiles * chunks;
     call.parallel(static_cast<std::size_t>(tasks), [&](std::size_t position) {
-      Scratch& mine = scratch();
-      seen.fetch_or(mine.bit, std::memory_order_relaxed);
+      seen.fetch_or(scratch().bit, std::memory_order_relaxed);
       const std::int64_t task = backwards ? tasks - 1 - static_cast<std::int64_t>(position)
                                           : static_cast<std::int64_t>(position);
-      const std::int64_t index = task / chunks;
-      const std::int64_t chunk = task % chunks;
-      const std::int64_t image = index / g.tiles;
-      const std::int64_t tile = index % g.tiles;
-      kernels::RowsArgs args{};
-      args.row_begin = chunks > 1 ? plan.row_bounds[static_cast<std::size_t>(chunk)] : 0;
-      args.row_end = chunks > 1 ? plan.row_bounds[static_cast<std::size_t>(chunk) + 1] : weight_.rows;
-      if (args.row_begin == args.row_end) return;  // one row is most of the weight
-      args.entries = plan.weight.entries();
-      args.groups = plan.weight.groups();
-      args.y_stride = out_plane;
-      const std::int64_t shift = (image * a_.out + args.row_begin * weight_.block) * out_plane;
-      args.y = y + shift;
-      args.residual = residual ? residual + shift : nullptr;
-      args.epilogue = epilogue_;
-      args.prefetch_output = prefetch_output;
-      const std::int64_t blocks = plan.weight.blocks();
-      const std::int64_t outputs = (args.row_end - args.row_begin) * weight_.block;
-      float* partial = nullptr;
-      if (blocks > 1) partial = mine.partial.at_least(static_cast<std::size_t>(outputs * g.tile_floats()));
-      const float* source = x + image * a_.in * in_plane;
-      thread_local TilePacking packing;
-      if (packs && !shared) packing.prepare(a_, g, tile);
-      for (std::int64_t b = 0; b < blocks; ++b) {
-        const std::int64_t first = plan.weight.first_channel(b);
-        const std::int64_t last = plan.weight.last_channel(b);
-        if (!packs) {
-          args.x = source + first * in_plane + tile * g.tile_floats();
-          const std::int64_t next = backwards ? tile - 1 : tile + 1;
-          if (prefetch_input && next >= 0 && next < g.tiles) {
-            args.next = source + first * in_plane + next * g.tile_floats();
-            args.next_stride = in_plane;
-            args.next_channels = last - first;
-            args.next_channels_per_row = ceil_div(last - first, args.row_end - args.row_begin);
-          }
-        } else if (shared) {
-          args.x = shared + index * tile_size + first * g.layout.channel_stride;
-        } else {
-          float* packed =
-              mine.tile.at_least(static_cast<std::size_t>((last - first) * g.layout.channel_stride + kSlack));
-          packing.pack(isa_, source, first, last, packed);
-          std::fill_n(packed + (last - first) * g.layout.channel_stride, g.lanes, 0.0f);  // what follows the last row
-          args.x = packed;
-        }
-        args.row_start = plan.weight.row_start(b);
-        args.first = b == 0;
-        args.last = b + 1 == blocks;
-        const float* begin = args.x;
-        for (int from = 0; from < g.vectors_of(tile); from += g.at_once) {
-          const Targets where = targets_of(g, tile, from);
-          where.fill(args);
-          args.x = begin + from * g.lanes;
-          args.partial = blocks > 1 ? partial + outputs * from * g.lanes : nullptr;
-          isa_.rows(args, weight_.block, g.turn_of(tile, from));
-        }
-      }
+      const auto chunk = static_cast<std::size_t>(task % chunks);
+      const std::int64_t begin = chunks > 1 ? work.plan.row_bounds[chunk] : 0;
+      const std::int64_t end = chunks > 1 ? work.plan.row_bounds[chunk + 1] : weight_.rows;
+      if (begin < end) multiply(work, shared, task / chunks, begin, end, backwards);  // one row may be most of the weight
     });
-    if (tiles * chunks > 1 || asks) helpers_.saw_threads(seen);
+    if (tasks > 1 || asks) helpers_.saw_threads(seen);
+  }
+
+  // Split rows need the packed input at once; it is packed first, by all threads together. One tile after the other.
+  const float* pack_all(const Work& work, const Call& call, std::atomic<std::uint64_t>& seen) const {
+    const Geometry& g = work.plan.geometry;
+    const std::int64_t tiles = work.batch * g.tiles, tile_size = packed_floats(g);
+    float* shared = scratch().shared.at_least(static_cast<std::size_t>(tiles * tile_size + kSlack));
+    const std::int64_t parts = std::min<std::int64_t>(g.layout.channels, 8);
+    call.parallel(static_cast<std::size_t>(tiles * parts), [&](std::size_t task) {
+      seen.fetch_or(scratch().bit, std::memory_order_relaxed);
+      const std::int64_t index = static_cast<std::int64_t>(task) / parts;
+      const std::int64_t part = static_cast<std::int64_t>(task) % parts;
+      const std::int64_t first = g.layout.channels * part / parts;
+      const std::int64_t last = g.layout.channels * (part + 1) / parts;
+      thread_local TilePacking packing;
+      packing.prepare(a_, g, index % g.tiles);
+      packing.pack(isa_, work.x + index / g.tiles * a_.in * g.height * g.width, first, last,
+                   shared + index * tile_size + first * g.layout.channel_stride);
+    });
+    std::fill_n(shared + tiles * tile_size, g.lanes, 0.0f);
+    return shared;
+  }
+
+  // Block rows [row_begin, row_end) of tile `index` of all images, which lies in `shared` where that is given.
+  void multiply(const Work& work, const float* shared, std::int64_t index, std::int64_t row_begin, std::int64_t row_end,
+                bool backwards) const {
+    const Geometry& g = work.plan.geometry;
+    const PackedWeight& weight = *work.plan.weight;
+    const bool packs = g.mode != Mode::kDirect;
+    const std::int64_t in_plane = g.height * g.width;
+    const std::int64_t out_plane = g.out_height * g.out_width;
+    const std::int64_t image = index / g.tiles;
+    const std::int64_t tile = index % g.tiles;
+    const double most_cached = 0.75 * caches().l2 / sizeof(float);
+    const bool prefetch_input = static_cast<double>(a_.in * in_plane) > most_cached;
+    kernels::RowsArgs args{};
+    args.row_begin = row_begin;
+    args.row_end = row_end;
+    args.entries = weight.entries();
+    args.groups = weight.groups();
+    args.y_stride = out_plane;
+    const std::int64_t shift = (image * a_.out + row_begin * weight_.block) * out_plane;
+    args.y = work.y + shift;
+    args.residual = work.residual ? work.residual + shift : nullptr;
+    args.epilogue = epilogue_;
+    args.prefetch_output = static_cast<double>(a_.out * out_plane) * (work.residual ? 2 : 1) > most_cached;
+    Scratch& mine = scratch();
+    const std::int64_t blocks = weight.blocks();
+    const std::int64_t outputs = (row_end - row_begin) * weight_.block;
+    float* partial = nullptr;
+    if (blocks > 1) partial = mine.partial.at_least(static_cast<std::size_t>(outputs * g.tile_floats()));
+    const float* source = work.x + image * a_.in * in_plane;
+    thread_local TilePacking packing;
+    if (packs && !shared) packing.prepare(a_, g, tile);
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      const std::int64_t first = weight.first_channel(b);
+      const std::int64_t last = weight.last_channel(b);
+      if (!packs) {
+        args.x = source + first * in_plane + tile * g.tile_floats();
+        const std::int64_t next = backwards ? tile - 1 : tile + 1;
+        if (prefetch_input && next >= 0 && next < g.tiles) {
+          args.next = source + first * in_plane + next * g.tile_floats();
+          args.next_stride = in_plane;
+          args.next_channels = last - first;
+          args.next_channels_per_row = ceil_div(last - first, row_end - row_begin);
+        }
+      } else if (shared) {
+        args.x = shared + index * packed_floats(g) + first * g.layout.channel_stride;
+      } else {
+        const std::int64_t floats = (last - first) * g.layout.channel_stride;
+        float* packed = mine.tile.at_least(static_cast<std::size_t>(floats + kSlack));
+        packing.pack(isa_, source, first, last, packed);
+        std::fill_n(packed + floats, g.lanes, 0.0f);  // what follows the last row
+        args.x = packed;
+      }
+      args.row_start = weight.row_start(b);
+      args.first = b == 0;
+      args.last = b + 1 == blocks;
+      const float* begin = args.x;
+      for (int from = 0; from < g.vectors_of(tile); from += g.at_once) {
+        const Targets where = targets_of(g, tile, from);
+        where.fill(args);
+        args.x = begin + from * g.lanes;
+        args.partial = blocks > 1 ? partial + outputs * from * g.lanes : nullptr;
+        isa_.rows(args, weight_.block, g.turn_of(tile, from));
+      }
+    }
   }
 
   const Isa& isa_;
@@ -225,7 +258,7 @@ class SparseConv final : public Kernel {
   SparseWeight weight_;
   std::vector<float> bias_;
   kernels::Epilogue epilogue_{};
-  PlanCache<Plan> plans_;
+  PlanCache<Plan, PackedWeight> plans_;
   mutable Helpers helpers_;
 };
 

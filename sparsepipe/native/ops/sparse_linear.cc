@@ -8,6 +8,7 @@
 
 #include "ops/ops.h"
 #include "ops/plan.h"
+#include "ops/plan_cache.h"
 #include "ops/window.h"
 
 namespace sparsepipe {
@@ -25,7 +26,7 @@ constexpr std::int64_t kAnyVectors = 1 << 20;  // for a plan for any number of v
 struct Plan {
   TileLayout layout;
   double tile_cycles;
-  PackedWeight weight;
+  std::shared_ptr<const PackedWeight> weight;
   std::vector<std::int64_t> row_bounds;  // of the chunks of rows, where work is split further than tiles
 };
 
@@ -70,7 +71,7 @@ class SparseLinear final : public Kernel {
     const std::int64_t threads = helpers_.threads();
     const bool any = is_any(vectors);
     const auto make = [&] { return any ? make_plan(kAnyVectors, 1) : make_plan(vectors, threads); };
-    const std::shared_ptr<const Plan> plan = plans_.get({any ? kAnyVectors : vectors}, make, any ? 1 : threads);
+    const std::shared_ptr<const Plan> plan = plans_.plan({any ? kAnyVectors : vectors, any ? 1 : threads}, make);
     by_tile(call, *plan, data, rows, residual, y);
   }
 
@@ -89,46 +90,64 @@ class SparseLinear final : public Kernel {
     });
   }
 
-  std::shared_ptr<const Plan> make_plan(std::int64_t all, std::int64_t threads) const {
-    TileLayout chosen;
-    Blocking chosen_blocking;
-    const auto choose = [&](std::int64_t count) {
-      const auto tiling = [&](const TileLayout& layout, const Blocking& blocking) {
-        const auto last = static_cast<int>((all - 1) % layout.vectors + 1);
-        return Tiling{layout.vectors, last, layout.groups, blocking.block_channels};
-      };
-      const Tiling alone = count > 1 ? tiling(chosen, chosen_blocking) : Tiling{};
-      double best = 0;
-      std::int64_t before = 0;
-      for (int most = isa_.max_vectors[weight_.block]; most >= 1; --most) {
-        const std::int64_t tiles = ceil_div(all, most);
-        TileLayout layout;
-        layout.vectors = static_cast<int>(ceil_div(all, tiles));
-        if (layout.vectors == before) continue;
-        before = layout.vectors;
-        layout.channels = in_;
-        layout.channel_stride = static_cast<std::int64_t>(layout.vectors) * isa_.lanes;
-        layout.tap = {0};
-        Cost cost;
-        cost.pack_channel = 8.0 * layout.vectors;
-        cost.finish = 10;
-        const Blocking blocking = best_blocking(weight_, layout, cost, isa_.lanes);
-        if (count > 1 && !same_order(weight_.block, alone, tiling(layout, blocking))) continue;
-        const double cycles = makespan(weight_, layout, tiles, blocking.cycles, count, isa_.lanes).least();
-        if (best == 0 || cycles < best) {
-          best = cycles;
-          chosen = layout;
-          chosen_blocking = blocking;
-        }
-      }
-    };
-    choose(1);
-    if (threads > 1) choose(threads);  // among those that give the same bits
-    const std::int64_t fewest = all == kAnyVectors ? 3 : ceil_div(all, chosen.vectors);
-    const std::int64_t chunks = row_chunks(weight_.rows / kLeastRows, fewest, chosen_blocking.cycles);
-    return std::make_shared<const Plan>(Plan{chosen, chosen_blocking.cycles,
-                                             PackedWeight(weight_, chosen, chosen_blocking.block_channels),
-                                             split_rows(weight_.row_start, kRowEntries, chunks)});
+  struct Choice {
+    TileLayout layout;
+    Blocking blocking;
+    double cycles = 0;  // until all is done
+
+    // For `all` vectors.
+    Tiling tiling(std::int64_t all) const {
+      const auto last = static_cast<int>((all - 1) % layout.vectors + 1);
+      return {layout.vectors, last, layout.groups, blocking.block_channels};
+    }
+  };
+
+  // The tiles that `threads` threads are done with first, of all or of those that give the same bits as `like`.
+  Choice cheapest(std::int64_t all, std::int64_t threads, const Choice* like) const {
+    const int widest = isa_.max_vectors[weight_.block];
+    Choice best;
+    std::int64_t before = 0;
+    for (int most = widest; most >= 1; --most) {
+      const std::int64_t tiles = ceil_div(all, most);
+      Choice choice;
+      choice.layout.vectors = static_cast<int>(ceil_div(all, tiles));
+      if (choice.layout.vectors == before) continue;
+      before = choice.layout.vectors;
+      choice.layout.channels = in_;
+      choice.layout.tap = {0};
+      Cost cost;
+      cost.pack_channel = 8.0 * choice.layout.vectors;
+      cost.finish = 10;
+      Blocking& blocking = choice.blocking = best_blocking(weight_, choice.layout, cost, isa_.lanes);
+      const std::int64_t stride = static_cast<std::int64_t>(widest) * isa_.lanes;
+      blocking.block_channels = std::min(blocking.block_channels, kMostFloats / stride);  // offsets are 32-bit
+      choice.layout.channel_stride = pitch(choice.layout.vectors, blocking.block_channels) * isa_.lanes;
+      if (like && !same_order(weight_.block, like->tiling(all), choice.tiling(all))) continue;
+      choice.cycles = makespan(weight_, choice.layout, tiles, blocking.cycles, threads, isa_.lanes).least();
+      if (best.cycles == 0 || choice.cycles < best.cycles) best = choice;
+    }
+    return best;
+  }
+
+  // Vectors between features. Where there is no room for a weight for each width of tiles, several read the same: that of
+  // the widest tile of which a block stays in the L1 cache, or of the widest of all.
+  std::int64_t pitch(std::int64_t vectors, std::int64_t block_channels) const {
+    const auto widest = static_cast<std::size_t>(isa_.max_vectors[weight_.block]);
+    if (widest * weight_.packed_bytes() <= plans_.most_bytes(weight_.dense_bytes())) return vectors;
+    const auto near = static_cast<std::size_t>(vectors_in_l1(block_channels, isa_.lanes));
+    return static_cast<std::int64_t>(near < static_cast<std::size_t>(vectors) ? widest : std::min(near, widest));
+  }
+
+  Plan make_plan(std::int64_t all, std::int64_t threads) {
+    Choice choice = cheapest(all, 1, nullptr);
+    if (threads > 1) choice = cheapest(all, threads, &choice);
+    const TileLayout& layout = choice.layout;
+    const std::int64_t channels = choice.blocking.block_channels;
+    const std::int64_t fewest = all == kAnyVectors ? 3 : ceil_div(all, layout.vectors);
+    const std::int64_t chunks = row_chunks(weight_.rows / kLeastRows, fewest, choice.blocking.cycles);
+    return {layout, choice.blocking.cycles,
+            plans_.weight(PackedWeight::key(layout, channels), [&] { return PackedWeight(weight_, layout, channels); }),
+            split_rows(weight_.row_start, kRowEntries, chunks)};
   }
 
   // The vectors of a tile (the last one has what is left), and whether the rows of tiles are split among threads.
@@ -192,9 +211,9 @@ class SparseLinear final : public Kernel {
       const std::int64_t begin = chunks > 1 ? plan.row_bounds[chunk] : 0;
       const std::int64_t end = chunks > 1 ? plan.row_bounds[chunk + 1] : weight_.rows;
       const std::int64_t block = weight_.block;
-      const std::int64_t blocks = plan.weight.blocks();
+      const std::int64_t blocks = plan.weight->blocks();
       kernels::RowsArgs args{};
-      args.entries = plan.weight.entries();
+      args.entries = plan.weight->entries();
       args.groups = 1;
       args.y_stride = width;
       args.whole = true;
@@ -209,8 +228,8 @@ class SparseLinear final : public Kernel {
       const auto vectors = static_cast<int>(ceil_div(rows_of(tile), isa_.lanes));
       args.y_stride = static_cast<std::int64_t>(vectors) * isa_.lanes;
       for (std::int64_t b = 0; b < blocks; ++b) {
-        const std::int64_t first = plan.weight.first_channel(b);
-        const std::int64_t last = plan.weight.last_channel(b);
+        const std::int64_t first = plan.weight->first_channel(b);
+        const std::int64_t last = plan.weight->last_channel(b);
         if (shared) {
           args.x = shared + (tile * in_ + first) * width;
         } else {
@@ -218,7 +237,7 @@ class SparseLinear final : public Kernel {
           pack(tile, first, last, packed);
           args.x = packed;
         }
-        args.row_start = plan.weight.row_start(b);
+        args.row_start = plan.weight->row_start(b);
         args.first = b == 0;
         args.last = b + 1 == blocks;
         const std::int64_t step = args.last ? kOutputGroup / block : end - begin;
@@ -251,7 +270,7 @@ class SparseLinear final : public Kernel {
   std::vector<float> bias_;
   kernels::Epilogue epilogue_{};
   std::vector<std::int64_t> vector_bounds_;
-  PlanCache<Plan> plans_;
+  PlanCache<Plan, PackedWeight> plans_;
   mutable Helpers helpers_;
 };
 

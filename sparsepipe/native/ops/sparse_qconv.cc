@@ -11,6 +11,7 @@
 
 #include "ops/ops.h"
 #include "ops/plan.h"
+#include "ops/plan_cache.h"
 #include "ops/qplan.h"
 #include "ops/quantized.h"
 #include "ops/window.h"
@@ -48,7 +49,7 @@ struct Geometry {
 
 struct Plan {
   Geometry geometry;
-  PackedQWeight weight;
+  std::shared_ptr<const PackedQWeight> weight;
   std::vector<std::int64_t> row_bounds;  // of the chunks of rows, where work is split further than tiles
 };
 
@@ -81,13 +82,13 @@ class SparseQConv final : public Kernel {
     auto* y = static_cast<std::uint8_t*>(call.output_data(p.out_dims));
     if (p.batch == 0) return;
     const std::shared_ptr<const Plan> plan =
-        plans_.get({p.batch, p.height, p.width}, [&] { return make_plan(p); });
+        plans_.plan({p.batch, p.height, p.width}, [&] { return make_plan(p); });
     run(call, *plan, static_cast<const std::uint8_t*>(x->data),
         residual ? static_cast<const std::uint8_t*>(residual->data) : nullptr, y);
   }
 
  private:
-  std::shared_ptr<const Plan> make_plan(const Planes& p) const {
+  Plan make_plan(const Planes& p) {
     Geometry g{};
     g.batch = p.batch;
     g.height = p.height;
@@ -116,9 +117,11 @@ class SparseQConv final : public Kernel {
     }
     const double tile_cycles = qtile_cycles(weight_, g.vectors);
     const std::int64_t chunks = row_chunks(weight_.rows / 4, g.batch * g.tiles, tile_cycles);
-    PackedQWeight packed(weight_, g.group_bytes, g.tap, isa_.wide);
-    std::vector<std::int64_t> bounds = packed.split(chunks);
-    return std::make_shared<const Plan>(Plan{std::move(g), std::move(packed), std::move(bounds)});
+    std::shared_ptr<const PackedQWeight> weight =
+        plans_.weight(PackedQWeight::key(g.group_bytes, g.tap),
+                      [&] { return PackedQWeight(weight_, g.group_bytes, g.tap, isa_.wide); });
+    std::vector<std::int64_t> bounds = weight->split(chunks);
+    return {std::move(g), std::move(weight), std::move(bounds)};
   }
 
   // Phases, bands and taps of the packed planes.
@@ -199,9 +202,8 @@ class SparseQConv final : public Kernel {
                         static_cast<std::int32_t>(to_column - from)});
       }
     }
-    const auto stage_bytes = static_cast<std::size_t>(kQuad * stage_plane);
-    auto* stage = bytes(scratch().stage, stage_bytes);
-    std::memset(stage, quantization_->padding(), stage_bytes);
+    std::uint8_t* stage = scratch().stage.bytes(kQuad * stage_plane);
+    std::memset(stage, quantization_->padding(), static_cast<std::size_t>(kQuad * stage_plane));
     for (std::int64_t group = first; group < last; ++group, to += g.group_bytes) {
       const std::int64_t channels = std::min<std::int64_t>(kQuad, in_ - group * kQuad);
       for (std::int64_t c = 0; c < channels; ++c) {
@@ -231,10 +233,6 @@ class SparseQConv final : public Kernel {
     }
   }
 
-  static std::uint8_t* bytes(Buffer& buffer, std::size_t count) {
-    return reinterpret_cast<std::uint8_t*>(buffer.at_least(count / sizeof(float) + 1));
-  }
-
   void run(const Call& call, const Plan& plan, const std::uint8_t* x, const std::uint8_t* residual,
            std::uint8_t* y) const {
     const Geometry& g = plan.geometry;
@@ -246,7 +244,7 @@ class SparseQConv final : public Kernel {
     const bool split = all_bands < kTasks && helpers_.expected();
     std::uint8_t* shared = nullptr;
     if (split) {
-      shared = bytes(scratch().shared, static_cast<std::size_t>(all_bands * band_bytes + kSlack));
+      shared = scratch().shared.bytes(all_bands * band_bytes + kSlack);
       const std::int64_t parts = std::min<std::int64_t>(weight_.groups, 8);
       call.parallel(static_cast<std::size_t>(all_bands * parts), [&](std::size_t task) {
         const std::int64_t index = static_cast<std::int64_t>(task) / parts;
@@ -273,13 +271,13 @@ class SparseQConv final : public Kernel {
       if (split) {
         packed = shared + (image * g.bands + band) * band_bytes;
       } else {
-        std::uint8_t* to = bytes(mine.tile, static_cast<std::size_t>(band_bytes + kSlack));
+        std::uint8_t* to = mine.tile.bytes(band_bytes + kSlack);
         pack(g, x + image * in_image, band, 0, weight_.groups, to);
         packed = to;
       }
       kernels::QRowsArgs args{};
-      args.entries = plan.weight.entries();
-      args.row_start = plan.weight.row_start();
+      args.entries = plan.weight->entries();
+      args.row_start = plan.weight->row_start();
       args.row_begin = chunks > 1 ? plan.row_bounds[static_cast<std::size_t>(chunk)] : 0;
       args.row_end = chunks > 1 ? plan.row_bounds[static_cast<std::size_t>(chunk) + 1] : weight_.rows;
       const std::int64_t shift = (image * out_ + args.row_begin * weight_.block) * out_plane;
@@ -310,7 +308,7 @@ class SparseQConv final : public Kernel {
   QWeight weight_;
   std::unique_ptr<Quantization> quantization_;
   kernels::Requantize requantize_{};
-  PlanCache<Plan> plans_;
+  PlanCache<Plan, PackedQWeight> plans_;
   mutable Helpers helpers_;
 };
 

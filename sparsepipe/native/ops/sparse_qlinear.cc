@@ -7,6 +7,7 @@
 
 #include "ops/ops.h"
 #include "ops/plan.h"
+#include "ops/plan_cache.h"
 #include "ops/qplan.h"
 #include "ops/quantized.h"
 #include "ops/window.h"
@@ -24,9 +25,8 @@ constexpr std::int64_t kOutputGroup = 64;   // outputs that are transposed back 
 constexpr std::int64_t kSlack = 2048;       // bytes behind packed data that a tile may read
 
 struct Plan {
-  int vectors;
   std::int64_t width;  // rows of X in a tile
-  PackedQWeight weight;
+  std::shared_ptr<const PackedQWeight> weight;
   std::vector<std::int64_t> row_bounds;
 };
 
@@ -68,21 +68,23 @@ class SparseQLinear final : public Kernel {
     if (rows == 0) return;
     const auto* data = static_cast<const std::uint8_t*>(x->data);
     if (rows <= kFewRows) return by_row(call, data, rows, added, y);
-    const int vectors = best_qvectors(weight_, q_, rows);
-    const std::shared_ptr<const Plan> plan = plans_.get({vectors}, [&] {
+    const std::shared_ptr<const Plan> plan = plans_.plan({rows}, [&] {
+      const int vectors = best_qvectors(weight_, q_, rows);
       const std::int64_t width = static_cast<std::int64_t>(vectors) * q_.lanes;
       if (weight_.groups > kMostFloats / (kQuad * width)) throw Error("the weight has too many columns");
-      const std::int64_t chunks = row_chunks(weight_.rows / 4, ceil_div(rows, width), qtile_cycles(weight_, vectors));
-      PackedQWeight packed(weight_, kQuad * width, {0}, q_.wide);
-      std::vector<std::int64_t> bounds = packed.split(chunks);
-      return std::make_shared<const Plan>(Plan{vectors, width, std::move(packed), std::move(bounds)});
+      const std::int64_t tiles = ceil_div(rows, width);
+      return make_plan(width, row_chunks(weight_.rows / 4, tiles, qtile_cycles(weight_, vectors)));
     });
     by_tile(call, *plan, data, rows, added, y);
   }
 
  private:
-  static std::uint8_t* bytes(Buffer& buffer, std::int64_t count) {
-    return reinterpret_cast<std::uint8_t*>(buffer.at_least(static_cast<std::size_t>(count) / sizeof(float) + 1));
+  Plan make_plan(std::int64_t width, std::int64_t chunks) {
+    const std::vector<std::int32_t> tap{0};
+    std::shared_ptr<const PackedQWeight> weight = plans_.weight(
+        PackedQWeight::key(kQuad * width, tap), [&] { return PackedQWeight(weight_, kQuad * width, tap, q_.wide); });
+    std::vector<std::int64_t> bounds = weight->split(chunks);
+    return {width, std::move(weight), std::move(bounds)};
   }
 
   void flip(std::uint8_t* data, std::int64_t count) const {
@@ -94,13 +96,10 @@ class SparseQLinear final : public Kernel {
   // y may be the residual: the product's bytes stand elsewhere until they meet it.
   void by_row(const Call& call, const std::uint8_t* x, std::int64_t rows, const std::uint8_t* residual,
               std::uint8_t* y) {
-    const std::shared_ptr<const Plan> plan = plans_.get({0}, [&] {
-      PackedQWeight packed(weight_, kQuad, {0}, q_.wide);
-      std::vector<std::int64_t> bounds = packed.split(row_chunks(weight_.rows / 4, 1, 2.0 * weight_.entries()));
-      return std::make_shared<const Plan>(Plan{0, 0, std::move(packed), std::move(bounds)});
-    });
+    const std::shared_ptr<const Plan> plan =
+        plans_.plan({0}, [&] { return make_plan(1, row_chunks(weight_.rows / 4, 1, 2.0 * weight_.entries())); });
     const std::int64_t padded = weight_.groups * kQuad;
-    std::uint8_t* packed = bytes(scratch().shared, rows * padded);
+    std::uint8_t* packed = scratch().shared.bytes(rows * padded);
     for (std::int64_t row = 0; row < rows; ++row) {
       std::memcpy(packed + row * padded, x + row * in_, static_cast<std::size_t>(in_));
     }
@@ -112,12 +111,12 @@ class SparseQLinear final : public Kernel {
       const std::int64_t begin = plan->row_bounds[chunk], end = plan->row_bounds[chunk + 1];
       const std::int64_t first = begin * weight_.block, count = (end - begin) * weight_.block;
       auto* sums = reinterpret_cast<std::int32_t*>(scratch().out.at_least(static_cast<std::size_t>(count) + 1));
-      q_.vector(packed + row * padded, plan->weight.entries(), plan->weight.row_start(), begin, end, weight_.block, sums);
+      q_.vector(packed + row * padded, plan->weight->entries(), plan->weight->row_start(), begin, end, weight_.block, sums);
       std::uint8_t* const to = y + row * out_ + first;
       if (residual == nullptr) {
         q_.requantize(sums, first, count, requantize_, to);
       } else {
-        std::uint8_t* const bytes_of = bytes(scratch().stage, count);
+        std::uint8_t* const bytes_of = scratch().stage.bytes(count);
         q_.requantize(sums, first, count, requantize_, bytes_of);
         q_.add(bytes_of, residual + row * out_ + first, count, sum_, to);
       }
@@ -132,7 +131,7 @@ class SparseQLinear final : public Kernel {
     std::int64_t stride = in_;
     if (in_ % kQuad != 0 || !is_aligned(x)) {
       stride = (last - first) * kQuad;
-      std::uint8_t* copy = bytes(scratch().stage, rows * stride);
+      std::uint8_t* copy = scratch().stage.bytes(rows * stride);
       for (std::int64_t row = 0; row < rows; ++row) {
         std::memcpy(copy + row * stride, from + row * in_, static_cast<std::size_t>(count));
       }
@@ -149,7 +148,7 @@ class SparseQLinear final : public Kernel {
     std::int64_t o = 0;
     if (stride % kQuad == 0 && is_aligned(y)) {
       const std::int64_t words = outputs / kQuad;
-      std::uint8_t* packed = bytes(scratch().partial, words * pitch * kQuad);
+      std::uint8_t* packed = scratch().partial.bytes(words * pitch * kQuad);
       q_.pack(out, pitch, words * kQuad, pitch, 0, packed, pitch * kQuad);
       isa_.transpose(reinterpret_cast<const float*>(packed), pitch, words, rows, reinterpret_cast<float*>(y),
                      stride / kQuad);
@@ -170,7 +169,7 @@ class SparseQLinear final : public Kernel {
     const auto rows_of = [&](std::int64_t tile) { return std::min(width, rows - tile * width); };
     std::uint8_t* shared = nullptr;
     if (chunks > 1) {
-      shared = bytes(scratch().shared, tiles * tile_bytes + kSlack);
+      shared = scratch().shared.bytes(tiles * tile_bytes + kSlack);
       const std::int64_t parts = std::min<std::int64_t>(8, weight_.groups);
       call.parallel(static_cast<std::size_t>(tiles * parts), [&](std::size_t task) {
         const std::int64_t tile = static_cast<std::int64_t>(task) / parts;
@@ -192,19 +191,19 @@ class SparseQLinear final : public Kernel {
       if (shared) {
         args.x = shared + tile * tile_bytes;
       } else {
-        std::uint8_t* packed = bytes(mine.tile, tile_bytes + kSlack);
+        std::uint8_t* packed = mine.tile.bytes(tile_bytes + kSlack);
         pack(x + tile * width * in_, rows_of(tile), 0, weight_.groups, width, packed);
         args.x = packed;
       }
       const auto vectors = static_cast<int>(ceil_div(rows_of(tile), q_.lanes));
-      args.entries = plan.weight.entries();
-      args.row_start = plan.weight.row_start();
+      args.entries = plan.weight->entries();
+      args.row_start = plan.weight->row_start();
       args.y_stride = static_cast<std::int64_t>(vectors) * q_.lanes;
       args.requantize = requantize_;
       const Run run{0, 0, static_cast<std::int32_t>(args.y_stride)};
       args.runs = &run;
       args.run_count = 1;
-      std::uint8_t* out = bytes(mine.out, kOutputGroup * width);
+      std::uint8_t* out = mine.out.bytes(kOutputGroup * width);
       args.y = out;
       const std::int64_t step = kOutputGroup / weight_.block;
       for (std::int64_t row = begin; row < end; row += step) {
@@ -217,7 +216,7 @@ class SparseQLinear final : public Kernel {
           unpack(out, args.y_stride, outputs, rows_of(tile), out_, y + first);
           continue;
         }
-        std::uint8_t* const bytes_of = bytes(mine.stage, rows_of(tile) * kOutputGroup);
+        std::uint8_t* const bytes_of = mine.stage.bytes(rows_of(tile) * kOutputGroup);
         unpack(out, args.y_stride, outputs, rows_of(tile), kOutputGroup, bytes_of);
         for (std::int64_t i = 0; i < rows_of(tile); ++i) {
           q_.add(bytes_of + i * kOutputGroup, residual + first + i * out_, outputs, sum_, y + first + i * out_);
@@ -234,7 +233,7 @@ class SparseQLinear final : public Kernel {
   std::unique_ptr<Quantization> quantization_;
   kernels::Requantize requantize_{}, sum_{};  // of the product, and of its sum with the residual
   bool adds_;
-  PlanCache<Plan> plans_;
+  PlanCache<Plan, PackedQWeight> plans_;
   mutable Helpers helpers_;
 };
 

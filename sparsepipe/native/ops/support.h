@@ -110,6 +110,9 @@ class Buffer {
  public:
   // At least `floats` floats; keeps nothing of the content where it has to grow.
   float* at_least(std::size_t floats);
+  std::uint8_t* bytes(std::int64_t count) {
+    return reinterpret_cast<std::uint8_t*>(at_least(static_cast<std::size_t>(count) / sizeof(float) + 1));
+  }
 
  private:
   struct Free {

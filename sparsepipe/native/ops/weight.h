@@ -22,6 +22,9 @@ struct SparseWeight {
 
   std::uint32_t column(std::uint32_t entry) const { return column16.empty() ? column32[entry] : column16[entry]; }
   std::uint32_t entries() const { return row_start.back(); }
+  // Of the weight laid out for the kernels (its rows aside), and as a dense one.
+  std::size_t packed_bytes() const { return std::size_t{entries()} * (sizeof(std::int32_t) + block * sizeof(float)); }
+  std::size_t dense_bytes() const { return static_cast<std::size_t>(rows * block * columns) * sizeof(float); }
 };
 
 constexpr std::int64_t kMaxChannels = 1 << 24;
