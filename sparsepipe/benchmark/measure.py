@@ -108,7 +108,7 @@ def measure(
             rows[candidate.choice.output] = _decided(candidate.choice, form, dense, sparse)
             saved[candidate.choice.output] = dense - sparse
     progress(LAYERS_SHARE, "the whole network")
-    decided = balanced(model, settle(model, [rows.get(choice.output, choice) for choice in choices]), sizes)
+    decided = balanced(model, [rows.get(choice.output, choice) for choice in choices], sizes)
     outcome = _whole(model, decided, saved, feeds, (1 - LAYERS_SHARE) * seconds)
     progress(1.0, "")
     return replace(outcome, timed=len(saved), missed=sum(map(len, groups)) - len(saved))

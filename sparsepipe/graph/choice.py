@@ -15,12 +15,11 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from sparsepipe.graph import cost, depthwise
 from sparsepipe.graph.balance import worth_it
-from sparsepipe.graph.depthwise import Neighbours
+from sparsepipe.graph.depthwise import Neighbours, Spans
 from sparsepipe.graph.index import Index, index, label, opset
 from sparsepipe.graph.kernel_layer import KernelLayer, Stays, is_depthwise, read, steps, users
 from sparsepipe.graph.layout import Layout
 from sparsepipe.graph.select import uses
-from sparsepipe.graph.shapes import Shapes
 from sparsepipe.graph.sizes import Sizes
 from sparsepipe.graph.verdict import ANY_ISA, Network, judge
 from sparsepipe.native import operators
@@ -111,20 +110,22 @@ def choose(model: ModelProto, isa: str = ANY_ISA) -> list[Choice]:
         except Stays as reason:
             choice = as_it_is(use.node, use.weight, str(reason))
             choices.append(replace(choice, output="") if use.place else choice)
-    return counted_once(balanced(model, settle(model, choices), network.sizes), keys)
+    return counted_once(balanced(model, choices, network.sizes), keys)
 
 
 def settle(model: ModelProto, choices: Sequence[Choice]) -> list[Choice]:
     """The rows with what follows from other rows: shared weights, and depthwise convolutions between sparse layers."""
-    found = index(model.graph)
-    nodes = {node.output[0]: node for node in model.graph.node if node.output}
+    return _settled(choices, Spans(model.graph), opset(model))
+
+
+def _settled(choices: Sequence[Choice], spans: Spans, version: int) -> list[Choice]:
+    nodes, found = spans.found.producers, spans.found
     choices = _all_or_none(choices, found)
-    sparse = [nodes[choice.output] for choice in choices if choice.sparse]
-    neighbours = Neighbours(sparse, found, Shapes(model.graph, found))
+    neighbours = Neighbours([nodes[choice.output] for choice in choices if choice.sparse], spans)
     settled = []
     for choice in choices:
         node = nodes.get(choice.output)
-        if node is not None and is_depthwise(node, found) and opset(model) >= OLDEST_OPSET:
+        if node is not None and is_depthwise(node, found) and version >= OLDEST_OPSET:
             try:
                 reason = neighbours.obstacle(node)
             except Stays as stays:
@@ -142,13 +143,15 @@ def dense_again(choice: Choice, reason: str) -> Choice:
 
 
 def balanced(model: ModelProto, choices: Sequence[Choice], sizes: Sizes) -> list[Choice]:
-    """The rows with those dense again that do not pay for their changes of layout.
+    """The rows as `settle` gives them, with those dense again that do not pay for their changes of layout.
 
     Args:
         model: what they were made for.
-        choices: as `settle` gives them.
+        choices: a row for each layer.
         sizes: of the model's tensors.
     """
+    spans, version = Spans(model.graph), opset(model)
+    choices = _settled(choices, spans, version)
     gains = {
         choice.output: choice.dense_us * (1 - choice.relative)
         for choice in choices
@@ -163,17 +166,17 @@ def balanced(model: ModelProto, choices: Sequence[Choice], sizes: Sizes) -> list
             replace(choice, sparse=False) if choice.output in gains.keys() - set(sparse) else choice
             for choice in choices
         ]
-        return [row.output for row in settle(model, rows) if row.kernel and not row.sparse]
+        return [row.output for row in _settled(rows, spans, version) if row.kernel and not row.sparse]
 
     kept = worth_it(gains, Layout(model.graph, sizes), depthwise_among)
     if kept == gains.keys():
-        return list(choices)
+        return choices
     reason = "; but it saves less than the changes of layout between it and its dense neighbours cost"
     rows = [
         dense_again(choice, choice.reason + reason) if choice.output in gains.keys() - kept else choice
         for choice in choices
     ]
-    return settle(model, rows)
+    return _settled(rows, spans, version)
 
 
 def _all_or_none(choices: Sequence[Choice], found: Index) -> list[Choice]:

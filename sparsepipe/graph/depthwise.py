@@ -8,14 +8,49 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from onnx import NodeProto
+from onnx import GraphProto, NodeProto
 
 from sparsepipe.graph.fusion import fuse
-from sparsepipe.graph.index import Index
-from sparsepipe.graph.kernel_layer import read, read_depthwise
+from sparsepipe.graph.index import index
+from sparsepipe.graph.kernel_layer import Stays, is_depthwise, read, read_depthwise
 from sparsepipe.graph.shapes import Shapes
 
 REASON = "depthwise convolution between sparse layers: the library's dense kernel keeps their layout"
+
+
+class Spans:
+    """From which tensor to which one a node reaches with what is fused into it; each node is read once.
+
+    Args:
+        graph: in which no layer is replaced yet.
+
+    Attributes:
+        found: its index.
+    """
+
+    def __init__(self, graph: GraphProto) -> None:
+        self.found = index(graph)
+        self._shapes = Shapes(graph, self.found)
+        self._known: dict[str, tuple[str, str] | str] = {}  # a text says why no kernel takes it
+
+    def of(self, node: NodeProto) -> tuple[str, str]:
+        """The input and the output of a layer, a depthwise convolution among them.
+
+        Raises:
+            Stays: no kernel of the library takes it.
+        """
+        key = node.output[0]
+        if key not in self._known:
+            try:
+                layer = (read_depthwise if is_depthwise(node, self.found) else read)(node, self.found)
+                fuse(layer, self.found, self._shapes)
+                self._known[key] = layer.source, layer.last.output[0]
+            except Stays as reason:
+                self._known[key] = str(reason)
+        known = self._known[key]
+        if isinstance(known, str):
+            raise Stays(known)
+        return known
 
 
 class Neighbours:
@@ -23,18 +58,13 @@ class Neighbours:
 
     Args:
         nodes: the layers that become sparse.
-        found: the index of the graph.
-        shapes: of its tensors.
+        spans: of the graph.
     """
 
-    def __init__(self, nodes: Collection[NodeProto], found: Index, shapes: Shapes) -> None:
-        self._found, self._shapes = found, shapes
-        self._outputs = set()
+    def __init__(self, nodes: Collection[NodeProto], spans: Spans) -> None:
+        self._spans = spans
+        self._outputs = {spans.of(node)[1] for node in nodes}
         self._inputs = {(node.output[0], node.input[0]) for node in nodes}
-        for node in nodes:
-            layer = read(node, found)
-            fuse(layer, found, shapes)
-            self._outputs.add(layer.last.output[0])
 
     def obstacle(self, node: NodeProto) -> str | None:
         """Why a depthwise convolution stays with onnxruntime; None where it is between sparse layers.
@@ -42,13 +72,12 @@ class Neighbours:
         Raises:
             Stays: the library's kernel does not take it.
         """
-        layer = read_depthwise(node, self._found)
-        fuse(layer, self._found, self._shapes)
-        output = layer.last.output[0]
-        users = self._found.consumers.get(output, [])
-        if layer.source not in self._outputs:
+        found = self._spans.found
+        source, output = self._spans.of(node)
+        users = found.consumers.get(output, [])
+        if source not in self._outputs:
             return "depthwise convolution: what comes before it is not sparse"
-        if not users or self._found.pinned(output):
+        if not users or found.pinned(output):
             return "depthwise convolution: its output leaves the network"
         if not all((user.output[0], output) in self._inputs for user in users):
             return "depthwise convolution: what follows it is not sparse"

@@ -10,7 +10,7 @@ Scaling keeps every zero of W, so a sparse weight stays as sparse as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
 
 from sparsepipe.graph.index import (
     Index,
+    Names,
     attribute,
     copy,
-    fresh,
     index,
     integer,
     is_standard,
@@ -64,30 +64,27 @@ def fold(model: ModelProto) -> tuple[ModelProto, list[Unfolded]]:
     if result.ir_version < FREE_WEIGHTS_SINCE:
         _drop_weights_from_inputs(graph)
         result.ir_version = FREE_WEIGHTS_SINCE
-    _drop_pass_through(graph)
-    unfolded = _fold_batch_norms(graph)
+    found = index(graph)
+    _drop_pass_through(graph, found)
+    unfolded = _fold_batch_norms(graph, found)
     tidy(graph)
     return result, unfolded
 
 
-def _fold_batch_norms(graph: GraphProto) -> list[Unfolded]:
-    left: dict[str, Unfolded] = {}
-
-    def next_one() -> NodeProto | None:
-        return next(
-            (node for node in graph.node if is_standard(node, "BatchNormalization") and node.output[0] not in left),
-            None,
-        )
-
-    while (norm := next_one()) is not None:
-        try:
-            _fold_into_producer(graph, norm, index(graph))
-        except _NotFoldable as reason:
-            left[norm.output[0]] = Unfolded(label(norm), str(reason))
-    return list(left.values())
+def _fold_batch_norms(graph: GraphProto, found: Index) -> list[Unfolded]:
+    names, gone, left = Names(graph), [], []
+    for position, node in enumerate(graph.node):
+        if is_standard(node, "BatchNormalization"):
+            try:
+                _fold_into_producer(graph, node, found, names)
+                gone.append(position)
+            except _NotFoldable as reason:
+                left.append(Unfolded(label(node), str(reason)))
+    _delete(graph, gone)
+    return left
 
 
-def _fold_into_producer(graph: GraphProto, norm: NodeProto, found: Index) -> None:
+def _fold_into_producer(graph: GraphProto, norm: NodeProto, found: Index, names: Names) -> None:
     layer = found.producers.get(norm.input[0])
     if layer is None or not is_standard(layer, *_FOLDERS):
         before = "the input of the network" if layer is None else f"{layer.op_type} '{label(layer)}'"
@@ -104,9 +101,11 @@ def _fold_into_producer(graph: GraphProto, norm: NodeProto, found: Index) -> Non
     scale, shift = _scale_and_shift(norm, found)
     bias = _constant(layer.input[2], found, "bias") if len(layer.input) > 2 and layer.input[2] else None
     new_weight, new_bias = _FOLDERS[layer.op_type](layer, numpy_helper.to_array(weight), bias, scale, shift)
-    _replace(graph, found, layer, new_weight, new_bias)
+    found.remove(norm)
+    found.remove(layer)
+    _replace(graph, found, layer, new_weight, new_bias, names)
     layer.output[0] = norm.output[0]
-    graph.node.remove(norm)
+    found.add(layer)
 
 
 def _scale_and_shift(norm: NodeProto, found: Index) -> tuple[Array, Array]:
@@ -178,21 +177,19 @@ def _stored(value: Array, like: Array) -> Array:
     return stored
 
 
-def _replace(graph: GraphProto, found: Index, layer: NodeProto, weight: Array, bias: Array) -> None:
+def _replace(graph: GraphProto, found: Index, layer: NodeProto, weight: Array, bias: Array, names: Names) -> None:
     """Give `layer` a new weight and bias under the old names; a bias that others use, too, is left to them."""
     name = layer.input[1]
     found.constants[name].CopyFrom(numpy_helper.from_array(weight, found.constants[name].name))
-    if len(layer.input) > 2 and layer.input[2]:
-        old = layer.input[2]
-        alone = len(found.consumers[old]) == 1 and not found.pinned(old)
-        if alone:
-            found.constants[old].CopyFrom(numpy_helper.from_array(bias, found.constants[old].name))
-            return
+    old = layer.input[2] if len(layer.input) > 2 else ""
+    if old and old not in found.consumers and not found.pinned(old):
+        found.constants[old].CopyFrom(numpy_helper.from_array(bias, found.constants[old].name))
+        return
     stem = name.removesuffix(".weight")
-    new = fresh(f"{stem}.bias", graph)
-    graph.initializer.append(numpy_helper.from_array(bias, new))
+    graph.initializer.append(numpy_helper.from_array(bias, names.fresh(f"{stem}.bias")))
+    found.store(graph.initializer[-1])
     del layer.input[2:]
-    layer.input.append(new)
+    layer.input.append(graph.initializer[-1].name)
 
 
 def _drop_weights_from_inputs(graph: GraphProto) -> None:
@@ -201,21 +198,27 @@ def _drop_weights_from_inputs(graph: GraphProto) -> None:
         graph.input.remove(value)
 
 
-def _drop_pass_through(graph: GraphProto) -> None:
+def _drop_pass_through(graph: GraphProto, found: Index) -> None:
     """Remove Identity and Dropout nodes: in use, both hand on their input."""
-    for node in [node for node in graph.node if is_standard(node, "Identity", "Dropout")]:
-        found = index(graph)
-        if not _passes_through(node, found):
+    gone = []
+    for position, node in enumerate(graph.node):
+        if not is_standard(node, "Identity", "Dropout") or not _passes_through(node, found):
             continue
         source, target = node.input[0], node.output[0]
         if not found.pinned(target):
-            graph.node.remove(node)
-            _rename_inputs(graph, target, source)
+            found.remove(node)
+            _rename_inputs(found, target, source)
         elif target not in found.captured and source in found.producers and not found.pinned(source):
-            graph.node.remove(node)  # the node before it can write the output itself
-            producer = found.producers[source]
+            found.remove(node)
+            producer = found.producers[source]  # it can write the output itself
+            found.remove(producer)
             producer.output[list(producer.output).index(source)] = target
-            _rename_inputs(graph, source, target)
+            found.add(producer)
+            _rename_inputs(found, source, target)
+        else:
+            continue
+        gone.append(position)
+    _delete(graph, gone)
 
 
 def _passes_through(node: NodeProto, found: Index) -> bool:
@@ -227,8 +230,15 @@ def _passes_through(node: NodeProto, found: Index) -> bool:
     return training is not None and not numpy_helper.to_array(training).any()
 
 
-def _rename_inputs(graph: GraphProto, old: str, new: str) -> None:
-    for node in graph.node:
+def _rename_inputs(found: Index, old: str, new: str) -> None:
+    for node in found.consumers.get(old, []):
+        found.remove(node)
         for position, name in enumerate(node.input):
             if name == old:
                 node.input[position] = new
+        found.add(node)
+
+
+def _delete(graph: GraphProto, positions: Sequence[int]) -> None:
+    for position in reversed(positions):
+        del graph.node[position]

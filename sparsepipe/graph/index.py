@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ NUMBERS = {"value_float": np.float32, "value_floats": np.float32, "value_int": n
 
 @dataclass(frozen=True)
 class Index:
-    """The tensors of one graph by name. It describes the graph at the moment it was made.
+    """The tensors of one graph by name: of the graph as it was when this was made, and as `add` and `remove` say.
 
     Attributes:
         producers: the node that writes a tensor.
@@ -27,10 +27,10 @@ class Index:
         captured: names that a subgraph (of If, Loop or Scan) mentions.
     """
 
-    producers: Mapping[str, NodeProto]
-    consumers: Mapping[str, list[NodeProto]]
-    stored: Mapping[str, TensorProto]
-    constants: Mapping[str, TensorProto]
+    producers: dict[str, NodeProto]
+    consumers: dict[str, list[NodeProto]]
+    stored: dict[str, TensorProto]
+    constants: dict[str, TensorProto]
     outputs: frozenset[str]
     captured: frozenset[str]
 
@@ -38,17 +38,31 @@ class Index:
         """Whether `name` is seen from outside of the graph's own nodes, so that its meaning must stay."""
         return name in self.outputs or name in self.captured
 
+    def add(self, node: NodeProto) -> None:
+        """Note a node that came into the graph, or has changed."""
+        for name in node.input:
+            self.consumers.setdefault(name, []).append(node)
+        self.producers.update((name, node) for name in node.output if name)
+
+    def store(self, tensor: TensorProto) -> None:
+        """Note an initializer that came into the graph."""
+        self.stored[tensor.name] = self.constants[tensor.name] = tensor
+
+    def remove(self, node: NodeProto) -> None:
+        """Forget a node that leaves the graph, or before it changes."""
+        for name in set(node.input):
+            left = [user for user in self.consumers.pop(name) if user is not node]
+            if left:
+                self.consumers[name] = left
+        for name in node.output:
+            self.producers.pop(name, None)
+
 
 def index(graph: GraphProto) -> Index:
     """Index the nodes and initializers of `graph`."""
-    producers: dict[str, NodeProto] = {}
-    consumers: dict[str, list[NodeProto]] = {}
     stored = {tensor.name: tensor for tensor in graph.initializer}
     captured: set[str] = set()
     for node in graph.node:
-        for name in node.input:
-            consumers.setdefault(name, []).append(node)
-        producers.update((name, node) for name in node.output if name)
         if (value := constant_value(node)) is not None:
             stored[node.output[0]] = value
         for _, inner in subgraphs(node):
@@ -56,7 +70,10 @@ def index(graph: GraphProto) -> Index:
     inputs = {value.name for value in graph.input}
     constants = {name: tensor for name, tensor in stored.items() if name not in inputs}
     outputs = frozenset(value.name for value in graph.output)
-    return Index(producers, consumers, stored, constants, outputs, frozenset(captured))
+    found = Index({}, {}, stored, constants, outputs, frozenset(captured))
+    for node in graph.node:
+        found.add(node)
+    return found
 
 
 def attribute(node: NodeProto, name: str) -> AttributeProto | None:
@@ -131,12 +148,23 @@ def copy(model: ModelProto) -> ModelProto:
     return result
 
 
+class Names:
+    """Gives names to new tensors of a graph."""
+
+    def __init__(self, graph: GraphProto) -> None:
+        self._taken = mentioned(graph)
+
+    def fresh(self, name: str) -> str:
+        """`name`, made longer until no tensor of the graph or of its subgraphs has it, nor one that was named here."""
+        while name in self._taken:
+            name += "_"
+        self._taken.add(name)
+        return name
+
+
 def fresh(name: str, graph: GraphProto) -> str:
-    """`name`, made longer until no tensor of `graph` or of its subgraphs has it."""
-    taken = mentioned(graph)
-    while name in taken:
-        name += "_"
-    return name
+    """A name for one new tensor of a graph; for many, `Names` looks through the graph once."""
+    return Names(graph).fresh(name)
 
 
 def mentioned(graph: GraphProto) -> set[str]:

@@ -17,9 +17,9 @@ from sparsepipe.errors import GraphError, first_line
 from sparsepipe.graph.index import (
     STANDARD_DOMAINS,
     Index,
+    Names,
     all_nodes,
     copy,
-    fresh,
     index,
     integer,
     is_standard,
@@ -112,7 +112,7 @@ def _keep_metadata(model: ModelProto, converted: ModelProto) -> None:
 
 def _lower(model: ModelProto, target: int, where: str) -> ModelProto:
     lowered = copy(model)
-    _lower_graph(lowered.graph, opset(model), target)
+    _lower_graph(lowered.graph, Names(lowered.graph), opset(model), target)
     for entry in lowered.opset_import:
         if entry.domain in STANDARD_DOMAINS:
             entry.version = target
@@ -120,23 +120,25 @@ def _lower(model: ModelProto, target: int, where: str) -> ModelProto:
     return lowered
 
 
-def _lower_graph(graph: GraphProto, source: int, target: int) -> None:
+def _lower_graph(graph: GraphProto, names: Names, source: int, target: int) -> None:
     found = index(graph)
-    lowered = [new for node in graph.node for new in _lower_node(graph, found, node, source, target)]
+    lowered = [new for node in graph.node for new in _lower_node(graph, names, found, node, source, target)]
     del graph.node[:]
     graph.node.extend(lowered)
     tidy(graph)
 
 
-def _lower_node(graph: GraphProto, found: Index, node: NodeProto, source: int, target: int) -> Sequence[NodeProto]:
+def _lower_node(
+    graph: GraphProto, names: Names, found: Index, node: NodeProto, source: int, target: int
+) -> Sequence[NodeProto]:
     if node.domain not in STANDARD_DOMAINS:
         return [node]
     for _, inner in subgraphs(node):
-        _lower_graph(inner, source, target)
+        _lower_graph(inner, names, source, target)
     if is_standard(node, "LayerNormalization") and target < LAYER_NORMALIZATION_SINCE:
-        return _layer_normalization(graph, node)
+        return _layer_normalization(graph, names, node)
     if is_standard(node, "Shape") and target < SHAPE_RANGE_SINCE:
-        return _shape(graph, node)
+        return _shape(graph, names, node)
     try:
         new, old = (defs.get_schema(node.op_type, version, "") for version in (source, target))
     except defs.SchemaError as error:
@@ -202,19 +204,19 @@ def _axes_to_attribute(node: NodeProto, found: Index) -> NodeProto:
     return node
 
 
-def _shape(graph: GraphProto, node: NodeProto) -> list[NodeProto]:
+def _shape(graph: GraphProto, names: Names, node: NodeProto) -> list[NodeProto]:
     """Shape of some axes in older operators: all of the shape, then a slice of it."""
     start, end = integer(node, "start", 0), integer(node, "end", np.iinfo(np.int64).max)
     del node.attribute[:]
-    whole, result = fresh(f"{label(node)}/shape", graph), node.output[0]
+    whole, result = names.fresh(f"{label(node)}/shape"), node.output[0]
     node.output[0] = whole
-    bounds = [fresh(f"{label(node)}/{name}", graph) for name in ("start", "end")]
+    bounds = [names.fresh(f"{label(node)}/{name}") for name in ("start", "end")]
     for name, value in zip(bounds, (start, end), strict=True):
         graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
     return [node, helper.make_node("Slice", [whole, *bounds], [result])]
 
 
-def _layer_normalization(graph: GraphProto, node: NodeProto) -> list[NodeProto]:
+def _layer_normalization(graph: GraphProto, names: Names, node: NodeProto) -> list[NodeProto]:
     """LayerNormalization in older operators: (x - mean) / sqrt(variance + eps) * scale + bias over the last axes."""
     first_axis = integer(node, "axis", -1)
     if first_axis >= 0 or any(node.output[1:]):
@@ -224,12 +226,12 @@ def _layer_normalization(graph: GraphProto, node: NodeProto) -> list[NodeProto]:
     nodes: list[NodeProto] = []
 
     def add(op_type: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
-        output = name if name == result else fresh(f"{stem}/{name}", graph)
+        output = name if name == result else names.fresh(f"{stem}/{name}")
         nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
         return output
 
     def constant(name: str, value: float) -> str:
-        output = fresh(f"{stem}/{name}", graph)
+        output = names.fresh(f"{stem}/{name}")
         graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), output))
         return output
 

@@ -17,7 +17,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from sparsepipe.errors import GraphError
 from sparsepipe.graph.compact import NEWER, CompactNode
-from sparsepipe.graph.index import NUMBERS, all_nodes, graphs, index, label, mentioned, opset, subgraphs
+from sparsepipe.graph.index import NUMBERS, Names, all_nodes, graphs, index, label, opset, subgraphs
 from sparsepipe.graph.tidy import tidy
 from sparsepipe.native import operators, quantized
 
@@ -70,7 +70,7 @@ def restore(model: ModelProto, *, where: str, limit: int) -> list[Compact]:
             node.domain, node.op_type = "", "MaxPool"
     if sum(math.prod(shape) for shape in _shapes(model, where)) * FLOAT_BYTES > limit:
         raise GraphError("Its weights have more than 2 GB when they are dense; no ONNX file holds that.", where=where)
-    restorer = _Restorer(opset(model), mentioned(model.graph), where)
+    restorer = _Restorer(opset(model), Names(model.graph), where)
     restorer.restore(model.graph, {})
     if not any(_is_ours(node) for node in all_nodes(model)):
         for function in [one for one in model.functions if one.domain == operators.DOMAIN]:
@@ -103,8 +103,8 @@ def _shapes(model: ModelProto, where: str) -> Iterator[tuple[int, ...]]:
 class _Restorer:
     """Restores graph after graph; `rows` says what was found."""
 
-    def __init__(self, version: int, taken: set[str], where: str) -> None:
-        self._opset, self._taken, self._where = version, taken, where
+    def __init__(self, version: int, names: Names, where: str) -> None:
+        self._opset, self._fresh, self._where = version, names.fresh, where
         self.rows: list[Compact] = []
 
     def restore(self, graph: GraphProto, outer: Mapping[str, TensorProto]) -> None:
@@ -185,12 +185,6 @@ class _Restorer:
             step.attribute.extend(given for given in resolved if given is not None)
         next(step for step in made if weight in step.input).name = node.proto.name
         return made
-
-    def _fresh(self, name: str) -> str:
-        while name in self._taken:
-            name += "_"
-        self._taken.add(name)
-        return name
 
 
 def _is_nothing(bias: TensorProto | None) -> bool:

@@ -17,8 +17,8 @@ from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from sparsepipe.graph.choice import Choice, choose, settle
 from sparsepipe.graph.fusion import fuse
-from sparsepipe.graph.index import copy, fresh, index, opset
-from sparsepipe.graph.kernel_layer import Array, KernelLayer, read, read_depthwise, steps
+from sparsepipe.graph.index import Names, copy, index, opset
+from sparsepipe.graph.kernel_layer import Array, KernelLayer, read, read_depthwise
 from sparsepipe.graph.shapes import Shapes
 from sparsepipe.graph.tidy import tidy
 from sparsepipe.native import operators
@@ -42,7 +42,7 @@ def rewrite(model: ModelProto, choices: Sequence[Choice]) -> ModelProto:
         if node.output and node.output[0] in chosen:
             made = rewriter.replace(node, chosen[node.output[0]])
             bodies.setdefault(made.op_type, operators.function_for(made, opset(model)))
-    tidy(result.graph)
+    rewriter.finish()
     present = {function.name for function in result.functions if function.domain == operators.DOMAIN}
     result.functions.extend(body for name, body in sorted(bodies.items()) if name not in present)
     if all(entry.domain != operators.DOMAIN for entry in result.opset_import):
@@ -64,24 +64,30 @@ class _Rewriter:
 
     def __init__(self, graph: GraphProto) -> None:
         self._graph = graph
-        self._shapes = Shapes(graph, index(graph))
+        self._found = index(graph)
+        self._shapes = Shapes(graph, self._found)
+        self._names = Names(graph)
         self._encoded: dict[str, list[tuple[list[str], Array, Array]]] = {}
+        self._replaced: dict[str, NodeProto | None] = {}  # output of a node -> what stands in its place
 
     def replace(self, node: NodeProto, choice: Choice) -> NodeProto:
-        """Put the operator in the place of the last node that it stands for."""
-        found = index(self._graph)
-        layer = read_depthwise(node, found) if choice.kernel == "DepthwiseConv" else read(node, found)
-        fuse(layer, found, self._shapes)
+        """Make the operator for a layer and what follows it."""
+        layer = (read_depthwise if choice.kernel == "DepthwiseConv" else read)(node, self._found)
+        fuse(layer, self._found, self._shapes)
         made = self._made(node, layer, choice)
-        position = next(place for place, entry in enumerate(self._graph.node) if entry.output[:1] == made.output[:1])
-        self._graph.node.insert(position, made)
         for gone in (node, *layer.fused):
-            self._graph.node.remove(gone)
-        for step in steps(node.input[1], found):
-            if any(step.output[0] in entry.input for entry in self._graph.node):
-                break
-            self._graph.node.remove(step)
+            self._found.remove(gone)
+            self._replaced[gone.output[0]] = None
+        self._found.add(made)
+        self._replaced[made.output[0]] = made
         return made
+
+    def finish(self) -> None:
+        """Put each operator in the place of the last node that it stands for; the others go."""
+        nodes = [self._replaced.get(node.output[0], node) if node.output else node for node in self._graph.node]
+        del self._graph.node[:]
+        self._graph.node.extend(node for node in nodes if node is not None)
+        tidy(self._graph)
 
     def _made(self, node: NodeProto, layer: KernelLayer, choice: Choice) -> NodeProto:
         stem = choice.name.removesuffix(".weight")
@@ -114,6 +120,6 @@ class _Rewriter:
         return names
 
     def _stored(self, name: str, value: Array) -> str:
-        name = fresh(name, self._graph)
+        name = self._names.fresh(name)
         self._graph.initializer.append(numpy_helper.from_array(value, name))
         return name

@@ -276,3 +276,20 @@ def test_unused_initializers_go_and_float16_stays_float16() -> None:
     after, unfolded = fold(made)
     assert unfolded == []
     assert {name: value.dtype for name, value in stored(after).items()} == {"w": np.float16, "w.bias": np.float16}
+
+
+def test_nodes_that_no_output_needs_go() -> None:
+    branch = helper.make_graph(
+        [helper.make_node("Neg", ["seen"], ["inner"])], "b", [], [helper.make_tensor_value_info("inner", 1, None)]
+    )
+    nodes = [
+        helper.make_node("Exp", ["x"], ["seen"]),
+        helper.make_node("Abs", ["x"], ["dead"]),
+        helper.make_node("Split", ["dead"], ["first", "second"], axis=1, num_outputs=2),
+        helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch),
+        helper.make_node("Split", ["x"], ["unused", "z"], axis=1, num_outputs=2),
+    ]
+    after, _ = fold(model(nodes, {"yes": np.array(True), "idle": np.zeros(3)}, (2,), ("y", "z")))
+    assert op_types(after) == ["Exp", "If", "Split"]
+    assert list(stored(after)) == ["yes"]
+    assert "dead" not in {value.name for value in after.graph.value_info}
