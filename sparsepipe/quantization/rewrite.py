@@ -66,7 +66,7 @@ def rewrite(model: ModelProto) -> tuple[ModelProto, list[Choice]]:
             bodies.setdefault(made.op_type, quantized.function_for(made, opset(result)))
     for made in (*tabulate(result.graph, shapes, opset(result)), *pool(result.graph)):
         bodies.setdefault(made.op_type, quantized.function_for(made, opset(result)))
-    _drop_unused(result.graph)
+    tidy(result.graph)
     result.functions.extend(bodies[name] for name in sorted(bodies))
     result.opset_import.append(helper.make_opsetid(operators.DOMAIN, operators.VERSION))
     result.ir_version = max(result.ir_version, OLDEST_IR)
@@ -217,21 +217,3 @@ def _added(graph: GraphProto, value: NDArray[Any], name: str) -> str:
 
 def _names(tensor: Quantised) -> list[str]:
     return [tensor.name, tensor.scale, tensor.zero_point]
-
-
-def _drop_unused(graph: GraphProto) -> None:
-    """Remove the steps between fp32 and int8 that nothing uses any more."""
-    while True:
-        found = index(graph)
-        idle = [
-            node
-            for node in graph.node
-            if is_standard(node, "DequantizeLinear", "QuantizeLinear")
-            and node.output[0] not in found.consumers
-            and not found.pinned(node.output[0])
-        ]
-        if not idle:
-            break
-        for node in idle:
-            graph.node.remove(node)
-    tidy(graph)

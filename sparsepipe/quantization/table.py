@@ -14,6 +14,7 @@ from onnxruntime import GraphOptimizationLevel
 
 from sparsepipe.graph.index import Index, fresh, index, is_standard
 from sparsepipe.graph.shapes import Shapes
+from sparsepipe.graph.tidy import tidy
 from sparsepipe.native import quantized
 from sparsepipe.quantization.layer import BYTES, Quantised, alike
 from sparsepipe.runtime.sessions import run, session
@@ -68,7 +69,7 @@ def tabulate(graph: GraphProto, shapes: Shapes, opset: int) -> list[NodeProto]:
         place = next(place for place, node in enumerate(graph.node) if node.output[:1] == [output])
         graph.node.insert(place, made[-1])
         graph.node.remove(step)
-        _remove_idle(graph, {node.output[0] for node in function.nodes})
+        tidy(graph)
         found = index(graph)
     return made
 
@@ -166,18 +167,3 @@ def _bounds(node: NodeProto, found: Index) -> list[TensorProto]:
     numbers = [np.float32(step + 0.5 * np.sign(step)) * scale for step in steps]
     names = [f"{node.output[0]}.{end}" for end in ("least", "largest")]
     return [numpy_helper.from_array(np.asarray(number), name) for number, name in zip(numbers, names, strict=True)]
-
-
-def _remove_idle(graph: GraphProto, names: set[str]) -> None:
-    """Remove those of the nodes that make `names` whose output nothing uses."""
-    while True:
-        found = index(graph)
-        idle = [
-            node
-            for node in graph.node
-            if node.output[0] in names and node.output[0] not in found.consumers and not found.pinned(node.output[0])
-        ]
-        if not idle:
-            return
-        for node in idle:
-            graph.node.remove(node)
