@@ -30,7 +30,7 @@ def save(path: Path, state: State) -> None:
     """Write dense arrays and compressed weights, each under its name, atomically.
 
     Raises:
-        FormatError: a component would stand under the name of another tensor.
+        FormatError: a component would stand under the name of another tensor, or `load` would refuse the file.
     """
     arrays: dict[str, Array] = {}
     described: dict[str, Any] = {}
@@ -41,6 +41,7 @@ def save(path: Path, state: State) -> None:
             if full_name in arrays or (full_name != name and full_name in state):
                 fail(f"A component would overwrite the tensor '{full_name}'.", name)
             arrays[full_name] = array
+    _check_elements(sum(math.prod(entry.shape) for entry in state.values()), arrays, str(path))
     write_tensors(path, arrays, {METADATA_KEY: json.dumps({"version": VERSION, "tensors": described})})
 
 
@@ -65,8 +66,7 @@ def load(path: Path) -> dict[str, Array | Compressed]:
         elements += math.prod(shape)
     if unnamed := set(arrays) - used:
         fail(f"The array '{min(unnamed)}' is not named in the metadata.", str(path))
-    if elements > element_limit(sum(array.nbytes for array in arrays.values())):
-        fail(f"All tensors together have {elements} elements, too many for the size of the file.", str(path))
+    _check_elements(elements, arrays, str(path))
     return state
 
 
@@ -86,6 +86,17 @@ def load_dense(path: Path) -> dict[str, Array]:
 def is_network(metadata: Mapping[str, str]) -> bool:
     """Whether the metadata of a safetensors file is that of a network written by `save`."""
     return METADATA_KEY in metadata
+
+
+def _check_elements(elements: int, arrays: Mapping[str, Array], where: str) -> None:
+    """Refuse tensors that each may be nearly empty, but not all together: no small file shall fill the memory."""
+    if elements > element_limit(sum(array.nbytes for array in arrays.values())):
+        raise FormatError(
+            f"All tensors together have {elements} elements, too many for the size of the file: there is next to "
+            "nothing in them.",
+            where=where,
+            advice="If the network really is that empty, store it in the format bitmask.",
+        )
 
 
 def _arrays(name: str, entry: Array | Compressed) -> dict[str, Array]:
