@@ -68,7 +68,7 @@ class BeforeTraining(TargetMethod):
                 rows = top_k(score, counts, torch.ones_like(score, dtype=torch.bool))
                 masks[name] = layer.pattern.unfold(rows, layer.shape)
             elif progress == 1:
-                network.masks.reasons.setdefault(name, f"{self.target.distribution} keeps it dense")
+                self.note_full(network, name)
         return masks
 
     def gradients(self, network: Network, samples: Samples, temperature: float = 1.0) -> dict[str, Tensor]:

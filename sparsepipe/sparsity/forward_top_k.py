@@ -29,18 +29,14 @@ class ForwardTopK(TargetMethod):
     def choose(self, network: Network) -> None:
         """Choose M anew."""
         for name, kept in self.kept(network).items():
-            layer = network.layers[name]
-            # Under `global` a layer that is full now may not be so at another choice.
-            if kept < layer.groups or (self.target.distribution == "global" and not layer.dense_because):
-                network.memory["mask"][name] = largest(network, layer, kept)
-            else:
-                self._keeps_dense(network, name)
+            if not self.stays_full(network, name, kept):
+                network.memory["mask"][name] = largest(network, network.layers[name], kept)
 
     def end(self, network: Network) -> None:
         """Make M the masks, for good."""
         for name, mask in network.memory["mask"].items():
             if mask.all():
-                self._keeps_dense(network, name)
+                self.note_full(network, name)
             else:
                 network.change(name, mask)
         network.memory["mask"] = {}
@@ -58,9 +54,6 @@ class ForwardTopK(TargetMethod):
         nnz = sum(int(mask.count_nonzero()) for mask in masks.values())
         density = {name: int(mask.count_nonzero()) / mask.numel() for name, mask in masks.items()}
         return {"sparsity": 1 - nnz / network.masks.size, "density": density}
-
-    def _keeps_dense(self, network: Network, name: str) -> None:
-        network.masks.reasons.setdefault(name, f"{self.target.distribution} keeps it dense")
 
 
 def largest(network: Network, layer: Layer, kept: int) -> Tensor:

@@ -171,6 +171,21 @@ class TargetMethod(Method):
             }
         return self.target.kept(network.layers, magnitudes, progress)
 
+    def stays_full(self, network: Network, name: str, kept: int) -> bool:
+        """Whether a layer that keeps so many groups in each row needs no mask; the reason is noted.
+
+        Under `global` a layer that is full now may not be so at another choice.
+        """
+        layer = network.layers[name]
+        if kept < layer.groups or (self.target.distribution == "global" and not layer.dense_because):
+            return False
+        self.note_full(network, name)
+        return True
+
+    def note_full(self, network: Network, name: str) -> None:
+        """Note that the distribution is why a layer is dense, unless there is another reason."""
+        network.masks.reasons.setdefault(name, f"{self.target.distribution} keeps it dense")
+
     def describe(self) -> dict[str, Any]:
         target = self.target
         overrides = [[entry.layers, entry.sparsity, str(entry.pattern), entry.dense] for entry in target.overrides]
@@ -210,11 +225,8 @@ class SparseFromStart(TargetMethod):
         network.plan(self.target)
         masks, first = {}, self.first_counts(network)
         for name, kept in self.kept(network).items():
-            layer = network.layers[name]
-            if kept < layer.groups:
-                masks[name] = _random_mask(network, layer, first[name])
-            else:
-                network.masks.reasons.setdefault(name, f"{self.target.distribution} keeps it dense")
+            if not self.stays_full(network, name, kept):
+                masks[name] = _random_mask(network, network.layers[name], first[name])
         network.start(masks)
         if self.sparse_init:
             for name in masks:

@@ -23,7 +23,7 @@ class MagnitudePruning(TargetMethod):
             if kept < layer.groups:
                 prune_layer(network, layer, kept)
             elif progress == 1:
-                network.masks.reasons.setdefault(name, f"{self.target.distribution} keeps it dense")
+                self.note_full(network, name)
         network.masks.count()
 
 

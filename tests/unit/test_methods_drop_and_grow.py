@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -164,6 +166,27 @@ def test_granet_s_last_pruning_falls_on_its_step_whatever_the_interval() -> None
         bench.step(randn(20, 20, seed=t))
     assert bench.sparsifier.masks_final
     assert bench.sparsifier.mask_set.nnz == 40
+
+
+@pytest.mark.parametrize("method", [GraNet, partial(MEST, variant="em&s", stop_at=1.0)])
+def test_a_layer_that_a_global_distribution_fills_at_first_is_cut_later(method: Any) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 20, bias=False), torch.nn.Linear(20, 4, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(model[1].weight.sign())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(
+        model, optimizer, method(sparsity=0.8, distribution="global", update_every=10), total_steps=40
+    )
+    assert sparsifier.masks["1.weight"].all()
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)
+    for t in range(40):
+        for index, parameter in enumerate(model.parameters()):
+            parameter.grad = 1e-5 * randn(*parameter.shape, seed=2 * t + index)
+        optimizer.step()
+    assert sparsifier.freeze().nnz == 96
+    assert sparsifier.mask_set.nnz_of("1.weight") < 80
 
 
 def test_deepr_drifts_towards_zero_by_lr_times_l1_and_walks_by_its_temperature() -> None:
