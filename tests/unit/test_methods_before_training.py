@@ -61,6 +61,23 @@ def test_scoring_leaves_no_trace_but_the_masks(make: Any) -> None:
         Sparsifier(model, sgd(model.parameters()), make(), total_steps=5)
 
 
+def test_synflow_leaves_buffers_of_truth_values_alone() -> None:
+    class Gated(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.register_buffer("kept", torch.arange(8) < 5)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * self.kept
+
+    torch.manual_seed(0)
+    model = Gated()
+    samples = [(torch.randn(4, 8), torch.zeros(4, dtype=torch.int64))]
+    method = SynFlow(sparsity=0.5)
+    masks = Sparsifier(model, sgd(model.parameters()), method, total_steps=1, samples=samples).masks
+    assert masks["weight"].sum(dim=1)[5:].tolist() == [0, 0, 0], "nothing flows through these outputs"
+
+
 def test_snip_over_two_batches_is_that_of_their_mean_loss() -> None:
     masks = []
     for samples in ([batch(0), batch(1)], None):

@@ -41,7 +41,8 @@ class SynFlow(BeforeTraining):
         model = deepcopy(samples.model).double().eval()
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
-                tensor.abs_()
+                if tensor.dtype != torch.bool:
+                    tensor.abs_()
         parameters = dict(model.named_parameters())
         weights = {name: parameters[name] for name in network.tensors}
         ones = torch.ones_like(samples.batches[0][0][:1], dtype=torch.float64)
