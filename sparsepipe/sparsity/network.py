@@ -151,7 +151,15 @@ class Network:
 
     def snapshot(self, kind: str) -> None:
         """Keep the model as it is now."""
-        self.snapshots[kind] = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+        self.snapshots[kind] = self.copy_of_model()
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """The model's state dict as it is now, without what modules keep in it that is no tensor."""
+        return {key: value for key, value in self.model.state_dict().items() if isinstance(value, Tensor)}
+
+    def copy_of_model(self) -> dict[str, Tensor]:
+        """A copy of `model_tensors`."""
+        return {key: value.clone() for key, value in self.model_tensors().items()}
 
     def revived(self, kind: str) -> nn.Module:
         """The model as it was at a snapshot, in evaluation mode: a copy that is made once, and not to be changed.
@@ -165,7 +173,7 @@ class Network:
                 model = deepcopy(self.model)
             except Exception as error:  # the user's code may raise anything
                 raise ModelError(f"The model cannot be copied ({type(error).__name__}: {error}).") from error
-            model.load_state_dict(self.snapshots[kind])
+            model.load_state_dict(self.snapshots[kind], strict=False)
             self._revived[kind] = self.snapshots[kind], model.eval().requires_grad_(False)
         return model
 

@@ -118,7 +118,7 @@ class GaP(SparseFromStart):
     def _grow(self, network: Network, turn: int) -> None:
         parts = self.parts(network)
         if self.parallel and turn % len(parts) == 0:
-            network.memory["round"] = {key: value.clone() for key, value in network.model.state_dict().items()}
+            network.memory["round"] = network.copy_of_model()
             network.memory["result"] = {
                 key: torch.zeros_like(value)
                 for key, value in network.memory["round"].items()
@@ -129,15 +129,17 @@ class GaP(SparseFromStart):
 
     def _collect(self, network: Network, turn: int) -> None:
         """Keep what the copy of this turn is for; end the round, or go back to its beginning for the next copy."""
-        parts, state = self.parts(network), network.model.state_dict()
+        parts, state = self.parts(network), network.model_tensors()
         start, result = network.memory["round"], network.memory["result"]
-        owner = {name: index for index, part in enumerate(parts) for name in part}
+        # Not by name: the state dict has one for each place of a shared weight.
+        owner = {network.tensors[name].data_ptr(): index for index, part in enumerate(parts) for name in part}
         for name, value in result.items():
-            if name not in owner:
+            part = owner.get(state[name].data_ptr())
+            if part is None:
                 value.add_(state[name], alpha=1 / len(parts))
-            elif owner[name] == turn % len(parts):
+            elif part == turn % len(parts):
                 value.copy_(state[name])
-        for name in owner:  # the weights to come may be anywhere
+        for name in network.masks.counters:  # the weights to come may be anywhere
             network.grow_dense(name)
         last = turn % len(parts) == len(parts) - 1
         for name, value in state.items():

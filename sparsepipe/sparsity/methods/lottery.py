@@ -81,7 +81,7 @@ class Lottery(MagnitudePruning):
         if number == 1:
             network.snapshot("dense")
         self.prune(network, self._progress(number))
-        for name, value in network.model.state_dict().items():
+        for name, value in network.model_tensors().items():
             if name in network.memory["rewind"]:
                 value.copy_(network.memory["rewind"][name])
         network.mask_weights()
@@ -108,4 +108,4 @@ class Lottery(MagnitudePruning):
         )
 
     def _remember(self, network: Network) -> None:
-        network.memory["rewind"] = {key: value.detach().clone() for key, value in network.model.state_dict().items()}
+        network.memory["rewind"] = network.copy_of_model()

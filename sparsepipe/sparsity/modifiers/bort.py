@@ -91,13 +91,13 @@ class Bort(Modifier):
 
     def begin_stage(self, network: Network) -> None:
         if network.stage == 0:
-            network.memory[FIRST] = {key: value.clone() for key, value in network.model.state_dict().items()}
+            network.memory[FIRST] = network.copy_of_model()
             shared = self._shared(network)
             stem = [name for name in network.weights if name in shared]
             network.leave_out(stem, "all branches share it")
             log.info("The branches share %s, which stays dense.", ", ".join(map(repr, stem)) or "no layer")
             return
-        state, shared = network.model.state_dict(), self._shared(network)
+        state, shared = network.model_tensors(), self._shared(network)
         common = {state[key].data_ptr() for key in shared}
         for key, first in network.memory[FIRST].items():
             if state[key].data_ptr() in common:
@@ -132,13 +132,13 @@ class Bort(Modifier):
 
     def after_step(self, network: Network, step: int) -> None:
         if network.stage:  # the stem as the first branch left it, whatever the optimizer made of it
-            state, first = network.model.state_dict(), network.snapshots[_kind(0)]
+            state, first = network.model_tensors(), network.snapshots[_kind(0)]
             for key in self._shared(network):
                 state[key].copy_(first[key])
 
     def _shared(self, network: Network) -> list[str]:
         """What of the model's state belongs to the stem."""
-        keys = list(network.model.state_dict())
+        keys = list(network.model_tensors())
         if not self.stem:
             stem = _before_the_second(network)
             return [key for key in keys if key.rpartition(".")[0] in stem]
