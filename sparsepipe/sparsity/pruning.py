@@ -27,6 +27,19 @@ class MagnitudePruning(TargetMethod):
         network.masks.count()
 
 
+def cut_to_target(method: TargetMethod, network: Network) -> None:
+    """Prune by magnitude what is left above the target, where there is any.
+
+    The step of the last pruning never came if a `GradScaler` skipped one and the schedule goes on to the very end.
+    """
+    kept = method.kept(network)
+    if network.masks.nnz > sum(groups * network.layers[name].unit for name, groups in kept.items()):
+        for name in network.masks:
+            if kept[name] < network.layers[name].groups:
+                prune_layer(network, network.layers[name], kept[name])
+        network.masks.count()
+
+
 def prune_layer(network: Network, layer: Layer, kept: int) -> None:
     """Keep the `kept` active groups of highest magnitude in each row of a layer."""
     active = layer.pattern.rows(network.masks[layer.name])

@@ -15,7 +15,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparsepipe.errors import ModelError
 from sparsepipe.sparsity import network as sparsity_network
+from sparsepipe.sparsity.method import Method
 from sparsepipe.sparsity.methods.gmp import GMP
+from sparsepipe.sparsity.methods.granet import GraNet
+from sparsepipe.sparsity.methods.mest import MEST
 from sparsepipe.sparsity.methods.static import Static
 from sparsepipe.sparsity.sparsifier import Sparsifier
 
@@ -260,6 +263,27 @@ def test_fp16_under_a_grad_scaler_grows_the_same_weights_whatever_the_scale_and_
         digests.append(sparsifier.mask_set.digest())
     assert skipped[0] == skipped[1] == 0 < skipped[2]
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(
+    "method", [GMP(stop_at=1.0), GraNet(prune_until=1.0), MEST(variant="em&s", stop_at=1.0)], ids=lambda each: each.name
+)
+def test_a_skipped_step_costs_no_sparsity_where_pruning_goes_on_to_the_end(method: Method) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(40, 40, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    sparsifier = Sparsifier(model, optimizer, method, total_steps=20)
+    for step in range(20):
+        optimizer.zero_grad()
+        scaler.scale(model(randn(4, 40, seed=step)).square().mean()).backward()
+        if step == 3:
+            model.weight.grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+    assert sparsifier.step == 19
+    assert sparsifier.freeze().nnz == 160
+    assert model.weight.count_nonzero() == 160
 
 
 def test_a_training_in_channels_last_under_autocast_stays_sparse() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from sparsepipe.errors import RecipeError
 from sparsepipe.sparsity import options
 from sparsepipe.sparsity.network import Network
-from sparsepipe.sparsity.pruning import MagnitudePruning
+from sparsepipe.sparsity.pruning import MagnitudePruning, cut_to_target
 from sparsepipe.sparsity.schedule import UpdateSchedule, cubic
 
 
@@ -51,6 +51,9 @@ class GMP(MagnitudePruning):
         # The last pruning falls on the very step `stop`, whether or not that is a multiple of `update_every`.
         if step == stop or UpdateSchedule(self.update_every, start, stop).due(step):
             self.prune(network, cubic(1.0, start, stop)(step))
+
+    def finalize(self, network: Network) -> None:
+        cut_to_target(self, network)
 
     def masks_final(self, network: Network, step: int) -> bool:
         return step >= self._span(network)[1]

@@ -8,6 +8,7 @@ from typing import Any
 from sparsepipe.sparsity import options
 from sparsepipe.sparsity.drop_grow import GrowByGradient
 from sparsepipe.sparsity.network import Network
+from sparsepipe.sparsity.pruning import cut_to_target
 from sparsepipe.sparsity.schedule import cubic
 
 
@@ -58,6 +59,9 @@ class GraNet(GrowByGradient):
     def due(self, network: Network, step: int) -> bool:
         # The last pruning falls on the very step `prune_until`, whether or not that is a multiple of `update_every`.
         return super().due(network, step) or step == self._end(network)
+
+    def finalize(self, network: Network) -> None:
+        cut_to_target(self, network)
 
     def masks_final(self, network: Network, step: int) -> bool:
         return step >= self._end(network) and super().masks_final(network, step)

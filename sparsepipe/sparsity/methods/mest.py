@@ -11,6 +11,7 @@ from sparsepipe.errors import RecipeError
 from sparsepipe.sparsity import options, scores
 from sparsepipe.sparsity.drop_grow import GrowAtRandom
 from sparsepipe.sparsity.network import Network
+from sparsepipe.sparsity.pruning import cut_to_target
 from sparsepipe.sparsity.schedule import halved
 from sparsepipe.sparsity.selection import top_k
 
@@ -80,6 +81,9 @@ class MEST(GrowAtRandom):
     def due(self, network: Network, step: int) -> bool:
         # The surplus has to go, whether or not the stop is a multiple of `update_every`.
         return super().due(network, step) or (self.variant == "em&s" and step == self._end(network))
+
+    def finalize(self, network: Network) -> None:
+        cut_to_target(self, network)
 
     def masks_final(self, network: Network, step: int) -> bool:
         return step >= self._end(network) if self.variant == "em&s" else super().masks_final(network, step)
