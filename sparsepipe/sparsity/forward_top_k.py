@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,9 @@ class ForwardTopK(TargetMethod):
 
     def transforms(self, network: Network) -> Collection[str]:
         return [*network.memory["mask"]]
+
+    def computed(self, network: Network) -> Mapping[str, Tensor]:
+        return network.memory["mask"]
 
     def finalize(self, network: Network) -> None:
         if network.memory["mask"]:

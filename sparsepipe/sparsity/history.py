@@ -90,6 +90,8 @@ class MaskHistory:
         self._settled = 0
         self._unsettled = 0
         """Steps after them, in which the masks were as they are now."""
+        self._passed_over: dict[str, Tensor] = {}
+        """Weights that the masks kept and forward passes left out, summed over the steps since, where there are any."""
         self._gradients: dict[str, Tensor] = {}
         self.film: Film | None = None
         if film is not None or masks.counters:
@@ -115,9 +117,16 @@ class MaskHistory:
             born.masked_fill_(grown, now)
             self._born[name] = born.masked_select(mask)
 
-    def end_step(self) -> None:
-        """Note that an optimizer step was taken; before `end_round`, if masks are updated after it."""
+    def end_step(self, computed: Mapping[str, Tensor]) -> None:
+        """Note that an optimizer step was taken; before `end_round`, if masks are updated after it.
+
+        Args:
+            computed: masks of what its forward passes computed with, where that is less than the masks keep.
+        """
         self._unsettled += 1
+        for name, mask in computed.items():
+            number = self.masks[name].count_nonzero() - mask.count_nonzero()
+            self._passed_over[name] = self._passed_over[name] + number if name in self._passed_over else number
 
     def end_round(self, step: int, gradients: Mapping[str, Tensor]) -> None:
         """Note that the update after optimizer step `step` is complete."""
@@ -151,7 +160,7 @@ class MaskHistory:
             gradient, `inactive_gradient_norm` (L2) and `inactive_gradient_mean` (mean absolute value) over the
             weights that were inactive in the last update. `churn` is `dropped` of all these layers together, None
             where there was no update, and `age` holds `median` and `p90` over all of them. `mean_density` is the share
-            of active weights in the mean over the optimizer steps since.
+            of weights that forward passes computed with, in the mean over the optimizer steps since.
         """
         totals = {name: counts.tolist() for name, counts in self._totals.items()}
         gradients = {name: values.tolist() for name, values in self._gradients.items()}
@@ -159,6 +168,10 @@ class MaskHistory:
         all_ages = [sum(each) for each in zip(*ages.values(), strict=True)]
         active = sum(before for _, _, before in totals.values())
         self._settle({name: self.masks.nnz_of(name) for name in self.masks.counters})
+        computed = {
+            **{name: self.masks[name].numel() * self._settled for name in self._passed_over},
+            **self._weight_steps,
+        }
         figures: dict[str, Any] = {
             "mask_updates": self._updates,
             "churn": sum(dropped for dropped, _, _ in totals.values()) / active if active else None,
@@ -169,8 +182,8 @@ class MaskHistory:
                 name: int(self.masks.ever_active(name).count_nonzero()) / self.masks[name].numel() for name in ages
             },
             "mean_density": {
-                name: int(count) / (self._settled * self.masks[name].numel())
-                for name, count in self._weight_steps.items()
+                name: int(count - self._passed_over.get(name, 0)) / (self._settled * self.masks[name].numel())
+                for name, count in computed.items()
                 if self._settled
             },
             "age_median": {name: quantile(counts, 0.5) for name, counts in ages.items()},
@@ -180,7 +193,7 @@ class MaskHistory:
             known = {name: values[position] for name, values in gradients.items()}
             figures[key] = {name: value if isfinite(value) else None for name, value in known.items()}
         self._totals, self._gradients, self._updates = {}, {}, 0
-        self._weight_steps, self._settled = {}, 0
+        self._weight_steps, self._settled, self._passed_over = {}, 0, {}
         return figures
 
     def ages(self, name: str) -> list[int]:
@@ -210,6 +223,7 @@ class MaskHistory:
             "totals": dict(self._totals),
             "gradients": dict(self._gradients),
             "film": deepcopy(vars(self.film)) if self.film is not None else None,
+            **({"passed_over": dict(self._passed_over)} if self._passed_over else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -220,9 +234,9 @@ class MaskHistory:
             name: count.to(self.masks[name].device) if isinstance(count, Tensor) else count
             for name, count in state["weight_steps"].items()
         }
-        self._born, self._totals, self._gradients = (
-            {name: values.to(self.masks[name].device) for name, values in state[key].items()}
-            for key in ("born", "totals", "gradients")
+        self._born, self._totals, self._gradients, self._passed_over = (
+            {name: values.to(self.masks[name].device) for name, values in state.get(key, {}).items()}
+            for key in ("born", "totals", "gradients", "passed_over")
         )
         self.film = None if state["film"] is None else Film(**deepcopy(state["film"]))
 

@@ -68,6 +68,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def computed(self, network: Network) -> Mapping[str, Tensor]:
+        """Masks of what forward passes compute with, where that is less than `network.masks` keep."""
+        return {}
+
     def extra_loss(self, network: Network, step: int) -> Tensor | None:
         """A loss of weights and variables alone, whose gradient joins that of the batch at the step.
 

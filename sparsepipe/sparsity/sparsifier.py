@@ -502,7 +502,7 @@ class Sparsifier:
         if not self._skipped:
             self.step += 1
             if self.history is not None:
-                self.history.end_step()
+                self.history.end_step(self._method.computed(self._network))
             self._network.step_own()
             self._network.mask_weights()
             rounds = self.mask_set.rounds

@@ -19,6 +19,8 @@ import sparsepipe
 from sparsepipe.errors import ModelError
 from sparsepipe.sparsity.history import FILMED_SIZE, MAX_FRAMES, MaskHistory
 from sparsepipe.sparsity.masks import MaskSet
+from sparsepipe.sparsity.methods.autosparse import AutoSparseTopK
+from sparsepipe.sparsity.methods.top_kast import TopKAST
 from sparsepipe.sparsity.sparsifier import Sparsifier
 
 STEPS = 48
@@ -99,6 +101,32 @@ METHODS: dict[str, Callable[[], Any]] = {
     "gmp": lambda: sparsepipe.GMP(sparsity=0.8, update_every=5),
     "static": lambda: sparsepipe.Static(sparsity=0.8),
 }
+
+
+COMPUTED: dict[str, Callable[[], Any]] = {
+    "top-kast": lambda: TopKAST(sparsity=0.8, update_every=3),
+    "autosparse-top-k": lambda: AutoSparseTopK(sparsity=0.8, distribution="global"),
+}
+"""Methods that compute with fewer weights than their masks keep."""
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_the_mean_density_is_that_of_the_weights_that_forward_passes_computed_with(name: str) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sparsifier = Sparsifier(model, optimizer, COMPUTED[name](), total_steps=STEPS)
+    history, seen = sparsifier.watch(), dict[str, list[float]]()
+    for layer in (0, 2, 5, 6):
+        model[layer].register_forward_pre_hook(
+            lambda module, args, layer=f"{layer}.weight": seen.setdefault(layer, []).append(
+                float((module.weight != 0).double().mean())
+            )
+        )
+    for step in range(1, STEPS + 1):  # top-kast ends at step 36, where it makes its choice the masks
+        advance(model, optimizer, sparsifier, step, Record({layer: [] for layer in sparsifier.masks}))
+        if step % 12 == 0:
+            assert history.take()["mean_density"] == pytest.approx({key: np.mean(each) for key, each in seen.items()})
+            seen.clear()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -205,12 +233,13 @@ def test_the_film_is_of_the_layer_that_is_named() -> None:
 
 @pytest.mark.parametrize("loaded", ["by its method", "as it is made"])
 @pytest.mark.parametrize("cut", [1, 17, 31])
-@pytest.mark.parametrize("name", ["explores", "gmp"])
+@pytest.mark.parametrize("name", ["explores", "gmp", "top-kast"])
 def test_a_resumed_history_is_that_of_an_uninterrupted_training(name: str, cut: int, loaded: str) -> None:
-    whole, record = train(METHODS[name](), take_every=STEPS)
+    make = (METHODS | COMPUTED)[name]
+    whole, record = train(make(), take_every=STEPS)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    first = Sparsifier(model, optimizer, METHODS[name](), total_steps=STEPS)
+    first = Sparsifier(model, optimizer, make(), total_steps=STEPS)
     first.watch()
     onlooker = Record({layer: [] for layer in first.masks})
     for step in range(1, cut + 1):
@@ -222,13 +251,13 @@ def test_a_resumed_history_is_that_of_an_uninterrupted_training(name: str, cut: 
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     if loaded == "by its method":
-        second = Sparsifier(model, optimizer, METHODS[name](), total_steps=STEPS)
+        second = Sparsifier(model, optimizer, make(), total_steps=STEPS)
         for part, state in zip((model, optimizer, second), saved, strict=True):
             part.load_state_dict(state)
     else:
         model.load_state_dict(saved[0])
         optimizer.load_state_dict(saved[1])
-        second = Sparsifier(model, optimizer, METHODS[name](), total_steps=STEPS, state=saved[2])
+        second = Sparsifier(model, optimizer, make(), total_steps=STEPS, state=saved[2])
     history = second.watch()
     for step in range(cut + 1, STEPS + 1):
         advance(model, optimizer, second, step, onlooker)

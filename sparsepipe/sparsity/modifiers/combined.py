@@ -108,6 +108,9 @@ class Combined(Method):
                 weight = each.transform_weight(network, name, weight, step, training)
         return weight
 
+    def computed(self, network: Network) -> Mapping[str, Tensor]:
+        return self._method.computed(network)
+
     def extra_loss(self, network: Network, step: int) -> Tensor | None:
         return _sum(each.extra_loss(network, step) for each in self._all)
 
