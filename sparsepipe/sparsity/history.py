@@ -168,10 +168,7 @@ class MaskHistory:
         all_ages = [sum(each) for each in zip(*ages.values(), strict=True)]
         active = sum(before for _, _, before in totals.values())
         self._settle({name: self.masks.nnz_of(name) for name in self.masks.counters})
-        computed = {
-            **{name: self.masks[name].numel() * self._settled for name in self._passed_over},
-            **self._weight_steps,
-        }
+        dense = {name: self.masks[name].numel() * self._settled for name in self._passed_over}
         figures: dict[str, Any] = {
             "mask_updates": self._updates,
             "churn": sum(dropped for dropped, _, _ in totals.values()) / active if active else None,
@@ -183,7 +180,7 @@ class MaskHistory:
             },
             "mean_density": {
                 name: int(count - self._passed_over.get(name, 0)) / (self._settled * self.masks[name].numel())
-                for name, count in computed.items()
+                for name, count in {**dense, **self._weight_steps}.items()
                 if self._settled
             },
             "age_median": {name: quantile(counts, 0.5) for name, counts in ages.items()},

@@ -208,9 +208,10 @@ class Sparsifier:
     def lr_scale(self, step: int) -> float | None:
         """The learning rate of `step` as a multiple of the optimizer's first one; None where the loop decides.
 
-        The Sparsifier sets it for the step and puts the loop's back; loops may log it.
+        The Sparsifier sets it for the step and puts the loop's back; loops may log it. Steps beyond the whole training
+        have that of its last one.
         """
-        return self._method.lr_scale(self._network, self._within_stage(step))
+        return self._method.lr_scale(self._network, self._within_stage(min(step, self._total_steps)))
 
     def transform_batch(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """For methods and modifiers that train on other batches than they get: call it before each forward pass."""
@@ -417,12 +418,13 @@ class Sparsifier:
         self._stepping, self._inner_steps = True, 0
         if len(optimizer.param_groups) != self._groups:
             self._warn_of_added(optimizer)
+        self._put_lr_back(optimizer)  # a step that failed did not
         self._set_lr(optimizer)
         # args[0] is the optimizer itself; a closure computes the gradients only inside the step.
         if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._around(kwargs["closure"])}
+            return args, {**kwargs, "closure": self._around(optimizer, kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):
-            return (args[0], self._around(args[1]), *args[2:]), kwargs
+            return (args[0], self._around(optimizer, args[1]), *args[2:]), kwargs
         # GradScaler leaves unscaling and skipping to optimizers that can do both themselves (fused ones).
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         self._skipped = found_inf is not None and bool(found_inf)
@@ -435,14 +437,18 @@ class Sparsifier:
         self._take_owned(scale)
         return None
 
-    def _around(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _around(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def masked_closure() -> Any:
             # An optimizer that calls it several times moves the weights in between.
             with torch.no_grad():
                 self._network.mask_weights()
             self._prepared = False
             self._network.local_gradients.clear()
-            loss = closure()
+            try:
+                loss = closure()
+            except BaseException:
+                self._put_lr_back(optimizer)
+                raise
             if not self._prepared:
                 self._take_gradients(scale=None)
             self._call_before_step()

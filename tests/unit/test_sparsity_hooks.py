@@ -304,6 +304,38 @@ def test_a_learning_rate_is_set_for_the_step_alone_and_optimizer_state_starts_an
     assert torch.equal(y, batch(0)[1].flip(0))
 
 
+def test_a_step_that_fails_leaves_the_learning_rate_of_the_loop() -> None:
+    class Failing(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            if self.fails:
+                raise MemoryError
+            return loss
+
+    model = network()
+    optimizer = Failing(model.parameters(), lr=0.01)
+    sparsifier = Sparsifier(model, optimizer, Halving(), total_steps=8)
+    train(model, optimizer, range(4))
+
+    def fail() -> float:
+        assert optimizer.param_groups[0]["lr"] == 0.01 / 8
+        raise KeyError("no batch")
+
+    with pytest.raises(KeyError):
+        optimizer.step(fail)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    assert sparsifier.step == 4
+    optimizer.fails = True
+    with pytest.raises(MemoryError):
+        train(model, optimizer, range(1))
+    optimizer.fails = False
+    train(model, optimizer, range(1))
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    assert sparsifier.step == 5
+
+
 class Everything(Soft, Ridge, PlainDescent, Halving):  # type: ignore[misc]
     """All hooks and all kinds of state at once."""
 

@@ -148,6 +148,7 @@ def test_each_turn_starts_with_the_first_learning_rate_and_a_fresh_optimizer() -
     rates = [sparsifier.lr_scale(step) for step in range(1, 81)]
     assert [step for step, rate in enumerate(rates) if rate == 1] == [0, 10, 20, 30, 40, 50, 60]
     assert rates[5] == pytest.approx(0.5)
+    assert sparsifier.lr_scale(90) == rates[-1]
     train(model, optimizer, range(10))
     assert not any(optimizer.state.values())
 
