@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsepipe.errors import ModelError
-from sparsepipe.sparsity.weights import Weight, unwrapped
+from sparsepipe.sparsity.weights import Weight
 
 Transform = Callable[[str, Tensor, bool], Tensor]
 """(name, weight, whether the model is in training mode) -> the tensor to compute with."""
@@ -36,25 +36,23 @@ class ForwardWeights:
     backward pass, computes with the same weights. Each is transformed once in a call of what contains it.
 
     Args:
-        model: as the user trains it.
+        model: without wrappers, and not compiled.
         weights: those to transform.
         transform: called without gradient tracking.
 
     Raises:
-        ModelError: the model is compiled. When somebody pickles the model: it holds other weights than it computes
-            with.
+        ModelError: when somebody pickles the model: it holds other weights than it computes with.
     """
 
     def __init__(self, model: nn.Module, weights: Mapping[str, Weight], transform: Transform) -> None:
-        refuse_compiled(model)
-        self._root, self._weights, self._transform = unwrapped(model), weights, transform
+        self._root, self._weights, self._transform = model, weights, transform
         names = {id(weight.parameter): name for name, weight in weights.items()}
         self._within = {
             module: [names[id(parameter)] for parameter in module.parameters() if id(parameter) in names]
-            for module in self._root.modules()
+            for module in model.modules()
         }
         self._places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in weights}
-        for module in self._root.modules():
+        for module in model.modules():
             for key, parameter in module._parameters.items():
                 if id(parameter) in names:
                     self._places[names[id(parameter)]].append((module, key))

@@ -83,13 +83,18 @@ class Network:
         return {name: weight.parameter for name, weight in self.weights.items()}
 
     @contextmanager
-    def preserved(self) -> Iterator[None]:
-        """Put the weights and their optimizer state back to what they are now when the block ends."""
+    def preserved(self, *, after: bool) -> Iterator[None]:
+        """Put the weights and their optimizer state back to what they are now if the block fails, or `after` it."""
         tensors = [tensor for parameter in self.tensors.values() for tensor in (parameter, *self._state(parameter))]
         kept = [tensor.clone() for tensor in tensors]
-        yield
-        for tensor, value in zip(tensors, kept, strict=True):
-            tensor.copy_(value)
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if after or not done:
+                for tensor, value in zip(tensors, kept, strict=True):
+                    tensor.copy_(value)
 
     def plan(self, target: Target) -> None:
         """Lay out the layers, and say why those that stay dense do.

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from sparsepipe.errors import ModelError, RecipeError
 from sparsepipe.sparsity import gradients, options
 from sparsepipe.sparsity import state as saved
-from sparsepipe.sparsity.forward import ForwardWeights
+from sparsepipe.sparsity.forward import ForwardWeights, refuse_compiled
 from sparsepipe.sparsity.history import MaskHistory
 from sparsepipe.sparsity.masks import MaskSet
 from sparsepipe.sparsity.method import Method
@@ -98,7 +98,7 @@ class Sparsifier:
                 advice="Give it one with its options: DSTEE(sparsity=0.9).",
             )
         self.method = method
-        self._method = Combined(method, modifiers)
+        self._combined = Combined(method, modifiers)
         self.step = 0
         """Optimizer steps taken so far."""
         refuse_sharded(model)
@@ -110,7 +110,7 @@ class Sparsifier:
         with torch.no_grad():
             seed = self._replicas.share(self._model, seed)
         self._total_steps = options.count("total_steps", total_steps)
-        stages = self._method.stages
+        stages = self._combined.stages
         if self._total_steps % stages:
             raise RecipeError(
                 f"'total_steps' must be a multiple of {stages}, for {stages} trainings one after another; not "
@@ -129,19 +129,19 @@ class Sparsifier:
         self._frozen = False
         self._prepared = False
         self._expected_nonzero: dict[str, int] = {}
+        with torch.no_grad(), self._network.preserved(after=state is not None):
+            self._combined.begin(self._network)
+            self._transformed = tuple(self._combined.transforms(self._network))
+            if self._transformed:
+                refuse_compiled(model)
+            self._observer = Observer(self._model, self._combined.observed(self._network))
         with torch.no_grad():
-            if state is None:
-                self._method.begin(self._network)
-            else:
-                with self._network.preserved():
-                    self._method.begin(self._network)
+            if state is not None:
                 self.load_state_dict(state)
                 saved.check_weights_are_loaded(self._network)
             self._replicas.compare(self._network, self.step)
-        self._local_hooks = self._keep_local_gradients() if self._method.needs_local_gradients(self._network) else []
-        self._observer = Observer(self._model, self._method.observed(self._network))
-        self._transformed = tuple(self._method.transforms(self._network))
-        self._forward = self._forward_weights(model) if self._transformed else None
+        self._local_hooks = self._keep_local_gradients() if self._combined.needs_local_gradients(self._network) else []
+        self._forward = self._forward_weights() if self._transformed else None
         self._take_place()
         # A compiled `optimizer.step` leaves its graph for them: traced, they would be compiled anew at every step.
         before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
@@ -172,7 +172,7 @@ class Sparsifier:
     def masks_final(self) -> bool:
         """Whether the masks will not change any more and the target sparsity is reached."""
         ended = self._frozen and self.step >= self._total_steps
-        return ended or self._final(self._method, self.step)
+        return ended or self._final(self._combined, self.step)
 
     def masks_final_after(self, step: int) -> bool:
         """Whether the masks will be final once `step` steps are taken; False where the method cannot tell."""
@@ -211,11 +211,11 @@ class Sparsifier:
         The Sparsifier sets it for the step and puts the loop's back; loops may log it. Steps beyond the whole training
         have that of its last one.
         """
-        return self._method.lr_scale(self._network, self._within_stage(min(step, self._total_steps)))
+        return self._combined.lr_scale(self._network, self._within_stage(min(step, self._total_steps)))
 
     def transform_batch(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """For methods and modifiers that train on other batches than they get: call it before each forward pass."""
-        return self._method.transform_batch(self._network, self._model, inputs, labels, self._next_step)
+        return self._combined.transform_batch(self._network, self._model, inputs, labels, self._next_step)
 
     def batch_loss(self, inputs: Tensor) -> Tensor | float:
         """For modifiers with a loss of their own: call it after each forward pass, and add it to the loop's loss.
@@ -223,18 +223,18 @@ class Sparsifier:
         Args:
             inputs: of that pass.
         """
-        loss = self._method.batch_loss(self._network, inputs, self._observer.outputs, self._next_step)
+        loss = self._combined.batch_loss(self._network, inputs, self._observer.outputs, self._next_step)
         return 0.0 if loss is None else loss
 
     def on_epoch_end(self, epoch: int) -> None:
         """For loops that have epochs: call it after each (`epoch` from 0)."""
         with torch.no_grad():
-            self._method.on_epoch_end(self._network, epoch)
+            self._combined.on_epoch_end(self._network, epoch)
 
     def metrics(self) -> dict[str, Any]:
         """Sparsity, exploration rate, drop fraction and the density of each layer, as they are now."""
         with torch.no_grad():
-            own = self._method.metrics(self._network, self._within_stage(self.step))
+            own = self._combined.metrics(self._network, self._within_stage(self.step))
         return {
             "sparsity": self.mask_set.sparsity,
             "exploration_rate": self.mask_set.exploration_rate(),
@@ -256,9 +256,9 @@ class Sparsifier:
         Raises:
             ModelError: it lacks one of the masked weights, or the method computes with other weights than these.
         """
-        if self._method.stages > 1:
+        if self._combined.stages > 1:
             raise ModelError(
-                f"An average over {self._method.stages} trainings, one after another, is one of different networks.",
+                f"An average over {self._combined.stages} trainings, one after another, is one of different networks.",
                 where="follow",
                 advice="Train without an average of the weights (train.ema = 0).",
             )
@@ -287,7 +287,7 @@ class Sparsifier:
         """End sparse training: let the method finish, zero inactive weights, leave the optimizer, return the masks."""
         with torch.no_grad():
             if not self._frozen:
-                self._method.finalize(self._network)
+                self._combined.finalize(self._network)
                 self._network.samples = None
                 self._frozen = True
             self._network.mask_weights()
@@ -307,7 +307,7 @@ class Sparsifier:
 
         Masks are bits, counters int16. Load it into a Sparsifier made with the same method for the same model.
         """
-        return saved.of(self._network, self._method, self.step)
+        return saved.of(self._network, self._combined, self.step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`. Load the model and the optimizer after making the Sparsifier, not before.
@@ -317,7 +317,7 @@ class Sparsifier:
         Raises:
             ArtefactError: the state is of another model or of other options; the message names the first difference.
         """
-        saved.refuse_other(state, self._network, self._method)
+        saved.refuse_other(state, self._network, self._combined)
         saved.restore(state, self._network)
         self.step = int(state["step"])
         self._network.stage = self._stage_of(self.step + 1)
@@ -325,7 +325,7 @@ class Sparsifier:
 
     def local_state(self) -> dict[str, Any]:
         """What this process alone remembers, where several train together: beside `state_dict`, which all share."""
-        return saved.local(self._network, self._method.local_kinds)
+        return saved.local(self._network, self._combined.local_kinds)
 
     def load_local_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `local_state()` of the process of the same number, after `load_state_dict`."""
@@ -351,30 +351,30 @@ class Sparsifier:
 
     def _stage_of(self, step: int) -> int:
         """The stage that an optimizer step belongs to."""
-        return min(max(step - 1, 0) // self._network.total_steps, self._method.stages - 1)
+        return min(max(step - 1, 0) // self._network.total_steps, self._combined.stages - 1)
 
     def _within_stage(self, step: int) -> int:
         return step - self._stage_of(step) * self._network.total_steps
 
     def _final(self, method: Method, step: int) -> bool:
-        last = self._stage_of(step) == self._method.stages - 1
+        last = self._stage_of(step) == self._combined.stages - 1
         return last and method.masks_final(self._network, self._within_stage(step))
 
     def _end_step(self) -> None:
         """Go on to the next stage, where this step was the last of one."""
         if self._stage_of(self.step + 1) == self._network.stage:
             return
-        self._method.next_stage(self._network)
+        self._combined.next_stage(self._network)
         if self.history is not None:
             self._network.history = MaskHistory(self.mask_set, self.step)
 
-    def _forward_weights(self, model: nn.Module) -> ForwardWeights:
+    def _forward_weights(self) -> ForwardWeights:
         network = self._network
 
         def transform(name: str, weight: Tensor, training: bool) -> Tensor:
-            return self._method.transform_weight(network, name, weight, self._next_step, training)
+            return self._combined.transform_weight(network, name, weight, self._next_step, training)
 
-        return ForwardWeights(model, {name: network.weights[name] for name in self._transformed}, transform)
+        return ForwardWeights(self._model, {name: network.weights[name] for name in self._transformed}, transform)
 
     def _take_place(self) -> None:
         """Two masks of one weight would leave what both keep: fewer weights than either says."""
@@ -478,8 +478,8 @@ class Sparsifier:
             self._expected_nonzero = {}
         network = self._network
         network.gradients.clear()
-        gradients.complete(self._method, network, self._transformed, self._next_step, scale)
-        if self._method.needs_gradients(network, self._next_step):
+        gradients.complete(self._combined, network, self._transformed, self._next_step, scale)
+        if self._combined.needs_gradients(network, self._next_step):
             for name in network.masks.counters:
                 gradient = network.weights[name].parameter.grad
                 if gradient is not None:
@@ -488,12 +488,12 @@ class Sparsifier:
 
     @torch.no_grad()
     def _call_before_step(self) -> None:
-        self._method.before_step(self._network, self._next_step)
+        self._combined.before_step(self._network, self._next_step)
 
     @torch.no_grad()
     def _take_owned(self, scale: Tensor | None) -> None:
         """Keep the gradients of weights that the method moves, clipped or not, from the optimizer."""
-        for name in self._method.owned(self._network):
+        for name in self._combined.owned(self._network):
             parameter = self._network.weights[name].parameter
             if parameter.grad is not None:
                 self._network.gradients[name] = parameter.grad if scale is None else parameter.grad / scale
@@ -508,11 +508,11 @@ class Sparsifier:
         if not self._skipped:
             self.step += 1
             if self.history is not None:
-                self.history.end_step(self._method.computed(self._network))
+                self.history.end_step(self._combined.computed(self._network))
             self._network.step_own()
             self._network.mask_weights()
             rounds = self.mask_set.rounds
-            self._method.after_step(self._network, self._within_stage(self.step))
+            self._combined.after_step(self._network, self._within_stage(self.step))
             if self.mask_set.rounds > rounds:
                 if self.history is not None:
                     self.history.end_round(self.step, self._network.gradients)

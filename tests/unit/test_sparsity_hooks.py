@@ -16,9 +16,16 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, relu
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from sparsepipe.errors import ModelError, RecipeError
+from sparsepipe.errors import ModelError, RecipeError, SparsepipeError
 from sparsepipe.sparsity.emergent import Emergent
 from sparsepipe.sparsity.method import Method
+from sparsepipe.sparsity.methods.autosparse import AutoSparseTopK
+from sparsepipe.sparsity.methods.gap import GaP
+from sparsepipe.sparsity.methods.l0_constrained import L0Constrained
+from sparsepipe.sparsity.methods.rigl import RigL
+from sparsepipe.sparsity.modifiers.bort import Bort
+from sparsepipe.sparsity.modifiers.combined import Modifier
+from sparsepipe.sparsity.modifiers.extrapolation import Extrapolation
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.sparsifier import Sparsifier
 from sparsepipe.training import checkpoint
@@ -176,6 +183,34 @@ def test_compiled_models_and_averages_are_refused_where_weights_are_transformed(
     sparsifier = Sparsifier(model, sgd(model.parameters()), Soft(), total_steps=8)
     with pytest.raises(ModelError, match="average"):
         sparsifier.follow(copy.deepcopy(model))
+
+
+@pytest.mark.parametrize(
+    ("method", "compiled", "modifiers"),
+    [
+        (AutoSparseTopK(sparsity=0.9), True, []),
+        (L0Constrained(sparsity=0.5), True, []),
+        (RigL(sparsity=0.9), True, [Extrapolation()]),
+        (RigL(sparsity=0.9), False, [Bort(features="nowhere")]),
+        (GaP(sparsity=0.9), False, []),
+    ],
+    ids=["top-k", "gates", "extrapolation", "features", "turns"],
+)
+def test_a_refused_sparsifier_leaves_weights_and_optimizer_as_they_were(
+    method: Method, compiled: bool, modifiers: list[Modifier]
+) -> None:
+    model = network()
+    optimizer = sgd(model.parameters())
+    train(model, optimizer, range(2))
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    given = torch.compile(model) if compiled else model
+    with pytest.raises(SparsepipeError):
+        Sparsifier(given, optimizer, method, total_steps=8, modifiers=modifiers)
+    after = model.state_dict(), optimizer.state_dict()["state"]
+    leaves = [torch.utils._pytree.tree_leaves(each) for each in (before, after)]
+    assert all(torch.equal(old, new) for old, new in zip(*leaves, strict=True))
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_emergent_methods_take_no_sparsity_for_a_layer() -> None:
