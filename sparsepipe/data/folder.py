@@ -15,8 +15,10 @@ from sparsepipe.data.options import ImageOptions
 from sparsepipe.data.paths import existing, listing
 from sparsepipe.errors import DataError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-TEST_FOLDERS = ("test", "val", "validation", "valid")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("test", "testing", "val", "validation", "valid")
+"""In any mixture of small and capital letters."""
 
 ClassFiles = Mapping[str, list[str]]
 
@@ -65,14 +67,15 @@ class ImageFolder:
 
 def _find(root: Path) -> tuple[ClassFiles, ClassFiles | None]:
     """The image files of each class, of the training split and, where there is one, of the test split."""
-    if not (root / "train").is_dir():
+    folders = {name.lower(): root / name for name in _subfolders(root)}
+    train = next((folders[name] for name in TRAIN_FOLDERS if name in folders), None)
+    tests = [folders[name] for name in TEST_FOLDERS if name in folders]
+    # Among classes of vehicles, a folder of images called `train` is one of them.
+    if train is None or not (tests or _subfolders(train)):
         return _classes(root), None
-    train = _classes(root / "train")
-    for name in TEST_FOLDERS:
-        # Some datasets come with a folder of unlabelled test images, which is of no use here.
-        if (root / name).is_dir() and _subfolders(root / name):
-            return train, _classes(root / name)
-    return train, None
+    # Some datasets come with a folder of unlabelled test images, which is of no use here.
+    test = next((folder for folder in tests if _subfolders(folder)), None)
+    return _classes(train), None if test is None else _classes(test)
 
 
 def _classes(folder: Path) -> ClassFiles:
@@ -100,12 +103,12 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _image_files(folder: Path) -> list[str]:
-    return sorted(
-        os.path.join(parent, file)
-        for parent, _, files in os.walk(folder)
-        for file in files
-        if file.lower().endswith(SUFFIXES) and not file.startswith(".")
-    )
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # copies, as in .ipynb_checkpoints
+        images = (name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+        found += [os.path.join(parent, name) for name in images]
+    return sorted(found)
 
 
 def _flatten(classes: ClassFiles) -> LabelledImages:

@@ -82,6 +82,30 @@ def test_a_test_folder_without_classes_is_passed_over(tmp_path: Path) -> None:
     np.testing.assert_array_equal(everything(load(f"imagefolder:{tmp_path}").test), validation)
 
 
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("TRAIN", "VAL"), ("Training", "Testing")])
+def test_folders_of_splits_are_known_by_their_usual_names(tmp_path: Path, train: str, test: str) -> None:
+    pixels, others = fill(tmp_path / train), fill(tmp_path / test, count=2)
+    dataset = load(f"imagefolder:{tmp_path}")
+    assert dataset.classes == ("ant", "bee")  # and not the names of the splits
+    np.testing.assert_array_equal(everything(dataset.train), pixels)
+    np.testing.assert_array_equal(everything(dataset.test), others)
+
+
+def test_a_folder_of_images_called_train_is_a_class(tmp_path: Path) -> None:
+    fill(tmp_path, ("car", "train"))
+    assert load(f"imagefolder:{tmp_path}").classes == ("car", "train")
+    write(tmp_path / "test" / "unlabelled.png", colours())
+    with pytest.raises(DataError, match="train: The folder holds no class folders"):
+        load(f"imagefolder:{tmp_path}")
+
+
+def test_hidden_folders_hold_no_samples(tmp_path: Path) -> None:
+    pixels = fill(tmp_path / "train")
+    fill(tmp_path / "test")
+    write(tmp_path / "train" / "ant" / ".ipynb_checkpoints" / "0-checkpoint.png", pixels[0])
+    np.testing.assert_array_equal(everything(load(f"imagefolder:{tmp_path}").train), pixels)
+
+
 def test_size_crops_the_centre(tmp_path: Path) -> None:
     wide = write(tmp_path / "train" / "ant" / "wide.png", colours(8, 16))
     high = write(tmp_path / "train" / "bee" / "high.png", colours(20, 8))
