@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 GREY_MODES = ("1", "L", "LA", "La")
 DEEP_MODES = ("I", "F")
+ORIENTATION = 0x0112
+"""The tag of the EXIF standard, and its values that exchange width and height."""
+SIDEWAYS = (5, 6, 7, 8)
 CHUNK = 64
 # Below this size, decoding spends more time under Python's lock than in the decoder, and threads make it slower.
 THREADS_FROM_PIXELS = 96 * 96
@@ -74,7 +77,8 @@ class Decoder:
                 if self.crop:
                     image.draft(None, (2 * width, 2 * height))  # lets the JPEG decoder skip detail that is not needed
                 mode = "L" if channels == 1 else "RGB"
-                converted = image if image.mode == mode else image.convert(mode)
+                upright = _upright(image)
+                converted = upright if upright.mode == mode else upright.convert(mode)
                 if self.crop and converted.size != (width, height):
                     converted = _fit(converted, (width, height))
                 return np.asarray(converted).reshape(self.shape)
@@ -85,9 +89,10 @@ class Decoder:
 
     def _check(self, image: Image, images: EncodedImages, index: int) -> None:
         height, width, _ = self.shape
-        if not self.crop and image.size != (width, height):
+        size = _upright_size(image)
+        if not self.crop and size != (width, height):
             raise DataError(
-                f"The image is {image.width} x {image.height} pixels, but the first one is {width} x {height}.",
+                f"The image is {size[0]} x {size[1]} pixels, but the first one is {width} x {height}.",
                 where=images.name(index),
                 advice="Images of different sizes need the option size=PIXELS, which resizes and crops them.",
             )
@@ -162,9 +167,32 @@ def _peek(images: EncodedImages, index: int) -> tuple[str, tuple[int, int]]:
     data = images.read(index)
     try:
         with _pillow().open(BytesIO(data), formats=FORMATS) as image:
-            return image.mode, image.size
+            return image.mode, _upright_size(image)
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise _corrupt(error, images.name(index)) from error
+
+
+def _orientation(image: Image) -> int:
+    """1 to 8: how a camera was held, as it noted in the EXIF data."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # of damaged notes Pillow raises many kinds; viewers pass over them
+        return 1
+
+
+def _upright(image: Image) -> Image:
+    """The image as viewers show it."""
+    if _orientation(image) == 1:
+        return image
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
+
+
+def _upright_size(image: Image) -> tuple[int, int]:
+    """Width and height as viewers show it; of a TIFF file Pillow says them so by itself."""
+    turned = image.format != "TIFF" and _orientation(image) in SIDEWAYS
+    return image.size[::-1] if turned else image.size
 
 
 def _fit(image: Image, size: tuple[int, int]) -> Image:

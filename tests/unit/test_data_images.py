@@ -173,6 +173,44 @@ class Stored:
         return f"image {index}"
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_photos_stand_upright(tmp_path: Path, kind: str) -> None:
+    """EXIF orientation 6: the first row of what is stored is the right side of the picture."""
+    stored, upright = colours(6, 8), colours(8, 6)
+    note = Image.Exif()
+    note[0x0112] = 6
+    for name in ("ant", "bee"):
+        for split in ("train", "test"):
+            write(tmp_path / split / name / "0.png", upright)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    Image.fromarray(stored).save(tmp_path / "train" / "ant" / f"1.{kind.lower()}", kind, exif=note, **options)
+    turned = everything(load(f"imagefolder:{tmp_path}").train)[1]
+    np.testing.assert_array_equal(turned, np.rot90(stored, -1))
+    # Also where the first image, whose size is that of all, is such a photo.
+    (tmp_path / "train" / "ant" / "0.png").unlink()
+    assert load(f"imagefolder:{tmp_path}").input_shape == (3, 8, 6)
+
+
+def test_photos_stand_upright_where_the_decoder_skips_detail(tmp_path: Path) -> None:
+    black_to_white = np.repeat(np.array([0, 255], np.uint8), 64)[None, :].repeat(64, 0)
+    note = Image.Exif()
+    note[0x0112] = 6
+    fill(tmp_path / "train")
+    fill(tmp_path / "test")
+    Image.fromarray(black_to_white).save(tmp_path / "train" / "ant" / "0.jpg", exif=note)
+    (tmp_path / "train" / "ant" / "0.png").unlink()
+    first = everything(load(f"imagefolder:{tmp_path}", {"size": 16, "channels": 1}).train)[0]
+    assert first[:7].max() < 10
+    assert first[9:].min() > 245
+
+
+def test_notes_of_a_camera_that_are_damaged_do_not_matter(tmp_path: Path) -> None:
+    pixels = fill(tmp_path / "train", count=1)
+    fill(tmp_path / "test", count=1)
+    Image.fromarray(pixels[0]).save(tmp_path / "train" / "ant" / "0.png", exif=b"Exif\0\0no TIFF header")
+    np.testing.assert_array_equal(everything(load(f"imagefolder:{tmp_path}").train), pixels)
+
+
 def test_threads_keep_the_order_and_name_the_first_bad_image() -> None:
     pixels = np.stack([np.full((96, 96, 3), value, np.uint8) for value in range(200)])
     stored = Stored([encode(image) for image in pixels])
