@@ -209,7 +209,7 @@ def check_free(folder: Path, stage: str) -> None:
             advice="Name a new folder with --out.",
         )
     if not (folder / MANIFEST).is_file():
-        if folder.is_dir() and not any(folder.iterdir()):
+        if folders.is_empty(folder):
             return
         raise ArtefactError(
             "The output folder exists and holds other files.", where=str(folder), advice="Name a new folder with --out."
@@ -253,11 +253,11 @@ def _write_manifest(building: Draft, stage: str, config: BaseModel, inputs: Mapp
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of all files in `folder`, relative to it, in their order; manifests are none of its outputs."""
+    """Names of all files in `folder`, relative to it, in their order; manifests and litter are none of its outputs."""
     return [
         path.relative_to(folder).as_posix()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (MANIFEST, folders.MARK)
+        if path.is_file() and path.name not in (MANIFEST, folders.MARK) and not folders.is_litter(path)
     ]
 
 

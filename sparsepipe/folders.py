@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from sparsepipe.errors import ArtefactError
@@ -20,6 +21,8 @@ MARK = ".sparsepipe"
 """An empty file that says of a folder under construction whose it is."""
 CHECKPOINTS = "checkpoint*.safetensors"
 """Say the same: the trainings of earlier versions left no mark."""
+LITTER = (".DS_Store", "._*", "Thumbs.db", "desktop.ini")
+"""What file managers leave in the folders that they show; nobody misses it."""
 
 
 def named(folder: Path) -> Path:
@@ -39,10 +42,19 @@ def aside_of(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.old"
 
 
+def is_litter(path: Path) -> bool:
+    return path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in LITTER)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether `folder` is one that holds nothing but litter."""
+    return folder.is_dir() and all(is_litter(path) for path in folder.iterdir())
+
+
 def is_ours(folder: Path) -> bool:
     """Whether `folder` may be deleted: sparsepipe made it, or it is empty."""
     known = (folder / MARK).is_file() or (folder / MANIFEST).is_file() or any(folder.glob(CHECKPOINTS))
-    return known or (folder.is_dir() and not any(folder.iterdir()))
+    return known or is_empty(folder)
 
 
 def refuse_foreign(folder: Path) -> None:

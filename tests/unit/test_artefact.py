@@ -146,6 +146,19 @@ def test_a_file_that_somebody_put_into_an_artefact_is_not_lost(tmp_path: Path) -
     assert make(tmp_path / "demo", content="new").file("sub/file.txt").read_text() == "new"
 
 
+@pytest.mark.parametrize("litter", [".DS_Store", "._file.txt", "Thumbs.db", "desktop.ini"])
+def test_what_a_file_manager_left_is_in_nobodys_way(tmp_path: Path, litter: str) -> None:
+    for name in ("demo", ".demo.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / litter).write_text("icons")
+    make(tmp_path / "demo", content="first")
+    (tmp_path / "demo" / "sub" / litter).write_text("icons")
+    second = make(tmp_path / "demo", content="second")
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert not (tmp_path / "demo" / "sub" / litter).exists()
+    assert list(second.manifest.outputs) == ["sub/file.txt"]
+
+
 @pytest.mark.parametrize("resumable", [True, False])
 @pytest.mark.parametrize("name", ["demo.partial", ".demo.old"])
 @pytest.mark.parametrize("exists", [True, False])
