@@ -279,7 +279,7 @@ def read_table(path: Path) -> dict[str, Any]:
         RecipeError: the file is missing or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a byte order mark
     except FileNotFoundError as error:
         raise RecipeError("There is no such recipe file.", where=str(path)) from error
     except IsADirectoryError as error:

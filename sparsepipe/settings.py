@@ -70,6 +70,10 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         return f"'{key}' = {problem['input']!r}: it should be {wanted}"
     if problem["type"] == "too_short":
         return f"'{key}' = {problem['input']!r}: it should have at least one entry"
+    if problem["type"] == "tuple_type":
+        return f'\'{key}\' = {problem["input"]!r}: it should be a list, as [1, 2] or ["a", "b"]'
+    if problem["type"] == "string_type":
+        return f"'{key}' = {problem['input']!r}: it should be text, in quotes"
     message = problem["msg"].removeprefix("Value error, ")
     return f"'{key}' = {problem['input']!r}: {message[0].lower()}{message[1:]}"
 

@@ -57,6 +57,8 @@ def test_an_option_of_a_short_form_section_can_be_set() -> None:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
+        ("bench.threads=1,2", ["bench.threads", "it should be a list, as [1, 2]"]),
+        ("name=2024", ["'name' = 2024", "text, in quotes"]),
         ("train.epoch=3", ["train.epoch", "did you mean 'epochs'", "batch_size"]),
         ("trian.epochs=3", ["trian", "did you mean 'train'"]),
         ("train.epochs=0", ["train.epochs", "0", "greater than 0"]),
@@ -111,6 +113,12 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path: Path, content: bytes) -> N
     path.write_bytes(content)
     with pytest.raises(RecipeError, match=r"bad\.toml: The recipe is not valid TOML"):
         recipe.load(path)
+
+
+def test_a_file_of_a_windows_editor_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes('model = "resnet20"\r\ndata = "mnist5k"\r\n'.encode("utf-8-sig"))
+    assert recipe.load(path) == parse()
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
