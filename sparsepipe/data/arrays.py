@@ -20,6 +20,8 @@ from sparsepipe.errors import DataError
 
 # Where an image's channels may stand is told by their number; 1 and 3 go first, as 2 and 4 may well be a small side.
 CHANNEL_COUNTS = ((1, 3), (2, 4))
+KEYS = ("x", "y", "x_train", "y_train", "x_test", "y_test")
+"""Other arrays of a file, as those of names, are not read."""
 
 
 class Npz:
@@ -32,7 +34,7 @@ class Npz:
             if isinstance(file, np.ndarray):
                 raise DataError("This is an .npy file with a single array.", where=argument, advice=_ADVICE)
             with file:
-                arrays = {key: file[key] for key in file.files}
+                arrays = {key: file[key] if key in KEYS else None for key in file.files}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             # numpy advises to trust such a file, and to let it run code.
             reason = "it holds Python objects, or it is of another kind" if "pickle" in str(error) else error

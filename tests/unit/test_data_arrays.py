@@ -57,6 +57,13 @@ def test_layouts(tmp_path: Path, stored: Any, raw: Any) -> None:
     assert dataset.preprocessing.scale == (1 / 255 if raw.ndim == 4 else 1.0)
 
 
+def test_other_arrays_of_a_file_are_not_read(tmp_path: Path) -> None:
+    name = save(tmp_path, x=FEATURES, y=LABELS, names=np.array(["ant", "bee"], object))
+    np.testing.assert_array_equal(np.sort(load(name).train.labels), np.repeat([0, 1, 2, 3], 4))
+    with pytest.raises(DataError, match="no array 'y'; there are: names, x"):
+        load(save(tmp_path, x=FEATURES, names=np.array(["ant", "bee"], object)))
+
+
 def test_keras_names_are_known(tmp_path: Path) -> None:
     name = save(tmp_path, x_train=IMAGES, y_train=LABELS, x_test=IMAGES, y_test=LABELS)
     assert len(load(name).train) == 20
