@@ -27,14 +27,18 @@ Row = Mapping[str, Any]
 
 
 def page(
-    sources: Mapping[str, Row], *, title: str, accuracy: Mapping[str, Row] | None = None, notes: Sequence[str] = ()
+    sources: Mapping[str, Row],
+    *,
+    title: str,
+    accuracy: Mapping[str, Mapping[str, Row]] | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What the page shows, as JSON-able data.
 
     Args:
         sources: name of a file of results -> its JSON: any result of `bench`, and profiles.
         title: heading of the page.
-        accuracy: label of a file -> `value`, `low` and `high` of its test accuracy.
+        accuracy: name of a source -> label of a file in it -> `value`, `low` and `high` of its test accuracy.
         notes: sentences that a reader must know.
 
     Returns:
@@ -49,8 +53,9 @@ def page(
         if measured.kind_of(result) == "profile":
             profiles.append(dict(result))
         else:
+            known = (accuracy or {}).get(name, {})
             rows += [
-                {**record.as_dict(), "source": name, "accuracy": (accuracy or {}).get(record.label)}
+                {**record.as_dict(), "source": name, "accuracy": known.get(record.label)}
                 for record in measured.read(result, where=name)
             ]
         commands.append(_command(result))

@@ -47,7 +47,8 @@ def write(sources: Sequence[Path], out: Path, *, title: str = "") -> dict[str, A
                     advice="Name a JSON result, a folder that `bench --out` or `profile --out` made, or a run folder.",
                 )
             results |= found
-            accuracy |= _accuracy(source)
+            # Files of two runs have the same names.
+            accuracy |= dict.fromkeys(found, _accuracy(source))
     data = bench_page.page(results, title=title or sources[0].resolve().stem, accuracy=accuracy)
     page = bench_page.render(data)
     write_json(out.with_suffix(".json"), data)

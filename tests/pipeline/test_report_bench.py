@@ -17,11 +17,13 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
+from sparsepipe.artefact import draft
 from sparsepipe.benchmark import records
 from sparsepipe.cli.bench import command
 from sparsepipe.cli.profile import command as profile_command
 from sparsepipe.errors import ArtefactError
 from sparsepipe.reporting import bench_page, bench_plots
+from sparsepipe.settings import Section
 from sparsepipe.stages import bench_report
 
 HOSTILE = "<script>alert(1)</script>.onnx"
@@ -217,11 +219,25 @@ def test_the_commands_of_a_suite_and_of_a_profile_name_what_was_measured() -> No
 def test_accuracy_stands_against_latency() -> None:
     shares = {"dense.onnx": 0.9, HOSTILE: 0.88, "int8.onnx": 0.87}
     known = {name: {"value": share, "low": share - 0.01, "high": share + 0.01} for name, share in shares.items()}
-    data = bench_page.page({"b": files_result()}, title="t", accuracy=known)
+    data = bench_page.page({"b": files_result()}, title="t", accuracy={"b": known})
     figures = list(bench_page._pareto(data["rows"]))
     assert len(figures) == 1
     assert all(text in figures[0].caption.replace("\u202f", "") for text in ("90.00%", "88.00%", "87.00%"))
     assert "Accuracy against latency" in bench_page.render(data)
+
+
+def test_each_run_keeps_the_accuracy_of_its_own_files(tmp_path: Path) -> None:
+    """The files of two runs have the same names."""
+    shares = {"first": 0.9, "second": 0.5}
+    for run, share in shares.items():
+        with draft(tmp_path / run / "bench", "bench", Section(), {}) as building:
+            building.metrics.update(files_result())
+        with draft(tmp_path / run / "validate", "validate", Section(), {}) as building:
+            compared = {"file": "int8.onnx", "accuracy": {"value": share}}
+            building.metrics.update({"passed": True, "candidates": [compared]})
+    data = bench_report.write([tmp_path / run for run in shares], tmp_path / "page.html")
+    shown = {Path(row["source"]).parent.name: row["accuracy"]["value"] for row in data["rows"] if row["accuracy"]}
+    assert shown == shares
 
 
 def test_labels_of_files_with_the_same_accuracy_stand_below_each_other() -> None:
