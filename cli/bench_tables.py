@@ -78,6 +78,8 @@ def peers(result: Row) -> None:
 
 def what_if(result: Row) -> None:
     """A row for each sparsity, pattern and setting: sparse beside dense."""
+    from sparsepipe.reporting import verdicts
+
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in result["input"].items())
     with_int8 = any("int8" in row for row in result["results"])
     int8_headers = ["dense int8 p50 ms", "over dense int8"] if with_int8 else []
@@ -121,6 +123,8 @@ def what_if(result: Row) -> None:
             f"computes what the dense {'int8 ' if with_int8 else ''}one does, and no speed-up over it is shown."
         )
     _quiet([row for _, row in lines], [])
+    if races := result.get("verdicts"):
+        click.echo(verdicts.summary(races))
     _notes([(place, row["note"]) for place, row in lines])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import PurePath
 from typing import Any
 
@@ -43,7 +44,8 @@ def page(
 
     Returns:
         `schema_version`, `kind` "report", `title`, `sources`, `rows` (records, with `accuracy` and `best`), `profiles`,
-        `commands`, `environment` (source -> keys and values) and `notes`.
+        `commands`, `environment` (source -> keys and values), `notes`, and `noisy`, whether any measurement was, or two
+        processes of one file differed too much.
 
     Raises:
         ArtefactError: a source is no result.
@@ -59,7 +61,9 @@ def page(
                 for record in measured.read(result, where=name)
             ]
         commands.append(_command(result))
-    found = [*notes, *_notes(rows), *(sentence for result in sources.values() for sentence in _quiet(result))]
+    found = [*notes, *_notes(rows)]
+    for name, result in sources.items():
+        found += [f"{_short(name)}: {sentence}" if len(sources) > 1 else sentence for sentence in _quiet(result)]
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "report",
@@ -70,6 +74,7 @@ def page(
         "commands": commands,
         "environment": {name: dict(_environment(result)) for name, result in sources.items()},
         "notes": found,
+        "noisy": any(one["noisy"] for one in (*rows, *chain.from_iterable(map(_verdicts, sources.values())))),
     }
 
 
@@ -98,7 +103,7 @@ def render(data: Row) -> str:
             "environment": data["environment"],
             "commands": data["commands"],
             "notes": data["notes"],
-            "noisy": sum(row.noisy for row in rows),
+            "noisy": data["noisy"],
         },
     )
 
@@ -330,10 +335,16 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 def _quiet(result: Row) -> list[str]:
     """What a result says of the noise, the clock and the heat of its machine."""
-    if measured.kind_of(result) == "suite":
-        races = [verdict for row in result["rows"] for verdict in row.get("verdicts", [])]
-        return [verdicts.summary(races)] if races else []
-    return [verdicts.sentence(verdict, result["results"]) for verdict in result.get("verdicts", [])]
+    found = _verdicts(result)
+    if measured.kind_of(result) == "files":
+        return [verdicts.sentence(verdict, result["results"]) for verdict in found]
+    return [verdicts.summary(found)] if found else []
+
+
+def _verdicts(result: Row) -> list[Row]:
+    """On two processes of one file, of every race of a result; results from before there were any have none."""
+    races = result["rows"] if measured.kind_of(result) == "suite" else [result]
+    return [verdict for race in races for verdict in race.get("verdicts", [])]
 
 
 def _environment(result: Row) -> Iterable[tuple[str, str]]:

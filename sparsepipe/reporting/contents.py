@@ -223,10 +223,33 @@ class Timing(Record):
         return self.latency_ms.get(name)
 
 
+class Conditions(Record):
+    note: str
+
+
+class Verdict(Record):
+    """How far two processes of the baseline were apart at one setting, as a fraction."""
+
+    threads: int
+    batch: int
+    difference: Number
+    limit: float
+    noisy: bool
+    blocks: int
+    blocks_disturbed: int
+    conditions: Conditions
+
+
 class Benchmark(Record):
     baseline: str | None = None
     results: list[Timing] = []
+    verdicts: list[Verdict] = []
     environment: dict[str, Any] = {}
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a measurement varied, or two processes of one file differed too much."""
+        return any(result.noisy for result in self.results) or any(verdict.noisy for verdict in self.verdicts)
 
     def is_baseline(self, timing: Timing) -> bool:
         return self.baseline is not None and self.baseline in (timing.file, timing.target)

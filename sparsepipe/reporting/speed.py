@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sparsepipe.benchmark.records import FP32, INT8, SPARSE, SparseForm
-from sparsepipe.reporting import units
+from sparsepipe.reporting import units, verdicts
 from sparsepipe.reporting.markdown import Table
 
 Row = Mapping[str, Any]
@@ -86,6 +86,8 @@ def remarks(result: Row) -> list[str]:
     ]
     if noisy:
         found.append(f"The machine was noisy in {noisy} of {len(processes)} measurements of wall time.")
+    if races := [verdict for row in result["rows"] for verdict in row.get("verdicts", [])]:
+        found.append(verdicts.summary(races))
     found += [
         f"{row['title']}, {process['file']}, {process['threads']} threads: {process['note']}"
         for row in result["rows"]

@@ -81,11 +81,11 @@ def summarise_contents(contents: Contents) -> dict[str, Any]:
         "weights": _first(contents, "weights"),
         "accuracy": {**accuracy, "difference": _difference(accuracy["dense"], accuracy["sparse"])},
         "files": {**files, "ratio": _ratio(files["dense"], files["sparse"])},
-        "latency": _latency(dense_timing, sparse_timing),
+        "latency": _latency(dense_timing, sparse_timing, contents.bench),
         "speedup": _dump(sparse_timing.speedup) if sparse_timing else None,
         "exports": _exports(contents),
         "valid": contents.validate.passed if contents.validate else None,
-        "noisy": any(result.noisy for result in contents.bench.results) if contents.bench else None,
+        "noisy": contents.bench.noisy if contents.bench else None,
     }
     return {**summary, "notes": _notes(summary)}
 
@@ -249,16 +249,18 @@ def _file(export: Exported | None, timing: Timing | None, name: str | None) -> d
     return None if size is None else {"name": name, "bytes": size}
 
 
-def _latency(dense: Timing | None, sparse: Timing | None) -> dict[str, Any] | None:
+def _latency(dense: Timing | None, sparse: Timing | None, bench: Benchmark | None) -> dict[str, Any] | None:
     either = dense or sparse
-    if either is None:
+    if either is None or bench is None:
         return None
+    twins = [one.difference for one in bench.verdicts if (one.threads, one.batch) == either.setting]
+    halves = [timing.self_difference for timing in (dense, sparse) if timing]
     return {
         "threads": either.threads,
         "batch": either.batch,
         "dense": _percentiles(dense),
         "sparse": _percentiles(sparse),
-        "self_difference": max((timing.self_difference or 0.0 for timing in (dense, sparse) if timing), default=0.0),
+        "self_difference": max(difference or 0.0 for difference in (*halves, *twins)),
     }
 
 

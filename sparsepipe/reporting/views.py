@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsepipe.reporting import figures, film, masks, units
+from sparsepipe.reporting import figures, film, masks, units, verdicts
 from sparsepipe.reporting import motion as moving
 from sparsepipe.reporting.contents import Contents, Layer, read_epochs
 
@@ -186,6 +186,7 @@ def speed(contents: Contents) -> dict[str, Any] | None:
     bench = contents.bench
     if bench is None:
         return None
+    rows = [{"threads": one.threads, "batch": one.batch, "noisy": bool(one.noisy)} for one in bench.results]
     return {
         "baseline": bench.baseline,
         "results": bench.results,
@@ -193,7 +194,8 @@ def speed(contents: Contents) -> dict[str, Any] | None:
         "over_int8": any(timing.speedup_over_int8 for timing in bench.results),
         "figures": [*figures.latencies(bench)],
         "notes": [(timing, timing.note) for timing in bench.results if timing.note],
-        "noisy": sum(bool(timing.noisy) for timing in bench.results),
+        "noisy": bench.noisy,
+        "verdicts": [verdicts.sentence(verdict.model_dump(), rows) for verdict in bench.verdicts],
         "incomplete": any(
             timing.percentile("p90") is None or timing.percentile("p99") is None for timing in bench.results
         ),

@@ -81,7 +81,7 @@ def measure(
     Returns:
         A JSON-able row. Each of its `files` has `cpu` (all in one process, one thread, CPU time) and `processes` (a
         process each, wall time, a row for each number of threads), and but for the dense one `max_relative_error`,
-        from dense fp32 onnxruntime on the same weights.
+        from dense fp32 onnxruntime on the same weights. `verdicts` are those of `bench` on the processes.
 
     Raises:
         GraphError: a sparse file computes something else than the dense one, or an int8 one than the plain int8 file.
@@ -131,6 +131,7 @@ def measure(
         # The library's place on this machine is of no use elsewhere; its digest stands beside the rows.
         "runtimes": [{key: value for key, value in one.items() if key != "kernel_library"} for one in race.runtimes],
         "files": files,
+        "verdicts": race.verdicts,
     }
 
 

@@ -56,7 +56,8 @@ def measure(config: WhatIf) -> dict[str, Any]:
 
     Returns:
         `model`, `input`, `results` (a row for each sparsity, pattern, number of threads and batch size, each with the
-        rows `dense` and `sparse` of `bench`, for int8 also `int8`, the dense int8 file) and `environment`.
+        rows `dense` and `sparse` of `bench`, for int8 also `int8`, the dense int8 file), `verdicts` (as of `bench`, for
+        each sparsity and setting) and `environment`.
 
     Raises:
         ModelError: no such network.
@@ -71,6 +72,7 @@ def measure(config: WhatIf) -> dict[str, Any]:
     if not kernels["loadable"]:
         log.warning("The kernel library is not used, so nothing can be faster than dense: %s.", kernels["reason"])
     results: list[dict[str, Any]] = []
+    verdicts: list[dict[str, Any]] = []
     runtimes: dict[str, dict[str, Any]] = {}
     steps = len(config.sparsity) * (len(config.pattern) + bench.rounds(config))
     # The files are as large as the network many times over; only those of one sparsity exist at once.
@@ -107,12 +109,14 @@ def measure(config: WhatIf) -> dict[str, Any]:
                     fast_int8=True,
                 )
             results += _pairs(race.results, list(baselines), variants)
+            verdicts += [{"sparsity": sparsity, **verdict} for verdict in race.verdicts]
             runtimes |= {str(one): one for one in race.runtimes}
     return {
         "schema_version": SCHEMA_VERSION,
         "model": config.model,
         "input": {name: list(shape) for name, shape in shapes.items()},
         "results": results,
+        "verdicts": verdicts,
         "environment": {**bench.environment(config), "runtimes": list(runtimes.values())},
     }
 

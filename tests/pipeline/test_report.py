@@ -239,6 +239,20 @@ def bench_metrics() -> dict[str, Any]:
     return {
         "baseline": "model.dense.onnx",
         "results": results,
+        "verdicts": [
+            {
+                "threads": threads,
+                "batch": batch,
+                "difference": 0.012,
+                "limit": 0.03,
+                "noisy": False,
+                "blocks": 40,
+                "blocks_disturbed": 3,
+                "conditions": {"note": HOSTILE},
+            }
+            for threads in (1, 2)
+            for batch in (1, 16)
+        ],
         "environment": {**MACHINE, "runtimes": [{"runtime": HOSTILE}]},
     }
 
@@ -426,6 +440,7 @@ def test_a_whole_run_fills_every_section(html: str) -> None:
         "no format is smaller",
         "above the break-even",
         "▲ noisy",
+        "2 threads, batch 1: noisy machine: two runs of the same file differed by 1.2%",
         "does not support the percentile",
         "Example CPU 9000",
         "sparsepipe run recipe.toml",

@@ -292,6 +292,24 @@ def test_results_of_two_machines_are_not_drawn_into_one_picture(tmp_path: Path) 
     assert [row[head.index("source")] for row in rows] == ["here/bench.json"] * 4 + ["there/bench.json"] * 4
 
 
+def test_a_page_of_quiet_measurements_is_noisy_where_two_processes_of_one_file_differ() -> None:
+    verdict = {"threads": 1, "batch": 1, "difference": 0.2, "limit": 0.03, "noisy": True, "blocks": 40,
+               "blocks_disturbed": 0, "conditions": {"note": "cool", "frequency_mhz": None, "temperature_c": None,
+                                                     "throttled": None}}  # fmt: skip
+    for result in (files_result() | {"results": files_result()["results"][:1]}, what_if_result()):
+        quiet, noisy = (
+            bench_page.page({"a/b.json": result | {"verdicts": [verdict | {"noisy": noise}]}, "c/d.json": result},
+                            title="t")
+            for noise in (False, True)
+        )  # fmt: skip
+        assert (quiet["noisy"], noisy["noisy"]) == (False, True)
+        assert "no measurement flagged as noisy" in bench_page.render(quiet)
+        assert "measured on a noisy machine" in bench_page.render(noisy)
+        (note,) = noisy["notes"]
+        assert note.startswith("a/b.json: ")
+        assert "20.0%" in note
+
+
 def test_a_picture_of_many_bars_is_of_one_sparsity() -> None:
     rows = [
         {"network": "n", "title": "Net", "sparsity": sparsity, "input": [1, 3],

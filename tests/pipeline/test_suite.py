@@ -17,7 +17,7 @@ from sparsepipe.cli import report as report_verb
 from sparsepipe.cli.bench import command
 from sparsepipe.errors import ArtefactError, GraphError, RecipeError
 from sparsepipe.graph.prune import prune
-from sparsepipe.reporting import bench_page, markdown, speed
+from sparsepipe.reporting import bench_page, markdown, speed, verdicts
 from sparsepipe.runtime import session
 from sparsepipe.stages import suite, suite_row
 from sparsepipe.stages.suite import Kernels
@@ -56,6 +56,8 @@ def test_a_row_measures_a_network_with_int8_and_two_kinds_of_timing() -> None:
     assert all(file["max_relative_error"] < 1e-5 for file in sparse)
     assert all(file["processes"][0]["relative"]["file"] < 0.5 for file in (int8, *sparse))
     assert {one["exact_int8"] for one in row["runtimes"]} == {False, True}
+    assert [verdict["threads"] for verdict in row["verdicts"]] == [1, 2]
+    assert verdicts.summary(row["verdicts"]) in speed.remarks(result)
     assert result["environment"]["cpu"]
     assert result["environment"]["versions"]["onnxruntime"]
     assert "CPU time" in result["method"]

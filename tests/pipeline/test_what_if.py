@@ -64,6 +64,9 @@ def test_a_dense_file_is_measured_at_every_setting(dense_file: Path, tmp_path: P
     )
     result = whatif.record(config, tmp_path / "out").metrics
     assert result["input"] == {"image": [2, 3, 12, 16]}
+    assert [(verdict["sparsity"], verdict["threads"], verdict["batch"]) for verdict in result["verdicts"]] == [
+        (0.5, 1, 2), (0.9, 1, 2),
+    ]  # fmt: skip
     assert [(row["sparsity"], row["pattern"], row["batch"]) for row in result["results"]] == [
         (0.5, "unstructured", 2), (0.5, "4x1", 2), (0.9, "unstructured", 2), (0.9, "4x1", 2),
     ]  # fmt: skip

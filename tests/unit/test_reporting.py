@@ -222,6 +222,22 @@ def test_what_a_reader_must_know_is_noted(run: dict[str, Artefact], words: str) 
     assert words in " ".join(summary.summarise(run)["notes"])
 
 
+def test_two_processes_of_one_file_that_differ_make_a_noisy_run() -> None:
+    """Although each measurement by itself was quiet; of another setting, they say nothing of the speed-up."""
+
+    def found(threads: int) -> dict[str, Any]:
+        verdict = {"threads": threads, "batch": 1, "difference": 0.2, "limit": 0.03, "noisy": True, "blocks": 40,
+                   "blocks_disturbed": 0, "conditions": {"note": "the clock varied"}}  # fmt: skip
+        rows = [timing("d.onnx", 1.2, self_difference=0.01), timing("p.onnx", 1.0, speedup=interval(1.15, 0.05))]
+        return summary.summarise({"bench": artefact("bench", baseline="d.onnx", results=rows, verdicts=[verdict])})
+
+    same, other = found(threads=1), found(threads=2)
+    assert same["noisy"] is other["noisy"] is True
+    assert (same["latency"]["self_difference"], other["latency"]["self_difference"]) == (0.2, 0.01)
+    assert any("noise of the measurement" in note for note in same["notes"])
+    assert not any("noise of the measurement" in note for note in other["notes"])
+
+
 def test_numbers_that_are_none_or_not_finite_are_not_known() -> None:
     run = {"train": artefact("train", test_accuracy=float("nan"), sparsity=None, nnz=None)}
     found = summary.summarise(run)
