@@ -1,8 +1,8 @@
 """Two results of the same benchmark: which measurements got slower by more than their noise.
 
 Absolute times of two runs differ because machines do, not only because programs do. So where both results have the
-speed-up over a dense file measured beside it, that is compared: a slower machine slows both. Where they have none (the
-dense file itself), the latency is shown, and decides nothing.
+speed-up over the same dense file measured beside it, that is compared: a slower machine slows both. Where they have
+none (the dense file itself), the latency is shown, and decides nothing.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _change(old: Record, new: Record | None) -> Change:
     if old.latency_ms is not None and new.latency_ms is None:
         return _named(old, SLOWER, old=old.latency_ms, by="latency", note=f"it cannot be measured any more: {new.note}")
     measured_beside_dense = old.kind != DENSE or old.runtime not in BASELINES
-    if old.speedup and new.speedup and measured_beside_dense:
+    if old.speedup and new.speedup and measured_beside_dense and old.baseline == new.baseline:
         ratio = new.speedup["value"] / old.speedup["value"]
         verdict, note = _verdict(old.speedup, new.speedup, ratio)
         return _named(old, verdict, old=old.speedup, new=new.speedup, ratio=ratio, note=note)
@@ -94,6 +94,8 @@ def _change(old: Record, new: Record | None) -> Change:
     if old.latency_ms and new.latency_ms:
         ratio = old.latency_ms["value"] / new.latency_ms["value"]
     note = "times of two runs without a dense file beside them: the machine may have changed"
+    if old.baseline != new.baseline:
+        note = f"speed-ups over {old.baseline} and over {new.baseline}: name the same files in the same order"
     return _named(old, UNKNOWN, old=old.latency_ms, new=new.latency_ms, ratio=ratio, by="latency", note=note)
 
 

@@ -7,7 +7,7 @@ suites (`rows`). A profile (`sparsepipe profile`) has layers instead, and no rec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -70,6 +70,7 @@ class Record:
         note: what must be said of it; the reason where nothing could be measured.
         runtime: what ran it where several runtimes stand beside each other, else empty.
         source: the result that it stands in, where there are several.
+        baseline: label of the file that `speedup` is over, where that is chosen among files.
     """
 
     network: str
@@ -93,6 +94,7 @@ class Record:
     note: str | None = None
     runtime: str = ""
     source: str = ""
+    baseline: str = ""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -142,7 +144,8 @@ def kind_of(result: Any) -> str:
 def _files(result: Table) -> Iterator[Record]:
     baseline = result.get("baseline")
     for row in result["results"]:
-        yield _process("", row["file"], _kind_of_file(row, baseline), "", None, row)
+        record = _process("", row["file"], _kind_of_file(row, baseline), "", None, row)
+        yield replace(record, baseline=baseline or "")
 
 
 def _kind_of_runtime(name: str) -> str:

@@ -64,6 +64,12 @@ def test_a_slower_machine_is_no_slower_program() -> None:
     assert verdicts(new)["a.onnx"] == "same"
 
 
+def test_speedups_over_different_files_are_not_compared() -> None:
+    """As where the files were named in another order, or without the dense one."""
+    other = {"baseline": "a.onnx", "results": [row("a.onnx", 2.0, 1, 1, 1), row("b.onnx", 4.0, 0.49, 0.5, 0.51)]}
+    assert verdicts(other) == {"dense.onnx": "missing", "a.onnx": "not comparable", "b.onnx": "not comparable"}
+
+
 @pytest.mark.parametrize(
     ("low", "value", "high", "verdict"),
     [
