@@ -15,7 +15,9 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-WORKER_COMMAND = (sys.executable, "-m", "sparsepipe.benchmark.worker")
+PYTHON = (sys.executable, "-P")
+"""Without -P, a file of the current folder would take the place of a package of its name."""
+WORKER_COMMAND = (*PYTHON, "-m", "sparsepipe.benchmark.worker")
 
 QUIT_TIMEOUT_SECONDS = 5.0
 STDERR_KEPT = 300

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from sparsepipe.benchmark.client import WorkerError, WorkerProcess
+from sparsepipe.benchmark.client import PYTHON, WorkerError, WorkerProcess
 
 HOW = "RLIMIT_DATA of a process of its own: private writable memory, Python included"
 CALLS = 3
@@ -29,7 +29,7 @@ def fits(model: str, limit: int, batch: int, shapes: dict[str, list[int]], timeo
         `bytes`, `fits`, `peak_rss_bytes` where it does, `reason` where it does not, and `how` the limit was set.
     """
     result: dict[str, object] = {"bytes": limit, "fits": False, "peak_rss_bytes": None, "reason": None, "how": HOW}
-    command = (sys.executable, "-m", "sparsepipe.benchmark.limited", str(limit))
+    command = (*PYTHON, "-m", "sparsepipe.benchmark.limited", str(limit))
     # The buffers of numpy's BLAS, one for each core, are no part of a model.
     try:
         with WorkerProcess(command, {"OPENBLAS_NUM_THREADS": "1"}) as process:

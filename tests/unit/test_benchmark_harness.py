@@ -267,6 +267,19 @@ def test_the_worker_itself_answers_with_an_error_and_lives_on() -> None:
         assert not raised.value.alive
 
 
+def test_files_of_the_current_folder_take_the_place_of_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("numpy", "logging", "onnxruntime"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not the package')")
+    with WorkerProcess() as process:
+        assert "rss_bytes" in process.ask("stats", 60.0)
+        with pytest.raises(WorkerError, match="no such ONNX file") as caught:
+            process.ask("load", 60.0, runtime="onnxruntime", model="absent.onnx", threads=1)
+        assert caught.value.alive
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 def test_a_stopped_worker_does_not_outlive_the_harness() -> None:
     code = (
