@@ -82,12 +82,7 @@ def median(blocks: Sequence[Samples], seed: int) -> Estimate | None:
     """
     if len(blocks) < minimum_samples(0.5):
         return None
-    generator = np.random.default_rng(seed)
-    draws = [
-        np.median(np.concatenate([blocks[index] for index in generator.integers(0, len(blocks), len(blocks))]))
-        for _ in range(RESAMPLES)
-    ]
-    low, high = np.quantile(draws, [TAIL, 1 - TAIL])
+    low, high = np.quantile(_resampled(blocks, 0.5, seed), [TAIL, 1 - TAIL])
     return Estimate(float(np.median(np.concatenate(blocks))), float(low), float(high))
 
 
@@ -114,7 +109,11 @@ def tail(blocks: Sequence[Samples], quantile: float, seed: int) -> Estimate | No
 
 
 def _resampled(blocks: Sequence[Samples], quantile: float, seed: int) -> Samples:
-    """The quantile of each of `RESAMPLES` draws of blocks with replacement."""
+    """The quantile of each of `RESAMPLES` draws of blocks with replacement.
+
+    Where so much of the sample is not more than one value, and no more is below the next one, it is their mean, as of
+    a median (definition 2 of Hyndman and Fan 1996, "Sample quantiles in statistical packages").
+    """
     ordered = np.sort(np.concatenate(blocks))
     places = np.linspace(0, len(ordered) - 1, min(len(ordered), BINS)).round().astype(np.int64)
     edges = np.unique(ordered[places])
@@ -123,7 +122,8 @@ def _resampled(blocks: Sequence[Samples], quantile: float, seed: int) -> Samples
     found = []
     for weights in np.array_split(drawn.astype(float), 8):  # in parts, to save memory
         below = (weights @ counts).cumsum(axis=1)
-        found.append(edges[(below >= quantile * below[:, -1:]).argmax(axis=1)])
+        wanted = quantile * below[:, -1:]
+        found.append((edges[(below >= wanted).argmax(axis=1)] + edges[(below > wanted).argmax(axis=1)]) / 2)
     return np.concatenate(found)
 
 

@@ -129,6 +129,25 @@ def test_the_median_interval_covers_the_truth_where_the_calls_of_a_block_go_toge
     assert narrow < covered
 
 
+@pytest.mark.parametrize("calls", [1, 2, 500])
+def test_the_median_interval_is_that_of_drawing_whole_blocks(calls: int) -> None:
+    """Few calls are drawn from as they are, many through bins."""
+    random = np.random.default_rng(3)
+    blocks = [random.normal() + 0.3 * random.lognormal(size=calls) for _ in range(20)]
+    theirs = stats.bootstrap(
+        (np.arange(len(blocks)),),
+        lambda drawn: np.median(np.concatenate([blocks[number] for number in drawn])),
+        n_resamples=4000,
+        vectorized=False,
+        method="percentile",
+        rng=random,
+    ).confidence_interval
+    ours = statistics.median(blocks, seed=0)
+    assert ours is not None
+    spread = theirs.high - theirs.low
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs), abs=0.06 * spread)
+
+
 def test_the_median_needs_six_blocks_for_an_interval() -> None:
     blocks = [np.arange(10.0)] * 6
     assert statistics.median(blocks[:5], seed=0) is None
