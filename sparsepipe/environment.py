@@ -48,6 +48,7 @@ def describe_machine() -> dict[str, Any]:
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_logical": psutil.cpu_count(),
         "cores_usable": usable_cores(),
+        "cpu_quota": cpu_quota(),
         "caches": _caches(),
         "memory_bytes": psutil.virtual_memory().total,
         "governor": _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
@@ -57,8 +58,37 @@ def describe_machine() -> dict[str, Any]:
 
 
 def usable_cores() -> int:
-    """Cores, logical ones, that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores, logical ones, that this process may keep busy: those it may run on, and no more than its quota allows."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return allowed if quota is None else max(min(allowed, int(quota)), 1)
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """How many processors' time the control groups of this process allow, as containers have it; None: no limit.
+
+    A process that uses more is stopped for the rest of a period, of 100 ms mostly.
+
+    Args:
+        root: where the files of the system begin.
+    """
+    found = []
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):  # version 2 names none
+            continue
+        top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        folder = top / path.lstrip("/")
+        found += [_quota(one) for one in (folder, *folder.parents) if one.is_relative_to(top)]
+    return min((quota for quota in found if quota), default=None)
+
+
+def _quota(folder: Path) -> float | None:
+    """Of one control group, of version 2 or else 1: time that it may use in a period, over the period."""
+    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    text = _read(folder / "cpu.max") or " ".join(_read(folder / name) or "" for name in names)
+    numbers = [int(part) for part in text.split() if part.isdigit()]  # "max", or -1, is no limit
+    return numbers[0] / numbers[1] if len(numbers) == 2 and numbers[1] else None
 
 
 def int8_saturates() -> bool:
