@@ -166,15 +166,20 @@ def _with_interval(estimate: Row | None, value: Any, interval: Any) -> str:
 
 
 def _headline(rows: Sequence[Record]) -> str | None:
-    """The largest speed-up of sparsepipe whose interval excludes 1, with where it was found."""
-    ours = [row for row in rows if row.kind == SPARSE and (not row.runtime or row.runtime.startswith(OURS))]
-    sure = [row for row in ours if row.speedup and (row.speedup.get("low") or 0) > 1]
+    """The largest speed-up of sparsepipe whose interval excludes 1, of those on a quiet machine, and what it is of."""
+    ours = [
+        row for row in rows if row.speedup and row.kind == SPARSE and (not row.runtime or row.runtime.startswith(OURS))
+    ]
+    sure = [row for row in ours if row.speedup and (row.speedup.get("low") or 0) > 1 and not row.noisy]
     if not sure:
         return None
     best = max(sure, key=lambda row: row.speedup["value"] if row.speedup else 0.0)
     assert best.speedup is not None
     where = f"{best.network}, {best.label}" if best.network else best.label
-    return f"{_gain(best.speedup)} times faster than its dense file: {where}, {units.plural(best.threads, 'thread')}."
+    return (
+        f"The largest of {units.plural(len(ours), 'speed-up')}: {_gain(best.speedup)} over "
+        f"{best.baseline or 'its dense file'}, of {where} ({units.plural(best.threads, 'thread')}, batch {best.batch})."
+    )
 
 
 def _several(rows: Sequence[Row]) -> bool:

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -279,7 +280,15 @@ def test_a_suite_of_runtimes_is_a_curve_for_each(tmp_path: Path) -> None:
     assert "Net" in bench_page.render(data)
     headline = bench_page._headline(found)  # the best of sparsepipe, although another runtime is faster
     assert headline is not None
-    assert headline.startswith("4.50× (4.05–4.95) times faster than its dense file: Net, sparsepipe-int8-4x4")
+    assert headline == (
+        "The largest of 4 speed-ups: 4.50× (4.05–4.95) over its dense file, of Net, sparsepipe-int8-4x4 0.95 "
+        "(1 thread, batch 1)."
+    )
+    quiet = [replace(record, noisy=record.sparsity == 0.95) for record in found]
+    assert "3.00× (2.70–3.30)" in str(bench_page._headline(quiet))
+    foreign = {"baseline": "a.onnx", "results": [process("a.onnx", 2.0, 1.0), process("b.onnx", 1.0, 2.0)]}
+    headline = bench_page._headline(records.read(foreign, where="r"))
+    assert "1 speed-up: 2.00× (1.80–2.20) over a.onnx, of b.onnx" in str(headline)
 
 
 def test_results_of_two_machines_are_not_drawn_into_one_picture(tmp_path: Path) -> None:
