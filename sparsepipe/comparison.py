@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from sparsepipe import jobs, pipeline, rows
 from sparsepipe import recipe as recipes
 from sparsepipe.artefact import digest_bytes, read_json, write_json
 from sparsepipe.benchmark.statistics import as_dict, mean
-from sparsepipe.environment import describe_machine, package_versions
+from sparsepipe.environment import describe_machine, package_versions, usable_cores
 from sparsepipe.errors import RecipeError
 from sparsepipe.progress import bar
 from sparsepipe.sparsity import registry
@@ -96,6 +94,25 @@ class Grid:
                     rows.append(Setting(method, sparsity, fitting))
         return list(dict.fromkeys(rows))
 
+    def refuse_decided(self, overrides: Sequence[str]) -> None:
+        """Refuse settings that would have no effect, as the grid has its own for each training.
+
+        Raises:
+            RecipeError: naming the option that has them.
+        """
+        decided = {"method": "--methods", "method.name": "--methods", "seed": "--seeds"}
+        if self.sparsities:
+            decided["method.sparsity"] = "--sparsities"
+        given = [(f"--set {override}", *override.partition("=")[::2]) for override in overrides]
+        for place, key, value in [*given, *((f"--vary {key}", key, "") for key in self.vary)]:
+            option = decided.get(key.strip())
+            if option is not None and not value.lstrip().startswith("{"):  # a table of options is no name
+                raise RecipeError(
+                    f"What trainings are compared in is said by {option}; this would have no effect.",
+                    where=place,
+                    advice=f"Leave it out, and use {option}.",
+                )
+
 
 @dataclass(frozen=True)
 class Training:
@@ -134,9 +151,10 @@ def plan(recipe: Path, grid: Grid, overrides: Sequence[str], out: Path) -> list[
     """All trainings of a grid, seed by seed, so that an interrupted comparison has whole pairs.
 
     Raises:
-        RecipeError: the recipe, an override, a method or one of its options is not valid, or no method takes an
-            option that shall vary.
+        RecipeError: the recipe, an override, a method or one of its options is not valid, an override is one that the
+            grid decides, or no method takes an option that shall vary.
     """
+    grid.refuse_decided(overrides)
     taken = {f"method.{option}" for method in grid.methods for option in registry.options_of(method)}
     for key in grid.vary:
         if key.startswith("method.") and key not in taken:
@@ -189,7 +207,7 @@ def compare(
     """
     if not grid.methods or not grid.seeds:
         raise RecipeError("There is nothing to compare.", where="compare", advice="Name methods and seeds.")
-    at_once = workers or max(1, len(psutil.Process().cpu_affinity() or [0]))
+    at_once = workers or usable_cores()
     if at_once > 1 and not any(override.startswith("train.threads=") for override in overrides):
         overrides = (*overrides, "train.threads=1")
     trainings = plan(recipe, grid, overrides, out)
@@ -263,13 +281,13 @@ def _result(
         }
         for index, training in enumerate(trainings)
     ]
-    config = trainings[0].stage.config.model_dump(mode="json")
+    configs = [training.stage.config.model_dump(mode="json") for training in trainings]
     return {
         "comparison_schema": SCHEMA_VERSION,
         "recipe": str(recipe),
         "recipe_digest": digest_bytes(recipe.read_bytes()),
-        "data": config["data"],
-        "epochs": config["train"]["epochs"],
+        "data": _common([config["data"] for config in configs]),
+        "epochs": _common([config["train"]["epochs"] for config in configs]),
         "overrides": list(overrides),
         "reference": grid.methods[0],
         "table": table(grid, {(trainings[i].setting, trainings[i].seed): found for i, found in done.items()}),
@@ -277,6 +295,11 @@ def _result(
         "machine": describe_machine(),
         "versions": package_versions(),
     }
+
+
+def _common(values: Sequence[Any]) -> Any:
+    """The value that all are; None where they differ."""
+    return values[0] if all(value == values[0] for value in values) else None
 
 
 def table(grid: Grid, done: Mapping[tuple[Setting, int], Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -119,6 +119,7 @@ def measure(
 
 
 def _plan(recipe: Path, grid: Grid, task: Task, overrides: Sequence[str]) -> list[Cell]:
+    grid.refuse_decided(overrides)
     cells = []
     datasets: dict[str, Dataset] = {}
     for seed, setting in itertools.product(grid.seeds, grid.settings()):

@@ -60,11 +60,9 @@ def _sparsity(line: Mapping[str, Any]) -> float | None:
 
 
 def _title(result: Mapping[str, Any]) -> str:
-    epochs = result["epochs"]
-    return (
-        f"{result['recipe']} on {result['data']['name']}, {epochs} epochs; mean over seeds ± half of the 95% interval, "
-        "differences paired by seed"
-    )
+    on = f" on {result['data']['name']}" if result["data"] else ""
+    epochs = f", {result['epochs']} epochs" if result["epochs"] else ""
+    return f"{result['recipe']}{on}{epochs}; mean over seeds ± half of the 95% interval, differences paired by seed"
 
 
 def _value(estimate: Any, show: Any) -> str:

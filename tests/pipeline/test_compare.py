@@ -19,6 +19,7 @@ from sparsepipe.artefact import Artefact
 from sparsepipe.cli.main import sparsepipe
 from sparsepipe.comparison import Grid
 from sparsepipe.errors import RecipeError
+from sparsepipe.reporting.comparison import table
 
 RECIPE = """
 name = "tiny"
@@ -189,6 +190,28 @@ def test_other_keys_vary_where_a_method_has_them(recipe: Path) -> None:
     ]
 
 
+def test_the_title_says_what_is_common_to_all(recipe: Path, tmp_path: Path, calls: list[list[str]]) -> None:
+    grid = Grid(("set",), (), (0,), {"train.epochs": ("1", "2")})
+    result = comparison.compare(recipe, grid, tmp_path / "out", overrides=["method={update_every=2}"], workers=1)
+    assert result["epochs"] is None
+    title = table(result).title
+    assert title is not None
+    assert title.startswith(f"{recipe} on digits; mean")
+
+
+def test_as_many_trainings_at_once_as_there_are_cores(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the system does not say which cores a process may use, as macOS."""
+    asked: list[int] = []
+    monkeypatch.setitem(jobs.BACKENDS, "local", lambda commands, at_once: asked.append(at_once) or iter(()))
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.delattr("psutil.Process.cpu_affinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    comparison.compare(recipe, Grid(("set",), (), (0,), {}), tmp_path / "out")
+    assert asked == [3]
+
+
 def test_a_failed_training_is_a_row_with_its_reason(recipe: Path, tmp_path: Path, calls: list[list[str]]) -> None:
     arguments = ["compare", str(recipe), "--methods", "set", "--seeds", "13,1", "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(sparsepipe, arguments)
@@ -211,6 +234,10 @@ def test_a_failed_training_is_a_row_with_its_reason(recipe: Path, tmp_path: Path
         (["--sparsities", "much"], "list of numbers"),
         (["--vary", "method.c"], "KEY=VALUE"),
         (["--vary", "method.see=1"], "see"),
+        (["--set", "seed=7"], "--set seed=7: What trainings are compared in is said by --seeds"),
+        (["--set", "method=rigl"], "--methods"),
+        (["--vary", "method.name=rigl,set"], "--methods"),
+        (["--sparsities", "0.8", "--set", "method.sparsity=0.9"], "--sparsities"),
         (["--seeds", ""], "the list is empty"),
     ],
 )
