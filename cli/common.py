@@ -20,6 +20,7 @@ from sparsepipe.folders import RECIPE_FILE, partial_of
 if TYPE_CHECKING:
     from sparsepipe.artefact import Artefact
     from sparsepipe.recipe import Recipe
+    from sparsepipe.settings import Choice
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -295,6 +296,14 @@ def section(source: Path | None, name: str, overrides: Sequence[str], flags: Map
     given = {key: value for key, value in flags.items() if value not in (None, ())}
     # What nobody set stays unset: some settings, such as the opset, mean "as it is" then.
     return check(type(loaded), {**loaded.model_dump(exclude_unset=True), **given}, where=name)
+
+
+def dataset(name: str | None, overrides: Sequence[str]) -> Choice | None:
+    """The dataset that an option names, with the options that `--set data.KEY=VALUE` gives it, as in a recipe."""
+    from sparsepipe import recipe
+
+    options = [override for override in overrides if override.strip().startswith("data.")]
+    return recipe.parse({"model": "unknown", "data": name}, options).data if name else None
 
 
 def run_recipe(source: Path) -> Path | None:

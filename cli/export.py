@@ -52,8 +52,10 @@ BELONGS = {
     help="int8: static, for the targets dense and universal. Given twice, once for each: files of both. Default: fp32.",
 )  # fmt: skip
 @click.option(
-    "--calibrate", metavar="DATA", help="int8: the dataset on whose training split the ranges of activations are found."
-)
+    "--calibrate", metavar="DATA",
+    help="int8: the dataset on whose training split the ranges of activations are found; its options as "
+    "--set data.size=224.",
+)  # fmt: skip
 @click.option(
     "--calibration", type=click.Choice(["minmax", "percentile", "entropy"]),
     help="int8: how ranges come from values. Default: minmax.",
@@ -99,7 +101,7 @@ def command(
         "measure": measure,
         "measure_seconds": measure_seconds,
         "precision": precisions,
-        "calibrate": calibrate,
+        "calibrate": common.dataset(calibrate, overrides),
         "calibration": calibration,
         "calibration_samples": calibration_samples,
         "max_drop": max_drop,

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from sparsepipe.cli import common
-
-if TYPE_CHECKING:
-    from sparsepipe.settings import Choice
 
 SHOWN_LAYERS = 3
 BELONGS = {"epsilon": ("--attack pgd",), "steps": ("--attack pgd",)}
@@ -21,7 +18,11 @@ BELONGS = {"epsilon": ("--attack pgd",), "steps": ("--attack pgd",)}
 @click.option(
     "--against", required=True, type=common.existing_path(), help="An ONNX file, a run folder or a stage's folder."
 )
-@click.option("--data", help="Dataset to compare on. Default: the one the network was trained on, or random inputs.")
+@click.option(
+    "--data",
+    help="Dataset to compare on; its options as --set data.size=224. Default: the one the network was trained on, or "
+    "random inputs.",
+)
 @click.option("--max-relative", type=float, help="Largest allowed difference, relative to the largest output.")
 @click.option("--min-agreement", type=float, help="Smallest allowed share of samples with the same top class.")
 @click.option(
@@ -86,7 +87,9 @@ def command(
     attacked = None if attack is None else {"name": attack, **given}
     table = {**tolerances.model_dump(), "samples": samples, "input": input_, "attack": attacked}
     config = check(validate.ValidateConfig, table, where="validate")
-    results = validate.compare_all(onnx, against, dataset(data), config=config, trusted_model=trusted_model)
+    results = validate.compare_all(
+        onnx, against, common.dataset(data, overrides), config=config, trusted_model=trusted_model
+    )
     passed = all(result["passed"] for result in results)
     if as_json:
         common.print_json(results[0] if len(results) == 1 else {"passed": passed, "results": results})
@@ -94,13 +97,6 @@ def command(
         _show(results)
     if not passed:
         raise click.exceptions.Exit(1)
-
-
-def dataset(name: str | None) -> Choice | None:
-    """The dataset that `--data NAME` means."""
-    from sparsepipe.settings import Choice
-
-    return Choice(name=name) if name else None
 
 
 def _show(results: list[dict[str, Any]]) -> None:

@@ -79,6 +79,15 @@ def test_listings_print_json_on_stdout_only(invoke: Invoke, verb: str) -> None:
     assert out
 
 
+def test_datasets_are_listed_with_their_options(invoke: Invoke) -> None:
+    _, out, _ = invoke("datasets", "--json")
+    options = {entry["name"]: entry["options"] for entry in json.loads(out)}
+    assert options["imagefolder"] == ["test_fraction", "size", "channels"]
+    assert options["plugin"] == []
+    _, out, _ = invoke("datasets")
+    assert re.search(r"imagefolder:DIR .* test_fraction, size, channels ", out)
+
+
 def test_models_takes_a_wildcard(invoke: Invoke) -> None:
     _, out, _ = invoke("models", "resnet*", "--json")
     names = [entry["name"] for entry in json.loads(out)]
@@ -270,6 +279,21 @@ def test_validate_exits_with_1_when_outputs_differ(invoke: Invoke, tmp_path: Pat
     code, text, _ = invoke("validate", second, "--against", first, "--json")
     assert code == 1
     assert json.loads(text)["passed"] is False
+
+
+def test_a_dataset_on_the_command_line_has_options_as_in_a_recipe(invoke: Invoke, tmp_path: Path) -> None:
+    model = linear_onnx(tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=np.random.default_rng(0).normal(size=(64, 64)), y=np.arange(64) % 32)
+    data, half = f"npz:{tmp_path / 'd.npz'}", ("--set", "data.test_fraction=0.5")
+    _, text, err = invoke("validate", model, "--against", model, "--data", data, *half, "--json")
+    assert json.loads(text)["candidates"][0]["samples"] == 32, err
+    static = ("--target", "dense", "--precision", "int8", "--calibrate", data)
+    assert invoke("export", model, *static, *half, "--out", tmp_path / "out", "--json")[0] == 0
+    calibrated = json.loads((tmp_path / "out" / "manifest.json").read_text())["config"]["calibrate"]
+    assert calibrated == {"name": data, "test_fraction": 0.5}
+    code, _, err = invoke("validate", model, "--against", model, "--data", data, "--set", "data.test_fracton=0.5")
+    assert code == 2
+    assert "did you mean 'test_fraction'" in err
 
 
 def test_a_verb_never_replaces_another_stage_or_guesses_where_to_write(invoke: Invoke, tmp_path: Path) -> None:
