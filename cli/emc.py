@@ -59,7 +59,8 @@ def command(
     Samples are nested: the first n of one order for each seed. The number is doubled until a training fails, then
     bisected. A training fails once its gradient has vanished or its loss stopped falling; before that its steps are
     doubled, twice at most. Trials are written as they end: the command can be interrupted, repeated and widened. It
-    writes emc.json, emc.md and, where matplotlib is installed, emc.svg into the output folder.
+    writes emc.json, emc.md and, where matplotlib is installed, emc.svg into the output folder. Exits with 1 if a
+    training ended with an error; the other searches go on.
 
     Augmentation is off, but weight decay and label smoothing are the recipe's; they make it harder to fit.
 
@@ -76,10 +77,15 @@ def command(
     result = measure.measure(recipe, grid, task, folder, overrides=overrides, write_up=_write_up)
     if as_json:
         common.print_json(result)
-        return
-    shown = table(result)
-    common.print_table(shown.headers, shown.rows, title=shown.title)
-    click.echo(f"Written to {folder}.")
+    else:
+        shown = table(result)
+        common.print_table(shown.headers, shown.rows, title=shown.title)
+        click.echo(f"Written to {folder}.")
+    for search in result["failed"]:
+        sparsity = "" if search["sparsity"] is None else f" at sparsity {search['sparsity']:g}"
+        click.echo(f"Failed: {search['method']}{sparsity}, seed {search['seed']}\n{search['error']}", err=True)
+    if result["failed"]:
+        raise click.exceptions.Exit(1)
 
 
 def _write_up(result: Mapping[str, Any], folder: Path) -> None:

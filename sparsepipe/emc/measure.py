@@ -19,7 +19,7 @@ from sparsepipe.data import Dataset
 from sparsepipe.emc.samples import Inputs, Labels, NestedSamples
 from sparsepipe.emc.search import DOUBLINGS, Found, Trial, search
 from sparsepipe.environment import describe_machine, package_versions
-from sparsepipe.errors import ArtefactError, RecipeError
+from sparsepipe.errors import ArtefactError, RecipeError, SparsepipeError
 from sparsepipe.models import registry as models
 from sparsepipe.progress import bar
 from sparsepipe.settings import Choice
@@ -95,23 +95,27 @@ def measure(
         write_up: called with the result and `out` after each search.
 
     Returns:
-        `runs`: one dict for each search that has ended. `table`: one for each setting, with means over seeds and 95%
-        intervals by Student's t.
+        `runs`: one dict for each search that has ended. `failed`: one for each in which a training failed, with its
+        `error`; the others go on. `table`: one for each setting, with means over seeds and 95% intervals by Student's
+        t.
 
     Raises:
         RecipeError: there is nothing to search, or a part of the recipe is not valid.
-        SparsepipeError: parts of the recipe do not fit together, or the loss is not finite any more.
+        SparsepipeError: parts of the recipe do not fit together.
     """
     if not grid.methods or not grid.seeds:
         raise RecipeError("There is nothing to search.", where="emc", advice="Name methods and seeds.")
     cells = _plan(recipe, grid, task, overrides)
     runs: list[dict[str, Any]] = []
-    result = _result(recipe, grid, task, cells[0], overrides, runs)
+    failed: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
     with bar("Searches", len(cells)) as running:
         for cell in cells:
-            found = _search(cell, task, out, lambda note: running.advance(0, note=note))
-            runs.append(_run(cell, found))
-            result = _result(recipe, grid, task, cells[0], overrides, runs)
+            try:
+                runs.append(_run(cell, _search(cell, task, out, lambda note: running.advance(0, note=note))))
+            except SparsepipeError as error:  # as where the loss is not finite any more
+                failed.append({**_of(cell), "error": str(error)})
+            result = _result(recipe, grid, task, cells[0], overrides, runs, failed)
             write_json(out / RESULT, result)
             write_up(result, out)
             running.advance()
@@ -249,9 +253,7 @@ def _run(cell: Cell, found: Found) -> dict[str, Any]:
     largest = [trial for trial in found.trials if trial.fits and trial.samples == found.emc]
     nonzero = min((trial.nonzero for trial in largest or found.trials), default=0)
     return {
-        "method": cell.setting.method,
-        "sparsity": cell.setting.sparsity,
-        "seed": cell.seed,
+        **_of(cell),
         "emc": found.emc,
         "upper": found.upper,
         "settled": found.settled,
@@ -261,8 +263,18 @@ def _run(cell: Cell, found: Found) -> dict[str, Any]:
     }
 
 
+def _of(cell: Cell) -> dict[str, Any]:
+    return {"method": cell.setting.method, "sparsity": cell.setting.sparsity, "seed": cell.seed}
+
+
 def _result(
-    recipe: Path, grid: Grid, task: Task, any_cell: Cell, overrides: Sequence[str], runs: Sequence[Mapping[str, Any]]
+    recipe: Path,
+    grid: Grid,
+    task: Task,
+    any_cell: Cell,
+    overrides: Sequence[str],
+    runs: Sequence[Mapping[str, Any]],
+    failed: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     rows = []
     for setting in grid.settings():
@@ -288,6 +300,7 @@ def _result(
         "doublings": DOUBLINGS,
         "table": rows,
         "runs": list(runs),
+        "failed": list(failed),
         "machine": describe_machine(),
         "versions": package_versions(),
     }

@@ -14,8 +14,10 @@ from sparsepipe.cli.main import sparsepipe
 from sparsepipe.comparison import Grid
 from sparsepipe.emc import measure
 from sparsepipe.emc.samples import NestedSamples
-from sparsepipe.errors import RecipeError
+from sparsepipe.emc.search import Trial
+from sparsepipe.errors import RecipeError, SparsepipeError
 from sparsepipe.reporting import emc as reporting
+from sparsepipe.stages.train import TrainConfig
 
 RECIPE = """
 name = "tiny"
@@ -111,6 +113,28 @@ def test_the_command_prints_a_table_and_json(recipe: Path, tmp_path: Path) -> No
     assert result["table"][0]["seeds"] == [0]
     assert result["labels"] == "random"
     assert "static" in (tmp_path / "out/emc.md").read_text()
+
+
+def test_a_search_that_fails_does_not_end_the_others(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = measure.train
+
+    def unlucky(config: TrainConfig, samples: NestedSamples, count: int, steps: int) -> Trial:
+        if config.seed == 0:
+            raise SparsepipeError("The loss became nan.")
+        return train(config, samples, count, steps)
+
+    monkeypatch.setattr(measure, "train", unlucky)
+    arguments = ["emc", str(recipe), "--methods", "dense", "--seeds", "0,1", "--out", str(tmp_path / "out"), "--json"]
+    arguments += ["--labels", "random", "--tolerance", "0.5", "--max-steps", "20", "--quiet"]
+    done = CliRunner().invoke(sparsepipe, arguments)
+    assert done.exit_code == 1
+    result = json.loads(done.stdout)
+    assert [run["seed"] for run in result["runs"]] == result["table"][0]["seeds"] == [1]
+    assert result["failed"] == [{"method": "dense", "sparsity": None, "seed": 0, "error": "The loss became nan."}]
+    assert "Failed: dense, seed 0\nThe loss became nan." in done.stderr
+    assert json.loads((tmp_path / "out/emc.json").read_text()) == result
 
 
 @pytest.mark.parametrize(
