@@ -130,6 +130,5 @@ def short_digest(digest: str) -> str:
 
 
 def _three_digits(value: float) -> str:
-    magnitude = abs(value)
-    digits = 0 if magnitude >= 99.95 else 1 if magnitude >= 9.995 else 2 if magnitude >= 0.9995 else 3
-    return f"{value:.{digits}f}"
+    exponent = int(f"{value:.2e}".partition("e")[2] or 0)  # of the rounded value: 9.996 is 10.0
+    return f"{value:.{max(2 - exponent, 0)}f}"
