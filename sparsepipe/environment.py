@@ -40,6 +40,8 @@ def describe_machine() -> dict[str, Any]:
         "amx_int8",
         "asimd",
         "asimddp",
+        "i8mm",
+        "sve",
     )
     return {
         "cpu": model,
@@ -100,19 +102,21 @@ def int8_saturates() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64") and not _cpu_info()[1] & {"avx512_vnni", "avx_vnni"}
 
 
-def _cpu_info() -> tuple[str, set[str]]:
-    model, flags = platform.processor() or platform.machine(), set[str]()
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return model, flags
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model") and value.strip():
-            model = value.strip()
-        elif key.strip() in ("flags", "Features"):
+def _cpu_info(root: Path = Path("/")) -> tuple[str, set[str]]:
+    """Name and vector extensions of the processor; of an Arm one without a name, the numbers of its kinds of cores."""
+    model, flags, cores = "", set[str](), dict[str, None]()
+    facts: dict[str, str] = {}
+    for line in (_read(root / "proc/cpuinfo") or "").splitlines():
+        key, _, value = (part.strip() for part in line.partition(":"))
+        facts[key] = value
+        if key in ("model name", "Model") and value:
+            model = value
+        elif key in ("flags", "Features"):
             flags = set(value.split())
-    return model, flags
+        elif key == "CPU part":  # it stands behind that of its maker
+            cores[f"{facts.get('CPU implementer', '')}:{value}"] = None
+    unnamed = platform.processor() or platform.machine()
+    return model or " ".join([unnamed, *cores]), flags
 
 
 def _caches() -> dict[str, str]:
