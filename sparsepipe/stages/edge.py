@@ -54,7 +54,8 @@ def measure(paths: Sequence[Path], config: Bench, memory_limit: int | None = Non
 
 def record(paths: Sequence[Path], config: Bench, out: Path, memory_limit: int | None = None) -> Artefact:
     """`measure`, and keep the result in the folder `out`, as `bench` does."""
-    with draft(out, "bench", config, {path.name: digest_file(path) for path in paths}) as building:
+    digests = {label: digest_file(path) for label, path in zip(bench.labels(paths), paths, strict=True)}
+    with draft(out, "bench", config, digests) as building:
         result = measure(paths, config, memory_limit)
         write_json(building.folder / bench.RESULT_FILE, result)
         building.metrics.update(result)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from onnx import ModelProto
 
-from sparsepipe.artefact import Artefact, digest_bytes, draft, write_json
+from sparsepipe.artefact import Artefact, digest_bytes, digest_file, draft, write_json
 from sparsepipe.benchmark import int8
 from sparsepipe.errors import MissingExtraError, ModelError
 from sparsepipe.graph.fold import fold
@@ -123,7 +123,9 @@ def measure(config: WhatIf) -> dict[str, Any]:
 
 def record(config: WhatIf, out: Path) -> Artefact:
     """`measure`, and keep the result in the folder `out`."""
-    with draft(out, "whatif", config, {"model": digest_bytes(config.model.encode())}) as building:
+    path = Path(config.model)
+    digest = digest_file(path) if path.is_file() else digest_bytes(config.model.encode())
+    with draft(out, "whatif", config, {"model": digest}) as building:
         result = measure(config)
         write_json(building.folder / RESULT_FILE, result)
         building.metrics.update(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -62,7 +63,9 @@ def test_a_dense_file_is_measured_at_every_setting(dense_file: Path, tmp_path: P
     config = WhatIf(
         model=str(dense_file), sparsity=(0.5, 0.9), pattern=("unstructured", "4x1"), input=(2, 3, 12, 16), seconds=0.02
     )
-    result = whatif.record(config, tmp_path / "out").metrics
+    made = whatif.record(config, tmp_path / "out")
+    assert made.manifest.inputs == {"model": f"sha256:{hashlib.sha256(dense_file.read_bytes()).hexdigest()}"}
+    result = made.metrics
     assert result["input"] == {"image": [2, 3, 12, 16]}
     assert [(verdict["sparsity"], verdict["threads"], verdict["batch"]) for verdict in result["verdicts"]] == [
         (0.5, 1, 2), (0.9, 1, 2),
