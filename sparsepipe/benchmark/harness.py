@@ -256,10 +256,13 @@ def _start(measurement: Measurement, setting: Setting) -> _Entrant | None:
         measurement.inputs, measurement.warnings = answer.get("inputs", {}), answer.get("warnings", [])
         measurement.settings = {**answer["settings"], "cpus": answer["cpus"]}
 
-    if _attempt(entrant, load):
-        return entrant
-    process.close()
-    return None
+    loaded = False
+    try:
+        loaded = _attempt(entrant, load)
+    finally:  # Ctrl-C, too: a stopped process would stay as long as this one
+        if not loaded:
+            process.close()
+    return entrant if loaded else None
 
 
 def _is_admitted(

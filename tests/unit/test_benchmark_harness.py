@@ -254,6 +254,20 @@ def test_a_stopped_worker_rests_and_goes_on_when_it_is_asked_to(fake: Any) -> No
     assert not psutil.pid_exists(worker.pid)
 
 
+def test_a_start_that_is_interrupted_leaves_no_process(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def interrupted(worker: WorkerProcess, *_: Any, **__: Any) -> None:
+        started.append(worker.pid)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WorkerProcess, "ask", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:  # which keeps the process from being collected
+        measure([fake(0.1)], setting())
+    assert caught.value
+    assert [pid for pid in started if psutil.pid_exists(pid)] == []
+
+
 def test_the_worker_itself_answers_with_an_error_and_lives_on() -> None:
     with WorkerProcess(WORKER_COMMAND) as worker:
         with pytest.raises(WorkerError, match="no model is loaded") as raised:
