@@ -103,7 +103,7 @@ class Sparsifier:
         """Optimizer steps taken so far."""
         refuse_sharded(model)
         self._model = unwrapped(model)
-        self._groups = len(optimizer.param_groups)
+        self._groups, self._untrained = len(optimizer.param_groups), _untrained(optimizer)
         weights = maskable(self._model, optimizer)
         self._replicas = Replicas(process_group)
         self._check_every = options.count("check_every", check_every)
@@ -389,13 +389,13 @@ class Sparsifier:
         self._at_work.add(self)
 
     def _warn_of_added(self, optimizer: Optimizer) -> None:
-        self._groups = len(optimizer.param_groups)
+        self._groups, self._untrained = len(optimizer.param_groups), _untrained(optimizer)
         known = {*self._network.weights, *self._network.left_out}
         added = [name for name in maskable(self._model, optimizer) if name not in known]
         if added:
             log.warning(
-                "%s: added to the optimizer after the Sparsifier was made, so dense and not counted. For a sparse one, "
-                "make another Sparsifier once all groups are there; it takes the place of this one.",
+                "%s: trained only since the Sparsifier was made, so dense and not counted. For a sparse one, make another "
+                "Sparsifier once all weights are in the optimizer and none is frozen; it takes the place of this one.",
                 ", ".join(map(repr, added)),
             )
 
@@ -416,7 +416,7 @@ class Sparsifier:
             self._inner_steps += 1
             return None
         self._stepping, self._inner_steps = True, 0
-        if len(optimizer.param_groups) != self._groups:
+        if len(optimizer.param_groups) != self._groups or any(each.requires_grad for each in self._untrained):
             self._warn_of_added(optimizer)
         self._put_lr_back(optimizer)  # a step that failed did not
         self._set_lr(optimizer)
@@ -522,3 +522,7 @@ class Sparsifier:
         self._put_lr_back(optimizer)
         self._network.gradients.clear()
         self._network.local_gradients.clear()
+
+
+def _untrained(optimizer: Optimizer) -> list[Tensor]:
+    return [each for group in optimizer.param_groups for each in group["params"] if not each.requires_grad]

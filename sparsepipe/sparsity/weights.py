@@ -74,7 +74,8 @@ def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
     """The weights of convolutions, linear and recurrent layers and attention projections that `optimizer` trains.
 
     Embeddings, normalisation, biases and depthwise kernels are left out, as is a weight that any embedding shares, one
-    without elements, and what modules of unknown kinds hold. A weight shared between modules appears once.
+    without elements, one that is frozen, and what modules of unknown kinds hold. A weight shared between modules appears
+    once.
 
     Raises:
         ModelError: there is no such weight, a weight is not initialised yet or no ordinary tensor of floats, or two
@@ -113,7 +114,11 @@ def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
     for weight in weights.values():
         _refuse_unusual(weight)
     _refuse_shared_memory(weights)
-    others = [name for name in named.keys() - weights if id(named[name]) in trained and named[name].ndim >= 2]
+    others = [
+        name
+        for name in named.keys() - weights
+        if id(named[name]) in trained and named[name].requires_grad and named[name].ndim >= 2
+    ]
     if others:
         log.info(
             "%d trained tensors of two or more dimensions stay dense: embeddings, normalisation, depthwise kernels, "

@@ -143,9 +143,25 @@ def test_weights_that_join_the_optimizer_later_are_named_once(caplog: pytest.Log
     optimizer.add_param_group({"params": [*model[4].parameters(), *model[6].parameters()]})
     train(model, optimizer, range(2))
     (record,) = caplog.records
-    assert record.getMessage().startswith("'4.weight', '6.weight': added to the optimizer after")
+    assert record.getMessage().startswith("'4.weight', '6.weight': trained only since")
     assert list(sparsifier.masks) == ["0.weight"]
     assert set(Sparsifier(model, optimizer, method(), total_steps=40).masks) == {"0.weight", "4.weight", "6.weight"}
+
+
+def test_weights_that_are_frozen_at_first_are_named_once_they_train(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    model[:5].requires_grad_(False)
+    optimizer = sgd(model.parameters())
+    with caplog.at_level("INFO", logger="sparsepipe"):
+        sparsifier = Sparsifier(model, optimizer, method(), total_steps=40)
+    train(model, optimizer, range(2))
+    assert not caplog.records, "nothing stays dense for its kind"
+    model[4].requires_grad_(True)
+    train(model, optimizer, range(2))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("'4.weight': trained only since the Sparsifier was made")
+    assert list(sparsifier.masks) == ["6.weight"]
+    assert set(Sparsifier(model, optimizer, method(), total_steps=40).masks) == {"4.weight", "6.weight"}
 
 
 @pytest.mark.parametrize("given", ["to load_state_dict", "to the constructor"])
