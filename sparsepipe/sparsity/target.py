@@ -113,7 +113,9 @@ class Target:
         Raises:
             RecipeError: an option is out of range or of the wrong type, or contradicts the pattern.
         """
-        if isinstance(overrides, Mapping | str) or not all(isinstance(entry, Mapping) for entry in overrides):
+        listed = isinstance(overrides, Iterable) and not isinstance(overrides, Mapping | str)
+        entries = tuple(overrides) if listed else ()
+        if not listed or not all(isinstance(entry, Mapping) for entry in entries):
             raise RecipeError("'overrides' must be a list of tables.", where="overrides")
         given = distribution if isinstance(distribution, Mapping) else {}
         target = cls(
@@ -121,7 +123,7 @@ class Target:
             GIVEN if given else _named(distribution),
             tuple((str(glob), options.positive(f"distribution.{glob}", value)) for glob, value in given.items()),
             parse(pattern),
-            tuple(Override.read(entry) for entry in overrides),
+            tuple(Override.read(entry) for entry in entries),
             options.choice("first_conv", first_conv, ("auto", "dense", "sparse")),
             options.choice("last_linear", last_linear, ("dense", "sparse")),
         )

@@ -293,7 +293,7 @@ def test_uniform_keeps_the_first_convolution_dense_and_says_so() -> None:
 
 def test_the_first_matching_override_wins() -> None:
     overrides = [{"layers": "1", "sparsity": 0.5}, {"layers": "?", "sparsity": 0.25}, {"layers": "4", "dense": True}]
-    nnz, _ = plan(overrides=overrides)
+    nnz, _ = plan(overrides=(table for table in overrides))
     assert nnz == {"0.weight": 162, "1.weight": 576, "2.weight": 192, "4.weight": 1920}
 
 
@@ -354,6 +354,8 @@ def test_a_pattern_that_fits_no_layer_is_refused_with_layers_and_reasons(distrib
         ({"distribution": "gaussian"}, "uniform, er, erk, global"),
         ({"pattern": "3d"}, "pattern"),
         ({"overrides": {"layers": "1"}}, "list of tables"),
+        ({"overrides": 3}, "list of tables"),
+        ({"overrides": [3]}, "list of tables"),
         ({"overrides": [{"layers": "1"}]}, "not an override"),
         ({"overrides": [{"sparsity": 0.5}]}, "not an override"),
         ({"overrides": [{"layers": "1", "sparsty": 0.5}]}, "sparsty"),
