@@ -35,6 +35,11 @@ class Weight:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.parameter.shape)
 
+    @property
+    def output_axis(self) -> int:
+        """The dimension of output channels; of a transposed convolution with groups, of those of each group."""
+        return 1 if self.transposed else 0
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside those that `torch.compile`, DDP and Lightning Fabric wrap around it."""

@@ -333,6 +333,27 @@ def test_rows_of_structured_directional_become_zero_whole_and_can_revive() -> No
     assert not bench.weight[[0, 1, 3]].any()
 
 
+def test_output_channels_of_a_transposed_convolution_are_shrunk_and_have_thresholds() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.ConvTranspose2d(4, 3, 2, bias=False)
+    with torch.no_grad():
+        model.weight[:, 1] *= 0.01
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(model, optimizer, StructuredDirectional(c=0.1), total_steps=10)
+    for _ in range(10):
+        model.weight.grad = torch.zeros_like(model.weight)
+        optimizer.step()
+    assert sparsifier.freeze()["weight"].any(dim=(0, 2, 3)).tolist() == [True, False, True]
+    assert model.weight[:, [0, 2]].all()
+
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([0.3, 0.2, 0.1])[:, None, None])
+    sparsifier = Sparsifier(model, optimizer, AutoSparse(threshold_init=-10.0), total_steps=10)
+    with torch.no_grad():
+        sparsifier._network.variables["weight"][0, 1] = 0.0  # a threshold of 1/2
+    assert sparsifier.freeze()["weight"].any(dim=(0, 2, 3)).tolist() == [True, False, True]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "spare"), [(Directional, 2.0), (StructuredDirectional, 2.0)])
 def test_sparsity_grows_with_mu_at_little_loss_of_accuracy(method: Any, spare: float) -> None:

@@ -74,10 +74,10 @@ class AutoSparse(Emergent):
     def attach(self, network: Network) -> None:
         super().attach(network)
         for name in self.sparse_layers(network):
-            weight = network.weights[name].parameter
-            rows = len(weight) if self.granularity == "channel" else 1
-            shape = (rows, *(1 for _ in weight.shape[1:]))
-            network.variables[name] = nn.Parameter(weight.new_full(shape, self.threshold_init))
+            weight = network.weights[name]
+            kept = weight.output_axis if self.granularity == "channel" else None
+            shape = [size if axis == kept else 1 for axis, size in enumerate(weight.shape)]
+            network.variables[name] = nn.Parameter(weight.parameter.new_full(shape, self.threshold_init))
         thresholds = {"params": list(network.variables.values()), "relative_lr": self.threshold_lr}
         network.own_optimizer = torch.optim.SGD([thresholds], lr=0.1, momentum=0.9, weight_decay=self.threshold_decay)
 

@@ -15,6 +15,7 @@ from sparsepipe.sparsity.emergent import Emergent
 from sparsepipe.sparsity.modes import evaluating
 from sparsepipe.sparsity.network import Network
 from sparsepipe.sparsity.proximal import group_soft_threshold, soft_threshold
+from sparsepipe.sparsity.weights import Weight
 
 
 class Directional(Emergent):
@@ -82,7 +83,7 @@ class Directional(Emergent):
                 threshold = network.memory["threshold"][f"{name} threshold"]
                 hidden.sub_(network.gradients[name], alpha=lr)
                 threshold.add_(self.c * lr ** (self.mu + 0.5) * (step**self.mu - (step - 1) ** self.mu))
-                moved = hidden if self.project else self.shrunk(hidden, float(threshold))
+                moved = hidden if self.project else self.shrunk(network.weights[name], hidden, float(threshold))
                 network.weights[name].parameter.copy_(moved)
 
     def finalize(self, network: Network) -> None:
@@ -90,8 +91,8 @@ class Directional(Emergent):
             self._shrink_in_flat_directions(network)
         super().finalize(network)
 
-    def shrunk(self, hidden: Tensor, threshold: float) -> Tensor:
-        """The weight that belongs to a hidden copy."""
+    def shrunk(self, weight: Weight, hidden: Tensor, threshold: float) -> Tensor:
+        """What belongs in a weight, of its hidden copy."""
         return soft_threshold(hidden, threshold)
 
     def describe(self) -> dict[str, Any]:
@@ -100,7 +101,10 @@ class Directional(Emergent):
     def _shrink_in_flat_directions(self, network: Network) -> None:
         hidden, thresholds = network.memory["hidden"], network.memory["threshold"]
         weights = [network.weights[name].parameter for name in hidden]
-        shrunk = [self.shrunk(value, float(thresholds[f"{name} threshold"])) for name, value in hidden.items()]
+        shrunk = [
+            self.shrunk(network.weights[name], value, float(thresholds[f"{name} threshold"]))
+            for name, value in hidden.items()
+        ]
         before, target = joined(weights), joined(shrunk)
         steep = self._steepest(network, weights)
         kept = target != 0
@@ -126,7 +130,7 @@ class Directional(Emergent):
 
 
 class StructuredDirectional(Directional):
-    """The same for whole output channels: w_g = v_g max(0, 1 - t sqrt(|g|) / ||v_g||), g a row of the weight.
+    """The same for whole output channels: w_g = v_g max(0, 1 - t sqrt(|g|) / ||v_g||), g the weights of one.
 
     The group form of gRDA, in the sense of structured directional pruning (arXiv 2107.05328), whose own solver it does
     not claim to be.
@@ -141,5 +145,6 @@ class StructuredDirectional(Directional):
     def __init__(self, *, last_linear: str = "dense", **shared: Any) -> None:
         super().__init__(last_linear=last_linear, **shared)
 
-    def shrunk(self, hidden: Tensor, threshold: float) -> Tensor:
-        return group_soft_threshold(hidden, threshold)
+    def shrunk(self, weight: Weight, hidden: Tensor, threshold: float) -> Tensor:
+        rows = hidden.transpose(0, weight.output_axis)
+        return group_soft_threshold(rows, threshold).transpose(0, weight.output_axis)
