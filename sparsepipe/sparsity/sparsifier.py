@@ -394,8 +394,8 @@ class Sparsifier:
         added = [name for name in maskable(self._model, optimizer) if name not in known]
         if added:
             log.warning(
-                "%s: trained only since the Sparsifier was made, so dense and not counted. For a sparse one, make another "
-                "Sparsifier once all weights are in the optimizer and none is frozen; it takes the place of this one.",
+                "%s: trained only since the Sparsifier was made, so dense and not counted. For a sparse one, make "
+                "another Sparsifier once all are in the optimizer and none is frozen; it takes the place of this one.",
                 ", ".join(map(repr, added)),
             )
 

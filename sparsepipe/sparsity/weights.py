@@ -79,7 +79,7 @@ def maskable(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
     """The weights of convolutions, linear and recurrent layers and attention projections that `optimizer` trains.
 
     Embeddings, normalisation, biases and depthwise kernels are left out, as is a weight that any embedding shares, one
-    without elements, one that is frozen, and what modules of unknown kinds hold. A weight shared between modules appears
+    without elements, one that is frozen, and what modules of unknown kinds hold. A weight that modules share appears
     once.
 
     Raises:
