@@ -178,9 +178,11 @@ class DropGrow(SparseFromStart):
         kept = self._kept(layers, drops, active, fraction)
         if all(torch.equal(old, new) for old, new in zip(before, kept, strict=True)):
             return
+        saliences = [score[mask] for score, mask in zip(drops, active, strict=True)]
+        del drops  # the scores of all weights would take as much memory as the weights while others grow
         grows = [layer.pattern.scores(self.grow_score(network, layer.name, step)) for layer in layers]
         free = [~mask for mask in (active if self.exclude_just_dropped else kept)]
-        turnovers = [Turnover(*each) for each in zip(layers, active, kept, free, drops, grows, strict=True)]
+        turnovers = [Turnover(*each) for each in zip(layers, active, kept, free, saliences, grows, strict=True)]
         for turnover, missing in zip(turnovers, self._missing(turnovers), strict=True):
             grown = _grown(turnover, missing)
             layer = turnover.layer

@@ -28,8 +28,8 @@ class Turnover:
     """Those that the drop left."""
     free: Tensor
     """Groups that may grow before all others: inactive ones, with or without what was just dropped."""
-    drop_score: Tensor
-    """Summed over each group: |w|, unless the method has another."""
+    salience: Tensor
+    """Drop scores of the active groups, flat; summed over each group: |w|, unless the method has another."""
     grow_score: Tensor
     """Summed over each group."""
 
@@ -49,7 +49,7 @@ def by_score(turnovers: Sequence[Turnover]) -> list[float]:
 
 def by_magnitude(turnovers: Sequence[Turnover]) -> list[float]:
     """In proportion to the mean drop score, |w|, of the active weights."""
-    return [float(each.drop_score[each.active].mean()) for each in turnovers]
+    return [float(each.salience.mean()) for each in turnovers]
 
 
 def by_nonzeros(turnovers: Sequence[Turnover]) -> list[float]:

@@ -35,7 +35,8 @@ def acquisition(
     """
     exploitation = wide(dense_gradient) if signed else gradient(dense_gradient)
     scale = c * math.log(step) if step >= 2 else 0.0
-    score = torch.div(scale, counters.to(exploitation.dtype).add_(eps)).add_(exploitation)
+    bonus = counters.to(exploitation.dtype).add_(eps)
+    score = torch.div(torch.as_tensor(scale, dtype=bonus.dtype), bonus, out=bonus).add_(exploitation)
     return score.abs_() if signed else score
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,16 +37,21 @@ def top_k(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
 def _one_row(scores: Tensor, count: int, candidates: Tensor) -> Tensor:
     """The same for one long row: gathering the candidates first makes short work of a few among many."""
     if 2 * int(candidates.count_nonzero()) > candidates.numel():
-        return _best(_ranked(scores).masked_fill_(~candidates, -torch.inf), count)
+        return _best(lambda: _ranked(scores).masked_fill_(~candidates, -torch.inf), count)
     places = candidates.nonzero().squeeze(1)
     chosen = torch.zeros_like(candidates)
-    chosen[places[_best(_ranked(scores[places]), count)]] = True
+    found = scores[places]
+    chosen[places[_best(lambda: _ranked(found), count)]] = True
     return chosen
 
 
-def _best(values: Tensor, count: int) -> Tensor:
-    """Exactly `count` of a flat tensor, bool: the largest, then of equal ones the first."""
-    threshold = kth_largest(values, count)
+def _best(make: Callable[[], Tensor], count: int) -> Tensor:
+    """Exactly `count` of a new flat tensor, bool: the largest, then of equal ones the first.
+
+    It is made twice, and one of them at a time is there: the search for the threshold puts it into another order.
+    """
+    threshold = kth_largest(make(), count)
+    values = make()
     chosen = values > threshold
     ties = (values == threshold).nonzero().squeeze(1)
     chosen[ties[: count - int(chosen.count_nonzero())]] = True
@@ -59,10 +65,11 @@ def _ranked(scores: Tensor) -> Tensor:
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:
-    """The k-th largest of a flat tensor, k from 1."""
+    """The k-th largest of a flat tensor, k from 1; on a CPU the values are in another order afterwards."""
     if values.device.type == "cpu":
         # About ten times faster than kthvalue, which also moves an index with each value.
-        place = values.numel() - k
-        return values.new_tensor(np.partition(values.numpy(), place)[place])
+        place, found = values.numel() - k, values.numpy()
+        found.partition(place)
+        return values.new_tensor(found[place])
     # On other devices kthvalue is refused under torch.use_deterministic_algorithms; the values of topk are exact.
     return values.topk(k, sorted=False).values.min()

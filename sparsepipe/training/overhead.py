@@ -144,7 +144,8 @@ class RejectedSteps(Steps):
     def __init__(self, install: Install, sparsity: float, **setting: Any) -> None:
         super().__init__(**setting)
         method = Static(sparsity=sparsity)
-        masks = Sparsifier(self.model, self.optimizer, method, total_steps=STEPS).freeze()
+        unused = torch.optim.SGD(self.model.parameters())
+        masks = Sparsifier(self.model, unused, method, total_steps=STEPS).mask_set
         install(self.model, self.optimizer, {name: masks[name] for name in masks.counters}, self._timed)
 
     def _timed(self, function: Masking) -> Masking:

@@ -15,6 +15,7 @@ pytest.importorskip("lightning_fabric")
 from torch import nn  # noqa: E402
 
 from sparsepipe.benchmark.interleaved import Timing  # noqa: E402
+from sparsepipe.sparsity.methods.dst_ee import DSTEE  # noqa: E402
 from sparsepipe.sparsity.methods.static import Static  # noqa: E402
 from sparsepipe.sparsity.sparsifier import Sparsifier  # noqa: E402
 from sparsepipe.training import benchmark, overhead  # noqa: E402
@@ -99,6 +100,19 @@ def test_the_peak_of_a_step_holds_its_gradients() -> None:
     steps()
     steps.optimizer.zero_grad()
     assert overhead.peak_bytes(steps) >= sum(4 * weight.numel() for weight in steps.model.parameters())
+
+
+@pytest.mark.parametrize(("layers", "most"), [(1, 17), (8, 7)])
+def test_an_update_takes_16_bytes_for_each_weight_of_one_layer_at_a_time(layers: int, most: float) -> None:
+    """Beside the masks: the gradients of all, and copies of the gradients and scores of the layer whose turn it is."""
+    model = nn.Sequential(*(nn.Linear(200, 200, bias=False) for _ in range(layers)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Sparsifier(model, optimizer, DSTEE(sparsity=0.9, update_every=1), total_steps=100)
+    model(torch.ones(1, 200)).sum().backward()
+    optimizer.step()
+    with overhead._Allocations() as allocations:
+        optimizer.step()
+    assert 4 * 200 * 200 * layers < allocations.peak < most * 200 * 200 * layers
 
 
 def test_the_benchmark_prints_a_table_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
