@@ -131,12 +131,12 @@ def test_on_digits_flat_directions_spare_points_that_the_shrinking_alone_costs(
     model, sparsifier = fit(
         make(c=c, mu=0.55, project=20), epochs=30, sizes=(64, 64, 32, 10), samples=[(x, y)], **settings
     )
-    trained, memory = accuracy(model), sparsifier._network.memory
+    trained, network = accuracy(model), sparsifier._network
     alone = copy.deepcopy(model)
     with torch.no_grad():
-        for name, hidden in memory["hidden"].items():
-            threshold = float(memory["threshold"][f"{name} threshold"])
-            alone.get_parameter(name).copy_(make().shrunk(hidden, threshold))
+        for name, hidden in network.memory["hidden"].items():
+            threshold = float(network.memory["threshold"][f"{name} threshold"])
+            alone.get_parameter(name).copy_(make().shrunk(network.weights[name], hidden, threshold))
     masks = sparsifier.freeze()
     assert all(torch.equal(alone.get_parameter(name) != 0, mask) for name, mask in masks.items())
     assert 0.2 < masks.sparsity < 0.9
