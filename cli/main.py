@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
+from typing import NoReturn
 
 import click
 
@@ -73,14 +77,18 @@ def sparsepipe() -> None:
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend become one paragraph on stderr and exit code 2."""
+    """Entry point: errors that a user can mend become one paragraph on stderr and exit code 2.
+
+    SIGTERM is an exception as Ctrl-C is, so that what was begun is cleaned up and the jobs of this process end.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         # Outside its standalone mode click hands back the code of an Exit; a verb itself returns nothing.
         launch.leave(sparsepipe.main(prog_name="sparsepipe", standalone_mode=False) or 0)
     except SparsepipeError as error:
         _fail(str(error), 2)
     except click.ClickException as error:
-        with launch.one_report() as reporting:
+        with _last_words() as reporting:
             if reporting:
                 error.show()
         launch.leave(error.exit_code)
@@ -99,8 +107,20 @@ def main() -> None:
         _fail(f"The input is too large or too deeply nested ({type(error).__name__}: {error}).", 2)
 
 
-def _fail(message: str, code: int) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise InterruptedBySignal(number)
+
+
+@contextmanager
+def _last_words() -> Iterator[bool]:
+    """As `launch.one_report`, for a process that has nothing left to clean up and may be ended at any moment."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with launch.one_report() as reporting:
+        yield reporting
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    with _last_words() as reporting:
         if reporting:
             origin = f"process {launch.rank()}: " if launch.rank() else ""
             click.echo(f"Error: {origin}{message}", err=True)

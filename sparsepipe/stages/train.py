@@ -25,6 +25,7 @@ from sparsepipe.errors import ArtefactError, MissingExtraError, ModelError
 from sparsepipe.plugins import is_plugin, load_plugin
 from sparsepipe.recipe import Augment, Modifiers, Optimizer, Recipe, Schedule, Training
 from sparsepipe.settings import NamedChoice, Section
+from sparsepipe.training.interrupt import stop_request
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -152,7 +153,9 @@ def _train(
     except BaseException as error:
         resumable = trainer.checkpoint.exists(partial)
         if not resumable and folders.is_ours(partial):
-            folders.discard(partial)
+            # torchrun sends SIGTERM as soon as another process has failed, which is when this one cleans up.
+            with stop_request():
+                folders.discard(partial)
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise ArtefactError(
                 f"The result of the training could not be written ({error.strerror}).",

@@ -29,7 +29,7 @@ from small_training import (  # noqa: E402
 )
 from torch import nn  # noqa: E402
 
-from sparsepipe import data  # noqa: E402
+from sparsepipe import data, folders  # noqa: E402
 from sparsepipe.artefact import Artefact  # noqa: E402
 from sparsepipe.errors import ArtefactError, SparsepipeError  # noqa: E402
 from sparsepipe.training import checkpoint  # noqa: E402
@@ -98,6 +98,33 @@ def test_ctrl_c_keeps_the_steps_done_so_far(
     assert "Stopped after step 9 of 24" in caplog.text
     assert checkpoint.load(tmp_path / "train.partial")["loop"]["step"] == 9  # type: ignore[index]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_training_told_to_end_while_it_cleans_up_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    discard, asked = folders.discard, []
+
+    def interrupted(folder: Path) -> None:
+        if folder.name == "train.partial":
+            asked.append(folder)
+            signal.raise_signal(signal.SIGTERM)
+        discard(folder)
+
+    monkeypatch.setattr(folders, "discard", interrupted)
+    at_step(monkeypatch, 2, fail)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # an exception, as in the command
+    try:
+        with pytest.raises(SparsepipeError, match="no luck"):
+            run(tmp_path / "train")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert asked
+    assert list(tmp_path.iterdir()) == []
+
+
+def fail() -> None:
+    raise SparsepipeError("no luck")
 
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,6 +68,27 @@ def test_the_list_of_verbs_is_shown_without_importing_any(invoke: Invoke) -> Non
     code += "except SystemExit: pass\nprint([m for m in sys.modules if m.startswith('sparsepipe.cli.')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "['sparsepipe.cli.main']"
+
+
+def test_a_process_told_to_end_cleans_up_first() -> None:
+    code = """
+import click, os, signal
+from sparsepipe.cli import main
+
+@click.command()
+def ended():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        print("cleaned up")
+
+main.sparsepipe = ended
+main.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "cleaned up\n"
+    assert done.stderr.split() == ["Error:", "Interrupted."]
+    assert done.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("verb", ["models", "methods", "datasets", "doctor"])
