@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
 from sparsepipe.errors import RecipeError
@@ -16,7 +17,7 @@ def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, b
     Raises:
         RecipeError: not a finite number, or outside of the range.
     """
-    valid = isinstance(value, int | float) and not isinstance(value, bool)
+    valid = isinstance(value, Real) and not isinstance(value, bool)
     if not valid or not low <= value <= min(high, sys.float_info.max) or (below and value == high):
         closing = ")" if below or high == math.inf else "]"
         raise RecipeError(f"'{name}' must be a number in [{low:g}, {high:g}{closing}, not {value!r}.")
@@ -40,9 +41,9 @@ def count(name: str, value: Any) -> int:
     Raises:
         RecipeError: not an integer, or below 1.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise RecipeError(f"'{name}' must be an integer of at least 1, not {value!r}.")
-    return value
+    return int(value)
 
 
 def flag(name: str, value: Any) -> bool:
