@@ -21,6 +21,7 @@ from sparsepipe.artefact import digest_bytes, read_json, write_json
 from sparsepipe.benchmark.statistics import as_dict, mean
 from sparsepipe.environment import describe_machine, package_versions, usable_cores
 from sparsepipe.errors import RecipeError
+from sparsepipe.folders import partial_of
 from sparsepipe.progress import bar
 from sparsepipe.sparsity import registry
 
@@ -124,10 +125,11 @@ class Training:
     folder: Path
     stage: pipeline.Stage
 
-    def command(self, recipe: Path) -> list[str]:
-        """Arguments of `sparsepipe` that make this training, or finish it."""
+    def command(self, recipe: Path, *, again: bool = False) -> list[str]:
+        """Arguments of `sparsepipe` that make this training, or finish it; `again` also where it is finished."""
         sets = itertools.chain.from_iterable(("--set", override) for override in self.overrides)
-        return ["train", str(recipe), *sets, "--out", str(self.folder), "--resume"]
+        resume = not again or partial_of(self.folder / self.stage.name).exists()
+        return ["train", str(recipe), *sets, "--out", str(self.folder), *(["--resume"] if resume else [])]
 
     def finished(self, recipe: Path, kept: Path | None = None) -> dict[str, Any] | None:
         """Its row, if it is done: that in the folder `kept`, or else that of its own folder, which is kept there then.
@@ -237,10 +239,19 @@ def compare(
 
 
 def train(
-    recipe: Path, trainings: Sequence[Training], at_once: int, backend: str = "local", kept: Path | None = None
+    recipe: Path,
+    trainings: Sequence[Training],
+    at_once: int,
+    backend: str = "local",
+    kept: Path | None = None,
+    *,
+    again: bool = False,
 ) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
-    """Make trainings, so many at once, and yield of each as it ends its index, its row or None, and what went wrong."""
-    commands = [training.command(recipe) for training in trainings]
+    """Make trainings, so many at once, and yield of each as it ends its index, its row or None, and what went wrong.
+
+    With `again` those that are finished are made anew; the old result stands until the new one replaces it.
+    """
+    commands = [training.command(recipe, again=again) for training in trainings]
     for ended in jobs.BACKENDS[backend](commands, at_once) if commands else ():
         found = trainings[ended.index].finished(recipe, kept) if ended.code == 0 else None
         error = "" if found else ended.error or f"It ended with code {ended.code} and said nothing."

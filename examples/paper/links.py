@@ -26,6 +26,7 @@ from sparsepipe.comparison import Grid, over_seeds
 from sparsepipe.data.edges import divide, read
 from sparsepipe.data.embedding import adjacency
 from sparsepipe.data.options import EdgeOptions
+from sparsepipe.errors import SparsepipeError
 from sparsepipe.ranking import roc_auc
 from sparsepipe.reporting.markdown import Table, with_block
 from sparsepipe.reporting.units import MISSING, percent, size
@@ -55,6 +56,7 @@ def run(data: str, jobs: int) -> None:
         SparsepipeError: the recipes or the data are not valid.
         subprocess.CalledProcessError: a training failed, or an exported file computes something else.
     """
+    read(Path(data))  # what is wrong with it is told once, and not by each training
     found: list[dict[str, Any]] = []
     environments: list[dict[str, Any]] = []
     configs: list[dict[str, Any]] = []
@@ -83,7 +85,7 @@ def run(data: str, jobs: int) -> None:
                     "method": row["config"]["method"],
                     "config": configs.index(shared),
                     "environment": environments.index(made),
-                    **{key: row[key] for key in ("command", "commit", "created", "metrics")},
+                    **{key: row[key] for key in ("recipe_digest", "command", "commit", "created", "metrics")},
                 }
             )
     result = {"data": "ia-email-EU", "environments": environments, "configs": configs}
@@ -299,9 +301,13 @@ def main() -> None:
     running.add_argument("--jobs", type=int, default=2, help="trainings at once, one thread each")
     commands.add_parser("report", help="make the tables of the results alone")
     options = parser.parse_args()
-    if options.command == "run":
-        run(options.data, options.jobs)
-    report()
+    try:
+        if options.command == "run":
+            run(options.data, options.jobs)
+        report()
+    except SparsepipeError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

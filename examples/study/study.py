@@ -22,10 +22,12 @@ from pathlib import Path
 import study_choice
 import study_report
 import study_rows
+import study_words
 
 from sparsepipe import comparison, rows
 from sparsepipe.artefact import write_text
 from sparsepipe.comparison import Grid, Training
+from sparsepipe.errors import SparsepipeError
 from sparsepipe.reporting import markdown
 
 RECIPE = Path("examples/study/resnet8.toml")
@@ -37,7 +39,7 @@ DOCUMENT = Path("examples/RESULTS.md")
 DYNAMIC = ("dst-ee", "rigl", "set")
 ALL = (*DYNAMIC, "erk-static", "gmp")
 SEEDS = (0, 1, 2)
-PAIRED_SEEDS = tuple(range(study_report.PLANNED_PAIRS))
+PAIRED_SEEDS = tuple(range(study_words.PLANNED_PAIRS))
 C = "1e-4"
 """Of DST-EE wherever c is not what is studied: the value of highest validation accuracy in the sweep below."""
 
@@ -106,9 +108,10 @@ def again(names: list[str], jobs: int) -> int:
     listed = {each.folder.name: each for each in trainings()}
     if unknown := sorted({*names} - {*listed}):
         sys.exit(f"The study has no training {', '.join(unknown)}. It has: {', '.join(listed)}.")
+    names = list(dict.fromkeys(names))
     wanted = [listed[name] for name in names]
     failures = 0
-    for index, found, error in comparison.train(RECIPE, wanted, jobs):
+    for index, found, error in comparison.train(RECIPE, wanted, jobs, again=True):
         if found is not None:
             rows.write(ROWS / f"{names[index]}.json", found)
         print(f"{names[index]}: {error or 'its row is written'}", flush=True)
@@ -188,16 +191,20 @@ def main() -> None:
     timing = commands.add_parser("speed", help="time one file of each network on an idle machine")
     timing.add_argument("--seconds", type=float, default=6.0, help="measuring time for each file")
     options = parser.parse_args()
-    if options.command == "run":
-        sys.exit(1 if run(options.jobs) else 0)
-    elif options.command == "again":
-        sys.exit(1 if again(options.names, options.jobs) else 0)
-    elif options.command == "files":
-        files()
-    elif options.command == "speed":
-        speed(options.seconds)
-    else:
-        print(*report(), sep="\n")
+    try:
+        if options.command == "run":
+            sys.exit(1 if run(options.jobs) else 0)
+        elif options.command == "again":
+            sys.exit(1 if again(options.names, options.jobs) else 0)
+        elif options.command == "files":
+            files()
+        elif options.command == "speed":
+            speed(options.seconds)
+        else:
+            print(*report(), sep="\n")
+    except SparsepipeError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

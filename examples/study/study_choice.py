@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from study_rows import REFERENCE, Results, half, minus, percent_over
+from study_rows import Results, Run, half, minus, percent_over
 
 from sparsepipe.comparison import over_seeds
 from sparsepipe.reporting.markdown import Table
@@ -18,6 +18,8 @@ FILES = (
     ("dst-ee", 0.8, "unstructured", "universal"),
     ("dst-ee", 0.9, "unstructured", "universal"),
     ("dst-ee", 0.95, "unstructured", "universal"),
+    ("gmp", 0.9, "unstructured", "universal"),
+    ("gmp", 0.95, "unstructured", "universal"),
     ("dst-ee", 0.9, "4x1", "universal"),
     ("dst-ee", 0.95, "4x1", "universal"),
     ("dst-ee", 0.8, "4x4", "universal"),
@@ -67,7 +69,7 @@ def files(results: Results) -> list[File]:
 
 def file_label(method: str, sparsity: float, pattern: str, key: str) -> str:
     precision = "int8" if key.endswith("int8") else "fp32"
-    return f"dense {precision}" if method == "dense" else f"{100 * sparsity:g}% {pattern} {precision}"
+    return f"dense {precision}" if method == "dense" else f"{method} {100 * sparsity:g}% {pattern} {precision}"
 
 
 def files_table(results: Results) -> str:
@@ -87,9 +89,7 @@ def files_table(results: Results) -> str:
         ]
         for each in found
     ]
-    title = (
-        "DST-EE networks as files beside dense ones; accuracies over seeds, speed of one seed's file, 1 thread, batch 1"
-    )
+    title = "Networks as files; accuracies over seeds, speed of one seed's file, 1 thread, batch 1"
     return Table(title, headers, lines).markdown()
 
 
@@ -121,20 +121,27 @@ def speed_conditions(results: Results) -> str:
 
 
 def blocks_cost(results: Results) -> str:
-    """What blocks of 4x4 cost, and int8 on them, by seed."""
-    free, blocks = (results.by_seed(REFERENCE, 0.8, pattern=pattern) for pattern in ("unstructured", "4x4"))
-    cost = minus(free, blocks)
-    lost = [
-        files["universal.int8"]["accuracy"]["value"] - files["universal"]["accuracy"]["value"]
-        for run in blocks.values()
-        if (files := results.files.get(run.name))
-    ]
-    if cost is None or not lost:
-        return "There are too few rows yet."
-    seeds = sorted(free.keys() & blocks)
-    by_seed = (free[s].metrics["test_accuracy"] - blocks[s].metrics["test_accuracy"] for s in seeds)
-    return (
-        f"Blocks of 4x4 at 80%, which int8 kernels need, cost {100 * cost['value']:.2f} points of test accuracy "
-        f"against unstructured zeros ({', '.join(f'{100 * each:.2f}' for each in by_seed)} by seed); int8 then changes "
-        f"it by {', '.join(points(each) for each in lost)}."
-    )
+    """What blocks cost, and int8 on the largest, each paired by seed."""
+    said = []
+    for method, sparsity, pattern, key in FILES:
+        if pattern == "unstructured":
+            continue
+        blocks, free = (results.by_seed(method, sparsity, pattern=each) for each in (pattern, "unstructured"))
+        what = f"- {100 * sparsity:g}% in blocks of {pattern}"
+        if not key.endswith("int8"):
+            gain = minus(blocks, free)
+            each = [blocks[s].metrics["test_accuracy"] - free[s].metrics["test_accuracy"] for s in _both(blocks, free)]
+            what += " minus unstructured"
+        else:
+            tested = [files for run in blocks.values() if (files := results.files.get(run.name))]
+            each = [files[key]["accuracy"]["value"] - files["universal"]["accuracy"]["value"] for files in tested]
+            gain = over_seeds(each)
+            what += ", int8 minus fp32"
+        if gain:
+            by_seed = ", ".join(f"{100 * value:+.2f}".replace("-", "−") for value in each)
+            said.append(f"{what}: {points(gain['value'])}{half(gain)} ({by_seed} by seed).")
+    return "\n".join(said) or "There are too few rows yet."
+
+
+def _both(one: Mapping[int, Run], other: Mapping[int, Run]) -> list[int]:
+    return sorted(one.keys() & other.keys())

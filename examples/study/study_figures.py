@@ -10,8 +10,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, NullLocator
 from study_choice import FILES, file_label, files
-from study_report import EXPLORING, METHODS, PRIMARY_SPARSITY, SPARSITIES, VALIDATION
-from study_rows import REFERENCE, SWEEP_SPARSITY, Estimate, Results, Run, bonus, layer_gradients, mean, minus, sweep
+from study_report import EXPLORING, METHODS
+from study_rows import (
+    REFERENCE,
+    SWEEP_SPARSITY,
+    VALIDATION,
+    Estimate,
+    Results,
+    Run,
+    bonus,
+    layer_gradients,
+    mean,
+    minus,
+    sweep,
+)
+from study_words import PRIMARY, PRIMARY_SPARSITY, SPARSITIES
 
 from sparsepipe.reporting.comparison import MARKERS, NARROW, STYLES
 from sparsepipe.reporting.svg import DENSE, INK, SPARSE, STYLE, new_figure, standalone, to_svg
@@ -86,12 +99,10 @@ def _explorers(results: Results, sparsity: float) -> dict[str, list[Run]]:
 
 
 def paired(results: Results) -> str | None:
-    """Differences of DST-EE and the others at one sparsity, seed by seed."""
+    """Differences of DST-EE and the methods that a verdict is about, seed by seed."""
     own = results.by_seed(REFERENCE, PRIMARY_SPARSITY)
     others = {
-        method: runs
-        for method in METHODS[1:]
-        if (runs := results.by_seed(method, PRIMARY_SPARSITY)) and own.keys() & runs
+        method: runs for method in PRIMARY if (runs := results.by_seed(method, PRIMARY_SPARSITY)) and own.keys() & runs
     }
     if not others:
         return None
@@ -169,7 +180,7 @@ def latency(results: Results) -> str | None:
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=8,
                 markerfacecolor="none" if each.label.endswith("int8") else None,
-                color=DENSE if dense else SPARSE,
+                color=DENSE if dense else SPARSE if each.label.startswith(REFERENCE) else INK,
                 linestyle="none",
                 capsize=3,
                 label=each.label,
@@ -237,7 +248,7 @@ def _svg(figure: Figure, name: str) -> str:
 FIGURES: dict[str, tuple[Callable[[Results], str | None], str]] = {
     "accuracy": (accuracy, "Test accuracy of each method against sparsity"),
     "exploration": (exploration, "Validation accuracy of each run against its exploration rate, at each sparsity"),
-    "paired": (paired, f"DST-EE minus other methods at {100 * PRIMARY_SPARSITY:g}%, seed by seed"),
+    "paired": (paired, f"DST-EE minus RigL and SET at {100 * PRIMARY_SPARSITY:g}%, seed by seed"),
     "c": (by_c, "Validation accuracy and exploration rate of DST-EE against c"),
     "latency": (latency, "Test accuracy of each file against its latency"),
 }

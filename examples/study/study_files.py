@@ -9,7 +9,8 @@ from typing import Any
 from sparsepipe import pipeline, rows
 from sparsepipe.artefact import Artefact, digest_file, read_json, write_json
 from sparsepipe.comparison import Training
-from sparsepipe.recipe import Bench, Conversion, Export
+from sparsepipe.environment import describe_machine
+from sparsepipe.recipe import Bench, Conversion, Export, digest
 from sparsepipe.settings import Choice
 from sparsepipe.stages import bench, convert, export, freeze, validate
 from sparsepipe.stages.freeze import FreezeConfig
@@ -52,6 +53,7 @@ def _tested(training: Training, trained: Artefact) -> dict[str, Any]:
     return {
         "files_schema": SCHEMA_VERSION,
         "training": training.folder.name,
+        "recipe_digest": digest(training.stage.config),
         "config": trained.manifest.config,
         "export": settings.model_dump(mode="json"),
         "files": {
@@ -70,6 +72,7 @@ def _tested(training: Training, trained: Artefact) -> dict[str, Any]:
         },
         "commit": rows.source_commit(),
         "versions": exported.manifest.versions,
+        "machine": describe_machine(),
     }
 
 

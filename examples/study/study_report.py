@@ -1,14 +1,12 @@
-"""What the rows of the study say: the tables and figures of examples/RESULTS.md, made from the rows alone."""
+"""What the rows of the study say in tables, and where each table and sentence stands in examples/RESULTS.md."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from statistics import fmean, median
 
 import study_choice
-from scipy import stats
+import study_words
 from study_rows import (
     REFERENCE,
     SWEEP_SPARSITY,
@@ -25,15 +23,12 @@ from study_rows import (
     percent_over,
     sweep,
 )
+from study_words import PRIMARY_SPARSITY, SPARSITIES
 
 from sparsepipe.reporting.markdown import Table
 from sparsepipe.reporting.units import MISSING, percent, plural, points, scientific
 
 METHODS = ("dst-ee", "rigl", "set", "erk-static", "gmp")
-SPARSITIES = (0.9, 0.95, 0.98)
-PRIMARY, PRIMARY_SPARSITY = ("rigl", "set"), 0.98
-PLANNED_PAIRS = 8
-"""For a verdict: one that is looked for after every pair is found too often."""
 EXPLORING = (
     {},
     {"c": "1e-3"},
@@ -41,9 +36,7 @@ EXPLORING = (
     {"c": "1e-3", "update_every": "10"},
     {"c": "1e-3", "stop_at": "0.95"},
 )
-"""Options of DST-EE with which masks explore more, the comparison's own first."""
-VALIDATION = 5000
-"""Images."""
+"""Options of DST-EE with which masks explore more, the comparison's own first; each adds one to a line above it."""
 
 
 def methods_table(results: Results) -> Table:
@@ -78,7 +71,7 @@ def _line(results: Results, method: str, sparsity: float) -> list[str]:
         str(len(runs)),
         percent_over(mean(runs, "validation_accuracy")),
         percent_over(mean(runs, "test_accuracy")),
-        f"{_points(gain)} ({plural(gain['pairs'], 'pair')})" if gain else MISSING,
+        _gain(gain),
         _number(mean(runs, "exploration_rate"), 3) + (f" ({bound:.2f})" if bound else ""),
         _fresh(runs) if bound else MISSING,
         _number(mean(runs, "training_flops_multiple"), 3) + "\u202f×",
@@ -86,41 +79,8 @@ def _line(results: Results, method: str, sparsity: float) -> list[str]:
     ]
 
 
-def verdicts(results: Results) -> str:
-    """In words, whether the rows tell DST-EE from the other methods.
-
-    Of so many differences some leave their interval by chance. So two are named before the rows are there, and share
-    the 5% (Bonferroni): those with PRIMARY at PRIMARY_SPARSITY. The others say where to look, and decide nothing.
-    """
-    said = []
-    for method in PRIMARY:
-        pairs = minus(results.by_seed(REFERENCE, PRIMARY_SPARSITY), results.by_seed(method, PRIMARY_SPARSITY))
-        where = f"- At {100 * PRIMARY_SPARSITY:g}% DST-EE minus {method}"
-        if pairs is None or pairs["pairs"] < PLANNED_PAIRS:
-            made = pairs["pairs"] if pairs else 0
-            said.append(f"{where}: {made} of {PLANNED_PAIRS} pairs; the verdict comes with the last.")
-            continue
-        half = pairs["high"] - pairs["value"]
-        half *= _quantile(1 - 0.05 / len(PRIMARY), pairs["pairs"]) / _quantile(0.95, pairs["pairs"])
-        interval = f"{points(pairs['value'] - half)} to {points(pairs['value'] + half)}"
-        level = f"{100 * (1 - 0.05 / len(PRIMARY)):g}%"
-        verdict = f"{where}: {points(pairs['value'])} over {pairs['pairs']} pairs, {level} interval {interval}: "
-        if abs(pairs["value"]) > half:
-            verdict += f"**DST-EE is {'better' if pairs['value'] > 0 else 'worse'}**."
-        else:
-            verdict += f"**not told apart**; these pairs would show a difference of {100 * half:.2f} points."
-        said.append(verdict)
-    return "\n".join(said)
-
-
-def _quantile(confidence: float, pairs: int) -> float:
-    """Of Student's t, two-sided."""
-    return float(stats.t.ppf((1 + confidence) / 2, pairs - 1))
-
-
 def why_table(results: Results) -> Table:
     """Whether DST-EE gains where its masks explore more than in the comparison, at the same sparsity."""
-    base = results.by_seed(REFERENCE, PRIMARY_SPARSITY)
     lines = []
     for others in EXPLORING:
         runs = results.by_seed(REFERENCE, PRIMARY_SPARSITY, **others)
@@ -128,7 +88,6 @@ def why_table(results: Results) -> Table:
             continue
         greedy = results.by_seed("rigl", PRIMARY_SPARSITY, **{k: v for k, v in others.items() if k != "c"})
         first = next(iter(runs.values()))
-        gains = [minus(runs, greedy), minus(runs, base) if runs != base else None]
         lines.append(
             [
                 first.c or MISSING,
@@ -139,12 +98,29 @@ def why_table(results: Results) -> Table:
                 _number(mean(greedy, "exploration_rate"), 3),
                 _fresh(runs),
                 percent_over(mean(runs, "test_accuracy")),
-                *(f"{_points(gain)} ({plural(gain['pairs'], 'pair')})" if gain else MISSING for gain in gains),
+                _gain(minus(runs, greedy)),
+                _over_base(results, runs, others),
             ]
         )
     headers = ["c", "update every", "stop at", "seeds", "exploration rate (bound)", "of RigL", "new of what grew"]
-    headers += ["test accuracy", "minus RigL with the same updates", f"minus c = {results.c}, first line"]
+    headers += ["test accuracy", "minus RigL with the same updates", "minus DST-EE with"]
     return Table(f"DST-EE at {100 * PRIMARY_SPARSITY:g}%, with more exploration", headers, lines)
+
+
+def _over_base(results: Results, runs: Mapping[int, Run], others: Mapping[str, str]) -> str:
+    """The difference from the line without the last of the options, and what that line has in its place."""
+    if not others:
+        return MISSING
+    *kept, (added, _) = others.items()
+    base = results.by_seed(REFERENCE, PRIMARY_SPARSITY, **dict(kept))
+    if (gain := minus(runs, base)) is None:
+        return MISSING
+    before = results.c if added == "c" else next(iter(base.values())).method[added]
+    return f"{added.replace('_', ' ')} {before}: {_gain(gain)}"
+
+
+def _gain(gain: Estimate | None) -> str:
+    return f"{_points(gain)} ({plural(gain['pairs'], 'pair')})" if gain else MISSING
 
 
 def sweep_table(results: Results) -> Table:
@@ -195,51 +171,14 @@ def _ratio(value: float) -> str:
     return f"{value:.2g}" if value < 100 else f"{value:.0f}"
 
 
-def conditions(results: Results) -> str:
-    """What all rows have in common, where they were made, and what is missing."""
-    run_rows = [run.row for run in results.runs]
-    trained = sorted({(row["config"]["data"]["name"], row["config"]["train"]["epochs"]) for row in run_rows})
-    machines = sorted({row["machine"]["cpu"] for row in run_rows})
-    seeds = sorted({run.training.seed for run in results.runs})
-    versions = sorted({f"torch {row['versions']['torch']}" for row in run_rows})
-    commits = sorted({(row["commit"] or "unknown")[:12] for row in run_rows})
-    return "\n".join(
-        [
-            f"- {len(run_rows)} of {results.planned} trainings have a row; seeds {', '.join(map(str, seeds))}.",
-            *(f"- Data: `{Path(data.partition(':')[2]).name or data}`, {epochs} epochs." for data, epochs in trained),
-            f"- Machine: {', '.join(machines)}, one thread for each training; {', '.join(versions)}.",
-            f"- Sources: {', '.join(commits)}.",
-        ]
-    )
-
-
-def meaning(results: Results) -> str:
-    """How much the c that was chosen explores, between the least and the largest."""
-    found = sweep(results)
-    chosen = next((run for run in found if run.c == results.c), None)
-    if chosen is None or len(found) < 2:
-        return "There are too few rows yet."
-    least, largest = found[0], found[-1]
-    rates = [run.metrics["exploration_rate"] for run in (least, chosen, largest)]
-    share = (rates[1] - rates[0]) / (rates[2] - rates[0])
-    accuracies = [run.metrics["validation_accuracy"] for run in found]
-    error = math.sqrt(chosen.metrics["validation_accuracy"] * (1 - chosen.metrics["validation_accuracy"]) / VALIDATION)
-    return (
-        f"Highest on validation is c = {results.c}, although all {len(found)} values lie within "
-        f"{100 * (max(accuracies) - min(accuracies)):.2f} points, and one has a standard error of {100 * error:.2f} on "
-        f"{VALIDATION:,} images. **It explores little more than RigL**: masks reached {rates[1]:.3f} of all weights, "
-        f"{percent(share, 0)} of the way from {rates[0]:.3f} (c = {least.c}) to {rates[2]:.3f} (c = {largest.c}). So "
-        "the comparison above is of RigL with a method close to it; the table below has larger c."
-    )
-
-
 BLOCKS: dict[str, Callable[[Results], str]] = {
-    "study: conditions": conditions,
+    "study: conditions": study_words.conditions,
     "study: methods": lambda results: methods_table(results).markdown(),
-    "study: verdicts": verdicts,
+    "study: verdicts": study_words.verdicts,
+    "study: distances": study_words.distances,
     "study: why": lambda results: why_table(results).markdown(),
     "study: c": lambda results: sweep_table(results).markdown(),
-    "study: meaning": meaning,
+    "study: meaning": study_words.meaning,
     "study: files": study_choice.files_table,
     "study: speed": study_choice.speed_conditions,
     "study: blocks": study_choice.blocks_cost,

@@ -21,6 +21,8 @@ from sparsepipe.sparsity.schedule import UpdateSchedule, cosine
 
 REFERENCE = "dst-ee"
 SWEEP_SPARSITY = 0.95
+VALIDATION = 5000
+"""Images that a training holds out to select the epoch on."""
 INPUT_SHAPE, CLASSES = (3, 32, 32), 10
 """Of the data, which need not be here when a report is made."""
 

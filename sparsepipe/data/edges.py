@@ -25,7 +25,7 @@ from sparsepipe.data.options import EdgeOptions
 from sparsepipe.data.paths import existing, listing
 from sparsepipe.data.preprocess import statistics
 from sparsepipe.data.split import ArraySplit, IntArray
-from sparsepipe.errors import DataError
+from sparsepipe.errors import DataError, one_line
 from sparsepipe.spec import Preprocessing
 
 CLASSES = ("no edge", "edge")
@@ -90,7 +90,7 @@ def read(path: Path) -> tuple[IntArray, int]:
         pairs = _from_matrix(path) if path.suffix == ".mtx" else _from_lines(path)
     except (OSError, ValueError, UnicodeDecodeError) as error:
         raise DataError(
-            f"The file cannot be read: {error}.",
+            f"The file cannot be read: {one_line(error)}.",
             where=str(path),
             advice="It must be a Matrix Market file (.mtx), or text with the numbers of two nodes in each line.",
         ) from error

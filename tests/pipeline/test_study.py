@@ -92,10 +92,12 @@ def numbers(cell: str) -> list[float]:
 
 
 def by_setting(folder: Path) -> dict[tuple[str, float, str, str], dict[int, dict[str, Any]]]:
-    """Method, sparsity, c and pattern -> seed -> row, read without the code of the study."""
+    """Method, sparsity, c and pattern -> seed -> row, read without the code of the study; the recipe's updates only."""
     found: dict[tuple[str, float, str, str], dict[int, dict[str, Any]]] = {}
     for path in folder.glob("*.json"):
         row = json.loads(path.read_text())
+        if "method.update_every=" in row["command"] or "method.stop_at=" in row["command"]:
+            continue
         method = row["config"]["method"]
         dense = method["name"] == "dense"
         key = (
@@ -228,10 +230,15 @@ def test_a_training_can_be_made_again_in_place_of_its_row(
     made, shown = len(calls), json.loads((tmp_path / "rows/rigl_0.95_s0.json").read_text())
     shown["metrics"]["test_accuracy"] = 0.0
     (tmp_path / "rows/rigl_0.95_s0.json").write_text(json.dumps(shown))
-    shutil.rmtree(tmp_path / "runs")
-    assert tiny.again(["rigl_0.95_s0"], 1) == 0
-    assert len(calls) == made + 1
-    assert json.loads((tmp_path / "rows/rigl_0.95_s0.json").read_text())["metrics"]["test_accuracy"] > 0.1
+    weights = tmp_path / "runs/rigl_0.95_s0/train/model.safetensors"
+    before = weights.stat().st_ino
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(tmp_path / "runs")
+        assert tiny.again(["rigl_0.95_s0", "rigl_0.95_s0"], 1) == 0
+        assert len(calls) == made + 1 + gone
+        assert json.loads((tmp_path / "rows/rigl_0.95_s0.json").read_text())["metrics"]["test_accuracy"] > 0.1
+        assert weights.stat().st_ino != before, "what is finished is trained again too"
     with pytest.raises(SystemExit, match="The study has no training"):
         tiny.again(["rigl_0.5_s0"], 1)
 
@@ -255,12 +262,52 @@ def test_a_verdict_is_given_on_all_planned_pairs_only(
 
     found = {"dst-ee": runs([0.6 + each for each in differences]), "rigl": runs([0.6] * len(differences)), "set": {}}
     results = SimpleNamespace(by_seed=lambda method, sparsity: found[method])
-    (greedy, uniform) = study.study_report.verdicts(results).splitlines()
+    (greedy, uniform) = study.study_words.verdicts(results).splitlines()
     assert said in greedy
     assert "0 of 8 pairs" in uniform
     if len(differences) == 8:
         low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.975)
         assert numbers(greedy.split("interval")[1])[:2] == pytest.approx([100 * low, 100 * high], abs=0.0051)
+
+
+@pytest.mark.parametrize(
+    ("by_c", "said", "unsaid"),
+    [
+        ({"1e-6": (0.70, 0.44), "1e-4": (0.71, 0.46), "1e-1": (0.69, 0.75)}, "explores little more", "comparison has"),
+        ({"1e-6": (0.70, 0.44), "1e-4": (0.71, 0.70), "1e-1": (0.69, 0.75)}, "is c = 1e-4.", "explores little"),
+        ({"1e-6": (0.70, 0.44), "1e-4": (0.71, 0.46), "1e-1": (0.72, 0.75)}, "is c = 1e-1; the comparison has", "%%"),
+    ],
+)
+def test_what_c_means_follows_the_rows(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch, by_c: dict[str, tuple[float, float]], said: str, unsaid: str
+) -> None:
+    found = [
+        SimpleNamespace(c=c, metrics={"validation_accuracy": accuracy, "exploration_rate": rate})
+        for c, (accuracy, rate) in by_c.items()
+    ]
+    monkeypatch.setattr(study.study_words, "sweep", lambda _: found)
+    words = study.study_words.meaning(SimpleNamespace(c="1e-4"))
+    assert said in words
+    assert unsaid not in words
+
+
+def test_distances_are_paired_and_name_what_they_cost(study: ModuleType) -> None:
+    def runs(values: list[float], flops: float) -> dict[int, Any]:
+        return {
+            seed: SimpleNamespace(metrics={"test_accuracy": value, "training_flops_multiple": flops})
+            for seed, value in enumerate(values)
+        }
+
+    found = {
+        ("dense", 0.0): runs([0.81, 0.80, 0.82], 1.0),
+        ("dst-ee", 0.9): runs([0.73, 0.74, 0.735], 0.16),
+        ("gmp", 0.9): runs([0.77, 0.78], 0.32),
+    }
+    results = SimpleNamespace(by_seed=lambda method, sparsity=0.0: found.get((method, sparsity), {}))
+    dense, gmp = study.study_words.distances(results).splitlines()
+    low, high = stats.ttest_rel([0.73, 0.74, 0.735], [0.81, 0.80, 0.82]).confidence_interval(0.95)
+    assert numbers(dense)[-4:] == pytest.approx([50 * (low + high), 50 * (high - low), 90, 0.16], abs=0.0051)
+    assert numbers(gmp)[-4:] == pytest.approx([-4, 0, 90, 0.5], abs=0.0051)
 
 
 @pytest.mark.usefixtures("decided_by_size")
@@ -279,7 +326,7 @@ def test_networks_end_as_files_with_their_accuracy(tiny: ModuleType, tmp_path: P
     document = tmp_path / "RESULTS.md"
     tiny.report(tmp_path / "rows", tmp_path / "files", document)
     lines = {line["file"]: line for line in table(document.read_text(), "study: files")}
-    assert list(lines) == ["dense fp32", "dense int8", "95% unstructured fp32"]
+    assert list(lines) == ["dense fp32", "dense int8", "dst-ee 95% unstructured fp32"]
     assert numbers(lines["dense fp32"]["test accuracy in onnxruntime"])[0] == pytest.approx(
         100 * dense["accuracy"]["value"], abs=0.0051
     )
