@@ -27,7 +27,7 @@ import study_words
 from sparsepipe import comparison, rows
 from sparsepipe.artefact import write_text
 from sparsepipe.comparison import Grid, Training
-from sparsepipe.errors import SparsepipeError
+from sparsepipe.errors import RecipeError, SparsepipeError
 from sparsepipe.reporting import markdown
 
 RECIPE = Path("examples/study/resnet8.toml")
@@ -107,7 +107,7 @@ def again(names: list[str], jobs: int) -> int:
     """Train once more what has a row, and replace the row; the number of trainings that failed."""
     listed = {each.folder.name: each for each in trainings()}
     if unknown := sorted({*names} - {*listed}):
-        sys.exit(f"The study has no training {', '.join(unknown)}. It has: {', '.join(listed)}.")
+        raise RecipeError(f"The study has no training {', '.join(unknown)}.", advice=f"It has: {', '.join(listed)}.")
     names = list(dict.fromkeys(names))
     wanted = [listed[name] for name in names]
     failures = 0
@@ -144,7 +144,9 @@ def speed(seconds: float) -> None:
             if _is(training, method, sparsity, pattern) and path.is_file():
                 found.setdefault(label, (training.folder.name, path))
     if (dense := study_choice.file_label(*study_choice.FILES[0])) not in found:
-        sys.exit(f"There is no file '{dense}' in {OUT} to compare with. Run `run` and `files` for a dense network.")
+        raise RecipeError(
+            f"There is no file '{dense}' to compare with.", where=str(OUT), advice="Run `again dense_s0`, then `files`."
+        )
     print(study_files.speed(found, FILES, seconds))
 
 

@@ -28,12 +28,13 @@ def accuracies(trainings: Sequence[Training], folder: Path) -> list[Path]:
     counts as none.
 
     Returns:
-        The files written into `folder`, one for each training; those that are there already stay as they are.
+        The files written into `folder`, one for each training; what was tested already and is here as files stays.
     """
     written = []
     for training in trainings:
         path = folder / f"{training.folder.name}.json"
-        trained = None if path.is_file() else pipeline.unchanged(training.stage, {}, training.folder / "train")
+        done = path.is_file() and (training.folder / "export").is_dir()
+        trained = None if done else pipeline.unchanged(training.stage, {}, training.folder / "train")
         if trained is not None:
             write_json(path, _tested(training, trained))
             written.append(path)
