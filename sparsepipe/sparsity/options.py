@@ -18,6 +18,8 @@ def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, b
         RecipeError: not a finite number, or outside of the range.
     """
     valid = isinstance(value, Real) and not isinstance(value, bool)
+    if valid and not isinstance(value, int):  # an int may be too large for a float
+        value = float(value)
     if not valid or not low <= value <= min(high, sys.float_info.max) or (below and value == high):
         closing = ")" if below or high == math.inf else "]"
         raise RecipeError(f"'{name}' must be a number in [{low:g}, {high:g}{closing}, not {value!r}.")
