@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from study_rows import Results, Run, half, minus, percent_over
+from study_rows import Results, half, minus, percent_over
 
 from sparsepipe.comparison import over_seeds
 from sparsepipe.reporting.markdown import Table
@@ -130,7 +130,8 @@ def blocks_cost(results: Results) -> str:
         what = f"- {100 * sparsity:g}% in blocks of {pattern}"
         if not key.endswith("int8"):
             gain = minus(blocks, free)
-            each = [blocks[s].metrics["test_accuracy"] - free[s].metrics["test_accuracy"] for s in _both(blocks, free)]
+            seeds = sorted(blocks.keys() & free.keys())
+            each = [blocks[seed].metrics["test_accuracy"] - free[seed].metrics["test_accuracy"] for seed in seeds]
             what += " minus unstructured"
         else:
             tested = [files for run in blocks.values() if (files := results.files.get(run.name))]
@@ -141,7 +142,3 @@ def blocks_cost(results: Results) -> str:
             by_seed = ", ".join(f"{100 * value:+.2f}".replace("-", "−") for value in each)
             said.append(f"{what}: {points(gain['value'])}{half(gain)} ({by_seed} by seed).")
     return "\n".join(said) or "There are too few rows yet."
-
-
-def _both(one: Mapping[int, Run], other: Mapping[int, Run]) -> list[int]:
-    return sorted(one.keys() & other.keys())

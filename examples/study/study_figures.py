@@ -237,7 +237,7 @@ def _drawn(draw: Callable[[Axes], None], name: str) -> str:
         if name != "paired":
             axes.yaxis.set_major_formatter(_per_cent(1))
             axes.yaxis.set_major_locator(MaxNLocator(8))
-            figure.legend(loc="outside upper left", ncols=3 if name == "latency" else 4, handlelength=3.2)
+            figure.legend(loc="outside upper left", ncols=3, handlelength=3.2)
         return _svg(figure, name)
 
 

@@ -72,26 +72,21 @@ def _quantile(confidence: float, pairs: int) -> float:
 
 def distances(results: Results) -> str:
     """How far DST-EE is from dense training, from masks that stay, and from pruning a dense network."""
-    own = {sparsity: results.by_seed(REFERENCE, sparsity) for sparsity in (0.8, *SPARSITIES)}
-    dense = results.by_seed("dense")
-    said = {
-        "DST-EE minus dense training": {sparsity: (runs, dense) for sparsity, runs in own.items()},
-        "DST-EE minus masks that stay (erk-static)": {
-            sparsity: (runs, results.by_seed("erk-static", sparsity)) for sparsity, runs in own.items()
-        },
-        "DST-EE minus pruning while training from dense (gmp)": {
-            sparsity: (runs, results.by_seed("gmp", sparsity)) for sparsity, runs in own.items()
-        },
+    others = {
+        "dense training": "dense",
+        "masks that stay (erk-static)": "erk-static",
+        "pruning while training from dense (gmp)": "gmp",
     }
     lines = []
-    for what, by_sparsity in said.items():
-        found = [
-            f"{points(gain['value'])}{half(gain)} at {100 * sparsity:g}%{_spent(*pair)}"
-            for sparsity, pair in by_sparsity.items()
-            if (gain := minus(*pair))
-        ]
+    for what, method in others.items():
+        found = []
+        for sparsity in (0.8, *SPARSITIES):
+            own = results.by_seed(REFERENCE, sparsity)
+            other = results.by_seed(method, 0.0 if method == "dense" else sparsity)
+            if gain := minus(own, other):
+                found.append(f"{points(gain['value'])}{half(gain)} at {100 * sparsity:g}%{_spent(own, other)}")
         if found:
-            lines.append(f"- {what}: {'; '.join(found)}.")
+            lines.append(f"- DST-EE minus {what}: {'; '.join(found)}.")
     return "\n".join(lines) or "There are too few rows yet."
 
 

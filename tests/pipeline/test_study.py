@@ -238,7 +238,8 @@ def test_a_training_can_be_made_again_in_place_of_its_row(
         assert tiny.again(["rigl_0.95_s0", "rigl_0.95_s0"], 1) == 0
         assert len(calls) == made + 1 + gone
         assert json.loads((tmp_path / "rows/rigl_0.95_s0.json").read_text())["metrics"]["test_accuracy"] > 0.1
-        assert weights.stat().st_ino != before, "what is finished is trained again too"
+        # What was removed first may get its old number back.
+        assert gone or weights.stat().st_ino != before, "what is finished is trained again too"
     with pytest.raises(RecipeError, match="The study has no training"):
         tiny.again(["rigl_0.5_s0"], 1)
 
