@@ -52,10 +52,10 @@ def _methods(names: tuple[str, ...], sparsity: float, seeds: tuple[int, ...] = S
     return Grid(names, (sparsity,), seeds, {"method.c": (C,)})
 
 
-def _exploring(names: tuple[str, ...], *c: str, **others: str) -> Grid:
+def _exploring(names: tuple[str, ...], *c: str, seeds: tuple[int, ...] = SEEDS, **others: str) -> Grid:
     """Where masks explore more than in the comparison at 98%: what keeps DST-EE from gaining by it?"""
     varied = {f"method.{name}": (value,) for name, value in others.items()}
-    return Grid(names, (0.98,), SEEDS, {"method.c": c, **varied})
+    return Grid(names, (0.98,), seeds, {"method.c": c, **varied})
 
 
 def _blocks(pattern: str, *sparsities: float, seeds: tuple[int, ...] = SEEDS) -> Grid:
@@ -78,6 +78,7 @@ PARTS = (
     _methods(ALL, 0.9),
     _methods(ALL, 0.98),
     _exploring(("dst-ee",), "1e-3", stop_at="0.95"),
+    _exploring(("dst-ee", "rigl"), "1e-3", seeds=study_words.NEW_SEEDS, update_every="10"),
 )
 """All trainings, the most valuable first."""
 

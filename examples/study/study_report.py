@@ -177,6 +177,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "study: verdicts": study_words.verdicts,
     "study: distances": study_words.distances,
     "study: why": lambda results: why_table(results).markdown(),
+    "study: confirmation": study_words.confirmation,
     "study: c": lambda results: sweep_table(results).markdown(),
     "study: meaning": study_words.meaning,
     "study: files": study_choice.files_table,
