@@ -78,10 +78,11 @@ def confirmation(results: Results) -> str:
     gain = minus(own, greedy)
     settings = f"updates every {LEAD['update_every']} steps and c = {LEAD['c']}"
     where = f"- At {100 * PRIMARY_SPARSITY:g}%, {settings}, DST-EE minus rigl"
-    if gain is None or gain["pairs"] < len(NEW_SEEDS):
-        return f"{where}: {gain['pairs'] if gain else 0} of {len(NEW_SEEDS)} new pairs; the verdict comes with the last."
+    made = gain["pairs"] if gain else 0
+    if gain is None or made < len(NEW_SEEDS):
+        return f"{where}: {made} of {len(NEW_SEEDS)} new pairs; the verdict comes with the last."
     interval = f"{points(gain['low'])} to {points(gain['high'])}"
-    said = f"{where}: {points(gain['value'])} over {gain['pairs']} new pairs, 95% interval {interval}"
+    said = f"{where}: {points(gain['value'])} over {made} new pairs, 95% interval {interval}"
     if gain["low"] <= 0 <= gain["high"]:
         return f"{said}: **not told apart**."
     return f"{said}: **DST-EE is {'better' if gain['value'] > 0 else 'worse'}**."
