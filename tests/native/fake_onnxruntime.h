@@ -134,7 +134,8 @@ inline Status* parallel_for(const KernelContext* c, void (*task)(void*, std::siz
   std::atomic<std::size_t> next{0};
   c->tasks = total;
   const auto work = [&](std::size_t thread) {
-    for (std::size_t i = thread; c->in_turn && i < total; i += c->threads) task(data, i);
+    // From the end: the caller, whose memory is not new, has the part that begins inside of a tile.
+    for (std::size_t i = thread; c->in_turn && i < total; i += c->threads) task(data, total - 1 - i);
     for (std::size_t i; !c->in_turn && (i = next.fetch_add(1)) < total;) task(data, i);
   };
   std::vector<std::thread> helpers;

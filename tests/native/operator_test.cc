@@ -326,6 +326,56 @@ bool threads_are_found(const SessionOptions& options, std::int64_t in, std::int6
   return same && helped.tasks >= 2;
 }
 
+// A convolution whose bits are to be those of one thread.
+struct Shared {
+  std::int64_t in, block, rows, kernel, dilation, height, width;  // `rows` of blocks of outputs
+  std::vector<std::int64_t> strides;
+  std::int64_t mode, batch;
+  unsigned threads;
+};
+
+Shared random_shared() {
+  const std::int64_t width = coin() ? between(10, 70) : between(1, 4) * 8 - 1;  // rows that share their padding
+  return {between(24, 64), kBlocks[between(0, 2)], between(8, 20), coin() ? 3 : between(1, 5), coin() ? 1 : between(1, 2),
+          between(10, 70), width, {between(1, 2), between(1, 2)}, between(0, 5), between(1, 3),
+          static_cast<unsigned>(between(2, 7))};
+}
+
+// In the memory in which this thread packs.
+void leave_nan(const SessionOptions& options) {
+  const Value x = Value::of<float>(kFloat, {1, 256, 9, 17}, std::vector<float>(256 * 9 * 17, NAN).data());
+  const auto [values, deltas] = encode(random_weight(64, 256, 1, 0.5), 64, 256, 1);
+  KernelInfo info = convolution_3x3(64, 256, 1);
+  info.attributes["kernel_shape"] = std::vector<std::int64_t>(2, 1);
+  info.attributes["pads"] = std::vector<std::int64_t>(4, 0);
+  info.inputs = {&x, &values, &deltas, nullptr, nullptr};
+  info.constant = {false, true, true, false, false};
+  Made(options, info).called(1, 9);  // until no other thread is expected
+}
+
+// However the tiles that are left over are divided, and whatever lies in the memory of a thread.
+bool convolution_keeps_bits(const SessionOptions& options, const Shared& c) {
+  const std::int64_t out = c.block * c.rows, columns = c.in * c.kernel * c.kernel;
+  const auto weight = random_weight(out, columns, c.block, c.kernel == 1 ? 0.5 : 0.2);
+  const auto [values, deltas] = encode(weight, out, columns, c.block);
+  const Value x = random_tensor({c.batch, c.in, c.height, c.width});
+  KernelInfo info = convolution_3x3(out, c.in, c.block);
+  info.attributes["kernel_shape"] = std::vector<std::int64_t>(2, c.kernel);
+  info.attributes["strides"] = c.strides;
+  info.attributes["dilations"] = std::vector<std::int64_t>(2, c.dilation);
+  info.attributes["pads"] = std::vector<std::int64_t>(4, c.kernel == 1 ? 0 : c.kernel / 2 * c.dilation);
+  info.attributes["mode"] = c.mode;
+  info.inputs = {&x, &values, &deltas, nullptr, nullptr};
+  info.constant = {false, true, true, false, false};
+  Made alone(options, info), helped(options, info);
+  const std::vector<float> expected = alone.called(1);
+  helped.called(c.threads, 9);
+  leave_nan(options);
+  const bool same = helped.called(c.threads) == expected;
+  if (!same) std::printf("%s on %u threads: other bits\n", described(info).c_str(), c.threads);
+  return same;
+}
+
 // A batch is divided as if it were the first: rows that are split among threads are packed at once, all images together.
 bool batches_are_divided_anew(const SessionOptions& options) {
   const auto [values, deltas] = encode(random_weight(64, 64 * 9, 1, 0.3), 64, 64 * 9, 1);
@@ -401,7 +451,9 @@ int main(int argc, char** argv) {
     good = threads_are_found(options, 16, 16, 0.05, 0, 2) && good;  // one task for one thread
     good = threads_are_found(options, 32, 128, 0.1, 3, 12) && good;  // in rows: as wide as for one thread
     good = batches_are_divided_anew(options) && good;
-    for (int i = 0; i < cases / 4; ++i) good = bits_are_kept(options) && good;
+    for (int i = 0; i < cases / 4; ++i) {
+      good = bits_are_kept(options) && convolution_keeps_bits(options, random_shared()) && good;
+    }
   }
   return good ? 0 : 1;
 }

@@ -8,8 +8,8 @@ namespace sparsepipe {
 // Packs the input for a tile of a convolution; what that needs is the same for all channels.
 class TilePacking {
  public:
-  // For a tile of an image, which `pack` may then be called for.
-  void prepare(const Attributes& a, const Geometry& g, std::int64_t tile);
+  // For the vectors [from_vector, to_vector) of a tile of an image, which `pack` may then be called for.
+  void prepare(const Attributes& a, const Geometry& g, std::int64_t tile, int from_vector, int to_vector);
 
   // Packs channels [first, last) of an image, with zeros for what lies outside of it.
   void pack(const kernels::Isa& isa, const float* image, std::int64_t first, std::int64_t last, float* to);
@@ -18,6 +18,7 @@ class TilePacking {
   const Geometry* g_ = nullptr;
   std::int64_t tile_ = 0;
   bool staged_ = false;
+  std::vector<char> needed_;  // of the slots, those that the vectors read
   std::vector<kernels::StageRow> rows_;
   std::vector<kernels::Copy> copies_;
   kernels::PackArgs args_{};

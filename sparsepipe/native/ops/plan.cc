@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -57,6 +58,7 @@ constexpr double kL1Share = 0.9;     // of the L1 cache, that a tile may take to
 constexpr double kPageBytes = 4096;  // also the bytes of one way of the L1 cache: the addresses that share a set
 constexpr double kPages = 64;        // that the core has at hand (first-level TLB)
 constexpr double kLine = 64;
+constexpr double kLineCycles = 10;   // that a line takes which comes from beyond the L2 cache
 
 // The part of a cache in which the tile of a plane may lie, where planes of `stride` bytes are read in place: those that
 // lie a multiple of a large power of two apart fall into the same few sets. In L2, too, where the sets depend on the
@@ -104,8 +106,11 @@ Blocking best_blocking(const SparseWeight& weight, const TileLayout& layout, con
     const double row = c.row + (blocks > 1 ? c.partial * sums : 0.0) + (layout.groups - 1) * (c.group + cost.shift * sums);
     const double entry = std::max(c.least, c.entry + std::max(sums * c.fma, vectors * cost.load * load)) + miss;
     const double turn = entries * entry + rows * (static_cast<double>(blocks) * row + cost.finish * c.store * sums);
-    const double cycles = turns * turn + static_cast<double>(layout.channels) * cost.pack_channel;
-    if (best.cycles == 0 || cycles < best.cycles) best = {channels, cycles};
+    const auto all = static_cast<double>(layout.channels);
+    const double pack = all * cost.pack_channel;
+    const double cycles = turns * turn + pack;
+    const double fetch = in_place ? std::min(cycles / 2, all * std::ceil(run / kLine) * kLineCycles) : pack;
+    if (best.cycles == 0 || cycles < best.cycles) best = {channels, cycles, fetch};
     if (channels <= 8 || (far == cold && farther == 0 && miss == 0)) return best;
   }
 }
@@ -196,49 +201,6 @@ std::int64_t PackedWeight::last_channel(std::int64_t block) const {
   return std::min(channels_, (block + 1) * block_channels_);
 }
 
-std::vector<std::int64_t> split_rows(const std::vector<std::uint32_t>& row_start, double row_entries,
-                                     std::int64_t chunks) {
-  const auto rows = static_cast<std::int64_t>(row_start.size()) - 1;
-  const auto work = [&](std::int64_t row) {
-    return static_cast<double>(row_start[static_cast<std::size_t>(row)]) + row_entries * static_cast<double>(row);
-  };
-  std::vector<std::int64_t> bounds{0};
-  std::int64_t row = 0;
-  for (std::int64_t c = 1; c < chunks; ++c) {
-    const double goal = work(rows) * static_cast<double>(c) / static_cast<double>(chunks);
-    while (row < rows && work(row) < goal) ++row;
-    bounds.push_back(row);
-  }
-  bounds.push_back(rows);
-  return bounds;
-}
-
-std::int64_t row_chunks(std::int64_t most, std::int64_t tiles, double tile_cycles) {
-  constexpr std::int64_t kTasks = 16;
-  constexpr double kLeastCycles = 40000;  // about 10 us: what a task must weigh to be worth handing over
-  if (tiles >= kTasks) return 1;
-  const auto affordable = static_cast<std::int64_t>(tile_cycles / kLeastCycles);
-  const std::int64_t wanted = (kTasks + tiles - 1) / tiles;
-  return std::max<std::int64_t>(1, std::min({wanted, affordable, most}));
-}
-
-Makespan makespan(const SparseWeight& weight, const TileLayout& layout, std::int64_t tiles, double tile_cycles,
-                  std::int64_t threads, int lanes) {
-  // Cycles of a line that no thread has read yet (from L3), and of one that lies in another core's cache.
-  constexpr double kWeightLine = 30, kPackedLine = 20;
-  constexpr double kHandOver = 20000;  // a second round of tasks
-  const double all = static_cast<double>(tiles) * tile_cycles;
-  if (threads == 1) return {all, all + kHandOver};
-  const auto n = static_cast<double>(threads);
-  const double lines = weight.entries() * (4.0 + 4.0 * weight.block) / 64 * kWeightLine;
-  // Of a plane that is read in place, the part of the tile.
-  const bool one_turn = layout.tap.size() == 1 && layout.turns == 1;
-  const double floats = one_turn ? layout.vectors * lanes : static_cast<double>(layout.channel_stride);
-  const double packed = static_cast<double>(tiles * layout.channels) * floats / 16 * kPackedLine;
-  const std::int64_t rounds = (tiles + threads - 1) / threads;
-  return {static_cast<double>(rounds) * tile_cycles + lines, (all + lines) / n + packed * (1 - 1 / n) + kHandOver};
-}
-
 bool same_order(int block, const Tiling& a, const Tiling& b) {
   const auto chains = [&](int vectors) {
     const int sums = block * vectors;
@@ -250,34 +212,6 @@ bool same_order(int block, const Tiling& a, const Tiling& b) {
   if (a.groups != b.groups || (!even && !alike)) return false;
   const bool in_turn = even && all == 1 && a.groups == 1;  // then blocks of channels change nothing
   return in_turn || a.block_channels == b.block_channels;
-}
-
-namespace {
-constexpr int kConvinced = 4;   // calls without a helper after which none is expected
-constexpr int kAskAgain = 256;  // calls after which to try again
-}  // namespace
-
-bool Helpers::expected() {
-  const int alone = alone_.load(std::memory_order_relaxed);
-  if (alone < kConvinced) return true;
-  if (alone >= kAskAgain) {
-    alone_.store(kConvinced - 1, std::memory_order_relaxed);
-    return true;
-  }
-  alone_.store(alone + 1, std::memory_order_relaxed);
-  return false;
-}
-
-void Helpers::saw_threads(std::uint64_t seen) {
-  const std::int64_t threads = __builtin_popcountll(seen);
-  std::int64_t most = threads_.load(std::memory_order_relaxed);
-  while (threads > most && !threads_.compare_exchange_weak(most, threads, std::memory_order_relaxed)) {
-  }
-  if (threads > 1) {
-    alone_.store(0, std::memory_order_relaxed);
-  } else if (alone_.load(std::memory_order_relaxed) < kConvinced) {
-    alone_.fetch_add(1, std::memory_order_relaxed);
-  }
 }
 
 Scratch& scratch() {

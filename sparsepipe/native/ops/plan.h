@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -35,6 +34,7 @@ struct Cost {
 struct Blocking {
   std::int64_t block_channels = 0;  // input channels whose tiles are in use at once
   double cycles = 0;                // of one tile
+  double fetch = 0;                 // of these, to pack it or to read it from memory: not less for some of its rows
 };
 
 struct Caches {
@@ -77,27 +77,6 @@ class PackedWeight {
   std::vector<std::uint32_t> row_start_;
 };
 
-constexpr double kRowEntries = 4;         // that a block row costs besides its own
-constexpr std::int64_t kLeastRows = 8;    // of a chunk
-
-// Splits block rows into `chunks` ranges of about equal work, a row costing its entries and `row_entries` more; returns
-// chunks + 1 bounds.
-std::vector<std::int64_t> split_rows(const std::vector<std::uint32_t>& row_start, double row_entries,
-                                     std::int64_t chunks);
-
-// Chunks of rows, at most `most`, so that a few threads find work even where the tiles are few; 1 where splitting does
-// not pay.
-std::int64_t row_chunks(std::int64_t most, std::int64_t tiles, double tile_cycles);
-
-// Cycles until `threads` threads are done with `tiles` tiles of one call.
-struct Makespan {
-  double whole;   // each tile is packed and multiplied by one thread, which reads the whole weight
-  double shared;  // tiles are packed together, then their rows are split: what others packed lies in their caches
-  double least() const { return whole < shared ? whole : shared; }
-};
-Makespan makespan(const SparseWeight& weight, const TileLayout& layout, std::int64_t tiles, double tile_cycles,
-                  std::int64_t threads, int lanes);
-
 // A way to cut the work into tiles, as far as it decides in which order the entries of a row are added.
 struct Tiling {
   int vectors = 0, least_vectors = 0;  // that are multiplied at once, mostly and where the fewest are left
@@ -108,21 +87,6 @@ struct Tiling {
 };
 // Whether both give the same bits.
 bool same_order(int block, const Tiling& a, const Tiling& b);
-
-// Learns from the calls of one kernel whether the session has more threads than the caller's.
-class Helpers {
- public:
-  // Whether to split work further than tiles do. Asks again from time to time.
-  bool expected();
-  // The most threads that were seen to work on one call.
-  std::int64_t threads() const { return threads_.load(std::memory_order_relaxed); }
-  void saw(bool other_thread) { saw_threads(other_thread ? std::uint64_t{3} : std::uint64_t{1}); }
-  void saw_threads(std::uint64_t seen);  // a bit for each (`Scratch::bit`)
-
- private:
-  std::atomic<int> alone_{0};
-  std::atomic<std::int64_t> threads_{1};
-};
 
 // Memory of one thread, kept between calls: it is warm in the caches.
 struct Scratch {

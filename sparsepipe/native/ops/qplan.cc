@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "ops/plan.h"
+#include "ops/sharing.h"
 
 namespace sparsepipe {
 
@@ -43,7 +43,9 @@ std::vector<std::int64_t> PackedQWeight::key(std::int64_t group_bytes, const std
   return key;
 }
 
-std::vector<std::int64_t> PackedQWeight::split(std::int64_t chunks) const { return split_rows(row_start_, 8, chunks); }
+std::int64_t PackedQWeight::row_bound(std::int64_t chunk, std::int64_t chunks) const {
+  return sparsepipe::row_bound(row_start_, 8, chunk, chunks);
+}
 
 double qtile_cycles(const QWeight& weight, int vectors) {
   // Measured on AVX-512 VNNI (NOTES.md), for all instruction sets: two products a cycle, the end of a row is mispredicted.

@@ -20,8 +20,8 @@ class PackedQWeight {
   std::size_t dense_bytes() const { return dense_bytes_; }  // as float32
   const char* entries() const { return entries_.data(); }
   const std::uint32_t* row_start() const { return row_start_.data(); }
-  // Splits the rows into `chunks` ranges of about equal work; returns chunks + 1 bounds.
-  std::vector<std::int64_t> split(std::int64_t chunks) const;
+  // The first row of range `chunk` of `chunks` ranges of about equal work; the number of rows for `chunk` = `chunks`.
+  std::int64_t row_bound(std::int64_t chunk, std::int64_t chunks) const;
 
  private:
   std::size_t dense_bytes_;

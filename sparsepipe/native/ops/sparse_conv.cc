@@ -4,6 +4,7 @@
 #include "ops/conv_pack.h"
 #include "ops/ops.h"
 #include "ops/plan_cache.h"
+#include "ops/sharing.h"
 
 namespace sparsepipe {
 namespace {
@@ -21,9 +22,7 @@ constexpr std::int64_t kSlack = 64;    // floats behind packed data that a tile 
 struct Plan {
   Geometry geometry;
   std::shared_ptr<const PackedWeight> weight;
-  std::vector<std::int64_t> row_bounds;  // of the chunks of rows, where work is split further than tiles
-
-  std::int64_t chunks() const { return static_cast<std::int64_t>(row_bounds.size()) - 1; }
+  Sharing sharing;
 };
 
 std::int64_t packed_floats(const Geometry& g) {
@@ -99,7 +98,7 @@ class SparseConv final : public Kernel {
       }
       if (g.layout.turns > 1 && is_large(g, blocking.block_channels)) return;
       if (like && !same_order(weight_.block, tiling(like->geometry, like->blocking), tiling(g, blocking))) return;
-      const double cycles = makespan(weight_, g.layout, batch * g.tiles, blocking.cycles, threads, g.lanes).least();
+      const double cycles = share_tiles(g, batch, blocking, threads).cycles;
       if (best.cycles == 0 || cycles < best.cycles) best = {g, blocking, cycles};
     });
     return best;
@@ -119,18 +118,22 @@ class SparseConv final : public Kernel {
     if (threads > 1) choice = cheapest(shape, batch, threads, &choice);
     const Geometry& g = choice.geometry;
     const std::int64_t tiles = batch * g.tiles;
-    const double tile_cycles = choice.blocking.cycles;
-    const Makespan span = makespan(weight_, g.layout, tiles, tile_cycles, threads, g.lanes);
+    Sharing sharing = share_tiles(g, batch, choice.blocking, threads);
     // One thread splits to learn of others, unless that would pack much at once: a few tiles tell of them as well.
-    const std::int64_t packed = tiles * packed_floats(g);
-    const bool learns = threads == 1 && (packed <= kTileFloats || tiles < kFewTiles);
-    const bool shares = threads > 1 && span.shared < span.whole && packed <= kSharedFloats;
-    const std::int64_t chunks = learns || shares ? row_chunks(weight_.rows / kLeastRows, tiles, tile_cycles) : 1;
+    if (threads == 1 && (tiles * packed_floats(g) <= kTileFloats || tiles < kFewTiles)) {
+      sharing.chunks = row_chunks(weight_.rows / kLeastRows, tiles, choice.blocking.cycles);
+      sharing.together = sharing.chunks > 1;
+    }
     const std::int64_t channels = choice.blocking.block_channels;
     return {g,
             plans_.weight(PackedWeight::key(g.layout, channels),
                           [&] { return PackedWeight(weight_, g.layout, channels); }),
-            split_rows(weight_.row_start, kRowEntries, chunks)};
+            sharing};
+  }
+
+  Sharing share_tiles(const Geometry& g, std::int64_t batch, const Blocking& tile, std::int64_t threads) const {
+    const std::int64_t tiles = batch * g.tiles;
+    return share(weight_, g.layout, tiles, tile, threads, g.lanes, tiles * packed_floats(g) <= kSharedFloats);
   }
 
   struct Work {
@@ -146,24 +149,20 @@ class SparseConv final : public Kernel {
     const std::int64_t tiles = work.batch * g.tiles;
     // A layer that is one task for one thread would never learn of others: it is packed in parts.
     const bool packs = g.mode != Mode::kDirect;
-    const bool alone = tiles == 1 && work.plan.chunks() == 1 && packs && helpers_.threads() == 1;
-    const bool asks = (work.plan.chunks() > 1 || alone) && helpers_.expected();
-    const std::int64_t chunks = asks ? work.plan.chunks() : 1;
+    const std::int64_t threads = helpers_.threads();
+    const bool alone = tiles == 1 && work.plan.sharing.chunks == 1 && packs && threads == 1;
+    const bool asks = (work.plan.sharing.chunks > 1 || alone) && helpers_.expected();
+    const Sharing sharing = asks ? work.plan.sharing : Sharing{tiles, threads};
     std::atomic<std::uint64_t> seen{0};
-    const float* shared = asks && packs ? pack_all(work, call, seen) : nullptr;
+    const float* shared = packs && (sharing.together || (alone && asks)) ? pack_all(work, call, seen) : nullptr;
     // Every other layer goes backwards: it begins with what the one before it left in the L2 cache.
     const bool backwards = scratch().backwards = !scratch().backwards;
-    const std::int64_t tasks = tiles * chunks;
-    call.parallel(static_cast<std::size_t>(tasks), [&](std::size_t position) {
+    call.parallel(static_cast<std::size_t>(sharing.tasks()), [&](std::size_t index) {
       seen.fetch_or(scratch().bit, std::memory_order_relaxed);
-      const std::int64_t task = backwards ? tasks - 1 - static_cast<std::int64_t>(position)
-                                          : static_cast<std::int64_t>(position);
-      const auto chunk = static_cast<std::size_t>(task % chunks);
-      const std::int64_t begin = chunks > 1 ? work.plan.row_bounds[chunk] : 0;
-      const std::int64_t end = chunks > 1 ? work.plan.row_bounds[chunk + 1] : weight_.rows;
-      if (begin < end) multiply(work, shared, task / chunks, begin, end, backwards);  // one row may be most of the weight
+      const Sharing::Task task = sharing.task(static_cast<std::int64_t>(index), backwards);
+      multiply(work, shared, piece_of(g, task, sharing.by_turns), backwards);
     });
-    if (tasks > 1 || asks) helpers_.saw_threads(seen);
+    if (sharing.tasks() > 1 || asks) helpers_.saw_threads(seen);
   }
 
   // Split rows need the packed input at once; it is packed first, by all threads together. One tile after the other.
@@ -179,7 +178,7 @@ class SparseConv final : public Kernel {
       const std::int64_t first = g.layout.channels * part / parts;
       const std::int64_t last = g.layout.channels * (part + 1) / parts;
       thread_local TilePacking packing;
-      packing.prepare(a_, g, index % g.tiles);
+      packing.prepare(a_, g, index % g.tiles, 0, g.vectors_of(index % g.tiles));
       packing.pack(isa_, work.x + index / g.tiles * a_.in * g.height * g.width, first, last,
                    shared + index * tile_size + first * g.layout.channel_stride);
     });
@@ -187,9 +186,29 @@ class SparseConv final : public Kernel {
     return shared;
   }
 
-  // Block rows [row_begin, row_end) of tile `index` of all images, which lies in `shared` where that is given.
-  void multiply(const Work& work, const float* shared, std::int64_t index, std::int64_t row_begin, std::int64_t row_end,
-                bool backwards) const {
+  // What a task multiplies: block rows and vectors of a tile of all images.
+  struct Piece {
+    std::int64_t tile, row_begin, row_end;
+    int from, to;
+  };
+
+  Piece piece_of(const Geometry& g, const Sharing::Task& task, bool by_turns) const {
+    const int vectors = g.vectors_of(task.tile % g.tiles);
+    if (!by_turns || task.chunks == 1) {
+      const auto bound = [&](std::int64_t chunk) { return row_bound(weight_.row_start, kRowEntries, chunk, task.chunks); };
+      return {task.tile, bound(task.chunk), bound(task.chunk + 1), 0, vectors};
+    }
+    const std::int64_t turns = ceil_div(vectors, g.at_once);
+    const auto bound = [&](std::int64_t chunk) {
+      return static_cast<int>(std::min<std::int64_t>(vectors, turns * chunk / task.chunks * g.at_once));
+    };
+    return {task.tile, 0, weight_.rows, bound(task.chunk), bound(task.chunk + 1)};
+  }
+
+  // The input lies in `shared` where that is given.
+  void multiply(const Work& work, const float* shared, const Piece& piece, bool backwards) const {
+    const auto [index, row_begin, row_end, from_vector, to_vector] = piece;
+    if (row_begin >= row_end || from_vector >= to_vector) return;  // one row may be most of the weight
     const Geometry& g = work.plan.geometry;
     const PackedWeight& weight = *work.plan.weight;
     const bool packs = g.mode != Mode::kDirect;
@@ -217,7 +236,7 @@ class SparseConv final : public Kernel {
     if (blocks > 1) partial = mine.partial.at_least(static_cast<std::size_t>(outputs * g.tile_floats()));
     const float* source = work.x + image * a_.in * in_plane;
     thread_local TilePacking packing;
-    if (packs && !shared) packing.prepare(a_, g, tile);
+    if (packs && !shared) packing.prepare(a_, g, tile, from_vector, to_vector);
     for (std::int64_t b = 0; b < blocks; ++b) {
       const std::int64_t first = weight.first_channel(b);
       const std::int64_t last = weight.last_channel(b);
@@ -243,7 +262,7 @@ class SparseConv final : public Kernel {
       args.first = b == 0;
       args.last = b + 1 == blocks;
       const float* begin = args.x;
-      for (int from = 0; from < g.vectors_of(tile); from += g.at_once) {
+      for (int from = from_vector; from < to_vector; from += g.at_once) {
         const Targets where = targets_of(g, tile, from);
         where.fill(args);
         args.x = begin + from * g.lanes;

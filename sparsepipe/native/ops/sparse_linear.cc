@@ -7,8 +7,8 @@
 #include <algorithm>
 
 #include "ops/ops.h"
-#include "ops/plan.h"
 #include "ops/plan_cache.h"
+#include "ops/sharing.h"
 #include "ops/window.h"
 
 namespace sparsepipe {
@@ -25,9 +25,8 @@ constexpr std::int64_t kAnyVectors = 1 << 20;  // for a plan for any number of v
 
 struct Plan {
   TileLayout layout;
-  double tile_cycles;
+  Blocking tile;  // of the widest
   std::shared_ptr<const PackedWeight> weight;
-  std::vector<std::int64_t> row_bounds;  // of the chunks of rows, where work is split further than tiles
 };
 
 class SparseLinear final : public Kernel {
@@ -40,8 +39,6 @@ class SparseLinear final : public Kernel {
     weight_ = read_weight(node, out_, in_);
     bias_ = read_bias(node, 3, out_);
     epilogue_.bias = bias_.empty() ? nullptr : bias_.data();
-    const std::int64_t chunks = row_chunks(weight_.rows / kLeastRows, 1, 2.0 * weight_.entries());
-    vector_bounds_ = split_rows(weight_.row_start, kRowEntries, chunks);
   }
 
   void compute(const Call& call) override {
@@ -79,15 +76,19 @@ class SparseLinear final : public Kernel {
   bool is_any(std::int64_t vectors) const { return vectors > 2 * isa_.max_vectors[weight_.block]; }
 
   void by_row(const Call& call, const float* x, std::int64_t rows, const float* residual, float* y) const {
-    const auto chunks = static_cast<std::int64_t>(vector_bounds_.size()) - 1;
+    const std::int64_t chunks = row_chunks(weight_.rows / kLeastRows, 1, 2.0 * weight_.entries());
     call.parallel(static_cast<std::size_t>(chunks * rows), [&](std::size_t task) {
-      const std::int64_t row = static_cast<std::int64_t>(task) / chunks;
-      const std::size_t chunk = task % static_cast<std::size_t>(chunks);
+      const std::int64_t row = static_cast<std::int64_t>(task) % rows;
+      const std::int64_t chunk = static_cast<std::int64_t>(task) / rows;
       isa_.vector(x + row * in_, weight_.column16.empty() ? nullptr : weight_.column16.data(),
                   weight_.column16.empty() ? weight_.column32.data() : nullptr, weight_.values.data(),
-                  weight_.row_start.data(), vector_bounds_[chunk], vector_bounds_[chunk + 1], weight_.block, epilogue_,
+                  weight_.row_start.data(), range(chunk, chunks), range(chunk + 1, chunks), weight_.block, epilogue_,
                   residual ? residual + row * out_ : nullptr, y + row * out_);
     });
+  }
+
+  std::int64_t range(std::int64_t chunk, std::int64_t chunks) const {
+    return row_bound(weight_.row_start, kRowEntries, chunk, chunks);
   }
 
   struct Choice {
@@ -123,7 +124,7 @@ class SparseLinear final : public Kernel {
       blocking.block_channels = std::min(blocking.block_channels, kMostFloats / stride);  // offsets are 32-bit
       choice.layout.channel_stride = pitch(choice.layout.vectors, blocking.block_channels) * isa_.lanes;
       if (like && !same_order(weight_.block, like->tiling(all), choice.tiling(all))) continue;
-      choice.cycles = makespan(weight_, choice.layout, tiles, blocking.cycles, threads, isa_.lanes).least();
+      choice.cycles = share(weight_, choice.layout, tiles, blocking, threads, isa_.lanes, true).cycles;
       if (best.cycles == 0 || choice.cycles < best.cycles) best = choice;
     }
     return best;
@@ -143,37 +144,40 @@ class SparseLinear final : public Kernel {
     if (threads > 1) choice = cheapest(all, threads, &choice);
     const TileLayout& layout = choice.layout;
     const std::int64_t channels = choice.blocking.block_channels;
-    const std::int64_t fewest = all == kAnyVectors ? 3 : ceil_div(all, layout.vectors);
-    const std::int64_t chunks = row_chunks(weight_.rows / kLeastRows, fewest, choice.blocking.cycles);
-    return {layout, choice.blocking.cycles,
-            plans_.weight(PackedWeight::key(layout, channels), [&] { return PackedWeight(weight_, layout, channels); }),
-            split_rows(weight_.row_start, kRowEntries, chunks)};
+    return {layout, choice.blocking,
+            plans_.weight(PackedWeight::key(layout, channels), [&] { return PackedWeight(weight_, layout, channels); })};
   }
 
-  // The vectors of a tile (the last one has what is left), and whether the rows of tiles are split among threads.
+  // The vectors of a tile (the last one has what is left), and how threads share the tiles.
   struct Division {
     std::int64_t size;
-    bool split;
+    Sharing sharing;
   };
 
   // All numbers of threads give the same bits: tiles become smaller only where sums are added in turn before and after.
   Division divide(const Plan& plan, std::int64_t vectors, std::int64_t threads) const {
     const std::int64_t fewest = ceil_div(vectors, plan.layout.vectors);
     const auto even = [&](std::int64_t tiles) { return ceil_div(vectors, tiles); };
-    const auto span = [&](std::int64_t size) {
-      const double share = static_cast<double>(size) / plan.layout.vectors;
-      return makespan(weight_, plan.layout, ceil_div(vectors, size), share * plan.tile_cycles, threads, isa_.lanes);
+    const auto divided = [&](std::int64_t size) {
+      const double part = static_cast<double>(size) / plan.layout.vectors;
+      const Blocking tile{0, part * plan.tile.cycles, part * plan.tile.fetch};
+      return Division{size, share(weight_, plan.layout, ceil_div(vectors, size), tile, threads, isa_.lanes, true)};
     };
-    const std::int64_t size = is_any(vectors) ? even(fewest) : plan.layout.vectors;
-    const bool splits = row_chunks(weight_.rows / kLeastRows, fewest, plan.tile_cycles) > 1;
-    if (threads == 1) return {size, splits};  // one thread splits to learn of others
+    Division best = divided(is_any(vectors) ? even(fewest) : plan.layout.vectors);
+    if (threads == 1) {  // splits to learn of others
+      best.sharing.chunks = row_chunks(weight_.rows / kLeastRows, fewest, plan.tile.cycles);
+      best.sharing.together = best.sharing.chunks > 1;
+      return best;
+    }
     const auto in_turn = [&](std::int64_t each) {
       return ((vectors - 1) % each + 1) * weight_.block >= kernels::kSumsForOneChain;
     };
     const std::int64_t finer = even(ceil_div(fewest, threads) * threads);
-    const bool alike = is_any(vectors) && in_turn(size) && in_turn(finer);
-    const std::int64_t whole = alike && span(finer).whole < span(size).whole ? finer : size;
-    return span(size).shared < span(whole).whole ? Division{size, splits} : Division{whole, false};
+    if (is_any(vectors) && in_turn(best.size) && in_turn(finer)) {
+      const Division other = divided(finer);
+      if (other.sharing.cycles < best.sharing.cycles) best = other;
+    }
+    return best;
   }
 
   void by_tile(const Call& call, const Plan& plan, const float* x, std::int64_t rows, const float* residual,
@@ -182,15 +186,15 @@ class SparseLinear final : public Kernel {
     const Division division = divide(plan, ceil_div(rows, isa_.lanes), helpers_.threads());
     const std::int64_t size = division.size * isa_.lanes;
     const std::int64_t tiles = ceil_div(rows, size);
-    const auto all_chunks = static_cast<std::int64_t>(plan.row_bounds.size()) - 1;
-    const std::int64_t chunks = division.split && all_chunks > 1 && helpers_.expected() ? all_chunks : 1;
+    const bool splits = division.sharing.chunks > 1 && helpers_.expected();
+    const Sharing sharing = splits ? division.sharing : Sharing{tiles, helpers_.threads()};
     const auto rows_of = [&](std::int64_t tile) { return std::min(size, rows - tile * size); };
     const auto pack = [&](std::int64_t tile, std::int64_t first, std::int64_t last, float* to) {
       isa_.transpose(x + tile * size * in_ + first, in_, rows_of(tile), last - first, to, width);
     };
 
     float* shared = nullptr;
-    if (chunks > 1) {
+    if (sharing.together) {
       shared = scratch().shared.at_least(static_cast<std::size_t>(tiles * in_ * width));
       const std::int64_t parts = std::min<std::int64_t>(8, ceil_div(in_, isa_.lanes));
       const std::int64_t step = ceil_div(ceil_div(in_, parts), isa_.lanes) * isa_.lanes;
@@ -203,13 +207,11 @@ class SparseLinear final : public Kernel {
     }
 
     std::atomic<std::uint64_t> seen{0};
-    call.parallel(static_cast<std::size_t>(tiles * chunks), [&](std::size_t task) {
+    call.parallel(static_cast<std::size_t>(sharing.tasks()), [&](std::size_t index) {
       Scratch& mine = scratch();
       seen.fetch_or(mine.bit, std::memory_order_relaxed);
-      const std::int64_t tile = static_cast<std::int64_t>(task) / chunks;
-      const auto chunk = static_cast<std::size_t>(static_cast<std::int64_t>(task) % chunks);
-      const std::int64_t begin = chunks > 1 ? plan.row_bounds[chunk] : 0;
-      const std::int64_t end = chunks > 1 ? plan.row_bounds[chunk + 1] : weight_.rows;
+      const auto [tile, chunk, chunks] = sharing.task(static_cast<std::int64_t>(index), false);
+      const std::int64_t begin = range(chunk, chunks), end = range(chunk + 1, chunks);
       const std::int64_t block = weight_.block;
       const std::int64_t blocks = plan.weight->blocks();
       kernels::RowsArgs args{};
@@ -260,7 +262,7 @@ class SparseLinear final : public Kernel {
         }
       }
     });
-    if (tiles * chunks > 1) helpers_.saw_threads(seen);
+    if (sharing.tasks() > 1) helpers_.saw_threads(seen);
   }
 
   const Isa& isa_;
@@ -269,7 +271,6 @@ class SparseLinear final : public Kernel {
   SparseWeight weight_;
   std::vector<float> bias_;
   kernels::Epilogue epilogue_{};
-  std::vector<std::int64_t> vector_bounds_;
   PlanCache<Plan, PackedWeight> plans_;
   mutable Helpers helpers_;
 };

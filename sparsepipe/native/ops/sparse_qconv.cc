@@ -10,10 +10,10 @@
 #include <cstring>
 
 #include "ops/ops.h"
-#include "ops/plan.h"
 #include "ops/plan_cache.h"
 #include "ops/qplan.h"
 #include "ops/quantized.h"
+#include "ops/sharing.h"
 #include "ops/window.h"
 
 namespace sparsepipe {
@@ -50,7 +50,7 @@ struct Geometry {
 struct Plan {
   Geometry geometry;
   std::shared_ptr<const PackedQWeight> weight;
-  std::vector<std::int64_t> row_bounds;  // of the chunks of rows, where work is split further than tiles
+  std::int64_t chunks;  // of rows, where work is split further than tiles
 };
 
 class SparseQConv final : public Kernel {
@@ -120,8 +120,7 @@ class SparseQConv final : public Kernel {
     std::shared_ptr<const PackedQWeight> weight =
         plans_.weight(PackedQWeight::key(g.group_bytes, g.tap),
                       [&] { return PackedQWeight(weight_, g.group_bytes, g.tap, isa_.wide); });
-    std::vector<std::int64_t> bounds = weight->split(chunks);
-    return {std::move(g), std::move(weight), std::move(bounds)};
+    return {std::move(g), std::move(weight), chunks};
   }
 
   // Phases, bands and taps of the packed planes.
@@ -254,16 +253,17 @@ class SparseQConv final : public Kernel {
              shared + index * band_bytes + first * g.group_bytes);
       });
     }
-    const std::int64_t chunks = split ? static_cast<std::int64_t>(plan.row_bounds.size()) - 1 : 1;
+    const std::int64_t chunks = split ? plan.chunks : 1;
     const std::int64_t tiles_of_task = split ? 1 : g.band_tiles;
     const std::int64_t groups_of_tiles = ceil_div(g.tiles, tiles_of_task);
     std::atomic<bool> helped{false};
     const void* const caller = &scratch();
-    call.parallel(static_cast<std::size_t>(g.batch * groups_of_tiles * chunks), [&](std::size_t task) {
+    const std::int64_t all_groups = g.batch * groups_of_tiles;
+    call.parallel(static_cast<std::size_t>(all_groups * chunks), [&](std::size_t task) {
       Scratch& mine = scratch();
       if (&mine != caller) helped.store(true, std::memory_order_relaxed);
-      const std::int64_t chunk = static_cast<std::int64_t>(task) % chunks;
-      const std::int64_t index = static_cast<std::int64_t>(task) / chunks;
+      const std::int64_t chunk = static_cast<std::int64_t>(task) / all_groups;
+      const std::int64_t index = static_cast<std::int64_t>(task) % all_groups;
       const std::int64_t image = index / groups_of_tiles;
       const std::int64_t first_tile = index % groups_of_tiles * tiles_of_task;
       const std::int64_t band = first_tile / g.band_tiles;
@@ -278,8 +278,8 @@ class SparseQConv final : public Kernel {
       kernels::QRowsArgs args{};
       args.entries = plan.weight->entries();
       args.row_start = plan.weight->row_start();
-      args.row_begin = chunks > 1 ? plan.row_bounds[static_cast<std::size_t>(chunk)] : 0;
-      args.row_end = chunks > 1 ? plan.row_bounds[static_cast<std::size_t>(chunk) + 1] : weight_.rows;
+      args.row_begin = plan.weight->row_bound(chunk, chunks);
+      args.row_end = plan.weight->row_bound(chunk + 1, chunks);
       const std::int64_t shift = (image * out_ + args.row_begin * weight_.block) * out_plane;
       args.y = y + shift;
       args.residual = residual ? residual + shift : nullptr;

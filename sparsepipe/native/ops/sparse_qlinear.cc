@@ -6,10 +6,10 @@
 #include <cstring>
 
 #include "ops/ops.h"
-#include "ops/plan.h"
 #include "ops/plan_cache.h"
 #include "ops/qplan.h"
 #include "ops/quantized.h"
+#include "ops/sharing.h"
 #include "ops/window.h"
 
 namespace sparsepipe {
@@ -27,7 +27,7 @@ constexpr std::int64_t kSlack = 2048;       // bytes behind packed data that a t
 struct Plan {
   std::int64_t width;  // rows of X in a tile
   std::shared_ptr<const PackedQWeight> weight;
-  std::vector<std::int64_t> row_bounds;
+  std::int64_t chunks;  // of rows, where work is split further than tiles
 };
 
 bool is_aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % sizeof(float) == 0; }
@@ -83,8 +83,7 @@ class SparseQLinear final : public Kernel {
     const std::vector<std::int32_t> tap{0};
     std::shared_ptr<const PackedQWeight> weight = plans_.weight(
         PackedQWeight::key(kQuad * width, tap), [&] { return PackedQWeight(weight_, kQuad * width, tap, q_.wide); });
-    std::vector<std::int64_t> bounds = weight->split(chunks);
-    return {width, std::move(weight), std::move(bounds)};
+    return {width, std::move(weight), chunks};
   }
 
   void flip(std::uint8_t* data, std::int64_t count) const {
@@ -104,11 +103,11 @@ class SparseQLinear final : public Kernel {
       std::memcpy(packed + row * padded, x + row * in_, static_cast<std::size_t>(in_));
     }
     flip(packed, rows * padded);
-    const auto chunks = static_cast<std::int64_t>(plan->row_bounds.size()) - 1;
+    const std::int64_t chunks = plan->chunks;
     call.parallel(static_cast<std::size_t>(chunks * rows), [&](std::size_t task) {
-      const std::int64_t row = static_cast<std::int64_t>(task) / chunks;
-      const auto chunk = static_cast<std::size_t>(static_cast<std::int64_t>(task) % chunks);
-      const std::int64_t begin = plan->row_bounds[chunk], end = plan->row_bounds[chunk + 1];
+      const std::int64_t row = static_cast<std::int64_t>(task) % rows;
+      const std::int64_t chunk = static_cast<std::int64_t>(task) / rows;
+      const std::int64_t begin = plan->weight->row_bound(chunk, chunks), end = plan->weight->row_bound(chunk + 1, chunks);
       const std::int64_t first = begin * weight_.block, count = (end - begin) * weight_.block;
       auto* sums = reinterpret_cast<std::int32_t*>(scratch().out.at_least(static_cast<std::size_t>(count) + 1));
       q_.vector(packed + row * padded, plan->weight->entries(), plan->weight->row_start(), begin, end, weight_.block, sums);
@@ -164,8 +163,7 @@ class SparseQLinear final : public Kernel {
     const std::int64_t width = plan.width;
     const std::int64_t tiles = ceil_div(rows, width);
     const std::int64_t tile_bytes = weight_.groups * width * kQuad;
-    const auto all_chunks = static_cast<std::int64_t>(plan.row_bounds.size()) - 1;
-    const std::int64_t chunks = all_chunks > 1 && helpers_.expected() ? all_chunks : 1;
+    const std::int64_t chunks = plan.chunks > 1 && helpers_.expected() ? plan.chunks : 1;
     const auto rows_of = [&](std::int64_t tile) { return std::min(width, rows - tile * width); };
     std::uint8_t* shared = nullptr;
     if (chunks > 1) {
@@ -183,10 +181,9 @@ class SparseQLinear final : public Kernel {
     call.parallel(static_cast<std::size_t>(tiles * chunks), [&](std::size_t task) {
       Scratch& mine = scratch();
       if (&mine != caller) helped.store(true, std::memory_order_relaxed);
-      const std::int64_t tile = static_cast<std::int64_t>(task) / chunks;
-      const auto chunk = static_cast<std::size_t>(static_cast<std::int64_t>(task) % chunks);
-      const std::int64_t begin = chunks > 1 ? plan.row_bounds[chunk] : 0;
-      const std::int64_t end = chunks > 1 ? plan.row_bounds[chunk + 1] : weight_.rows;
+      const std::int64_t tile = static_cast<std::int64_t>(task) % tiles;
+      const std::int64_t chunk = static_cast<std::int64_t>(task) / tiles;
+      const std::int64_t begin = plan.weight->row_bound(chunk, chunks), end = plan.weight->row_bound(chunk + 1, chunks);
       kernels::QRowsArgs args{};
       if (shared) {
         args.x = shared + tile * tile_bytes;
