@@ -376,7 +376,7 @@ bool convolution_keeps_bits(const SessionOptions& options, const Shared& c) {
   return same;
 }
 
-// A batch is divided as if it were the first: rows that are split among threads are packed at once, all images together.
+// A batch is divided as if it were the first, whatever was packed together for that.
 bool batches_are_divided_anew(const SessionOptions& options) {
   const auto [values, deltas] = encode(random_weight(64, 64 * 9, 1, 0.3), 64, 64 * 9, 1);
   const Value few = random_tensor({2, 64, 14, 14}), many = random_tensor({40, 64, 14, 14});

@@ -65,9 +65,9 @@ Sharing share(const SparseWeight& weight, const TileLayout& layout, std::int64_t
               std::int64_t threads, int lanes, bool together) {
   // Cycles of a line that no thread has read yet (from L3), and of one that lies in another core's cache.
   constexpr double kWeightLine = 10, kPackedLine = 20;
-  constexpr double kHandOver = 20000;   // a second round of tasks
+  constexpr double kHandOver = 20000;    // a second round of tasks
   constexpr double kLeastPiece = 10000;  // of a tile that only some threads would have
-  constexpr double kPart = 1.1;  // turns of one large tile take longer than tiles of their own (NOTES.md)
+  constexpr double kPart = 1.1;          // turns of one large tile take longer than tiles of their own (NOTES.md)
   Sharing best{tiles, threads};
   if (threads == 1) {
     best.cycles = static_cast<double>(tiles) * tile.cycles;
@@ -103,6 +103,11 @@ Sharing share(const SparseWeight& weight, const TileLayout& layout, std::int64_t
               (static_cast<double>(tiles) * tile.cycles + lines) / n + packed * (1 - 1 / n) + kHandOver});
   }
   return best;
+}
+
+Sharing share_to_learn(const SparseWeight& weight, std::int64_t tiles, double tile_cycles) {
+  const std::int64_t chunks = row_chunks(weight.rows / kLeastRows, tiles, tile_cycles);
+  return {tiles, 1, 0, chunks, chunks > 1};
 }
 
 namespace {

@@ -30,7 +30,7 @@ struct Sharing {
   std::int64_t tiles = 0, threads = 1;
   std::int64_t whole = 0;
   std::int64_t chunks = 1;
-  bool together = false;  // all threads pack all tiles before they multiply, instead of each what it multiplies
+  bool together = false;  // what is packed is packed by all threads before they multiply, not by each for itself
   bool by_turns = false;
   double cycles = 0;      // until all threads are done
 
@@ -46,6 +46,9 @@ struct Sharing {
 // The sharing with which `threads` threads are done first with `tiles` tiles. `together`: whether it may be.
 Sharing share(const SparseWeight& weight, const TileLayout& layout, std::int64_t tiles, const Blocking& tile,
               std::int64_t threads, int lanes, bool together);
+
+// The sharing with which one thread learns of others.
+Sharing share_to_learn(const SparseWeight& weight, std::int64_t tiles, double tile_cycles);
 
 // Learns from the calls of one kernel whether the session has more threads than the caller's.
 class Helpers {

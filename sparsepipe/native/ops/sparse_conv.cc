@@ -113,7 +113,7 @@ class SparseConv final : public Kernel {
   }
 
   Plan make_plan(const Geometry& shape, std::int64_t batch, std::int64_t threads) {
-    Choice choice = cheapest(shape, batch, 1, nullptr);
+    Choice choice = cheapest(shape, 1, 1, nullptr);  // whose order of sums holds for all batches and threads
     if (choice.cycles == 0) throw Error("stride, dilation and input are too large together");
     if (threads > 1) choice = cheapest(shape, batch, threads, &choice);
     const Geometry& g = choice.geometry;
@@ -121,8 +121,7 @@ class SparseConv final : public Kernel {
     Sharing sharing = share_tiles(g, batch, choice.blocking, threads);
     // One thread splits to learn of others, unless that would pack much at once: a few tiles tell of them as well.
     if (threads == 1 && (tiles * packed_floats(g) <= kTileFloats || tiles < kFewTiles)) {
-      sharing.chunks = row_chunks(weight_.rows / kLeastRows, tiles, choice.blocking.cycles);
-      sharing.together = sharing.chunks > 1;
+      sharing = share_to_learn(weight_, tiles, choice.blocking.cycles);
     }
     const std::int64_t channels = choice.blocking.block_channels;
     return {g,
@@ -146,13 +145,12 @@ class SparseConv final : public Kernel {
 
   void run(const Work& work, const Call& call) const {
     const Geometry& g = work.plan.geometry;
-    const std::int64_t tiles = work.batch * g.tiles;
+    const Sharing& planned = work.plan.sharing;
     // A layer that is one task for one thread would never learn of others: it is packed in parts.
     const bool packs = g.mode != Mode::kDirect;
-    const std::int64_t threads = helpers_.threads();
-    const bool alone = tiles == 1 && work.plan.sharing.chunks == 1 && packs && threads == 1;
-    const bool asks = (work.plan.sharing.chunks > 1 || alone) && helpers_.expected();
-    const Sharing sharing = asks ? work.plan.sharing : Sharing{tiles, threads};
+    const bool alone = planned.tasks() == 1 && packs && planned.threads == 1;
+    const bool asks = (planned.chunks > 1 || alone) && helpers_.expected();
+    const Sharing sharing = asks ? planned : Sharing{planned.tiles, planned.threads};
     std::atomic<std::uint64_t> seen{0};
     const float* shared = packs && (sharing.together || (alone && asks)) ? pack_all(work, call, seen) : nullptr;
     // Every other layer goes backwards: it begins with what the one before it left in the L2 cache.
@@ -165,7 +163,7 @@ class SparseConv final : public Kernel {
     if (sharing.tasks() > 1 || asks) helpers_.saw_threads(seen);
   }
 
-  // Split rows need the packed input at once; it is packed first, by all threads together. One tile after the other.
+  // Packs all tiles, one after the other, each by all threads together.
   const float* pack_all(const Work& work, const Call& call, std::atomic<std::uint64_t>& seen) const {
     const Geometry& g = work.plan.geometry;
     const std::int64_t tiles = work.batch * g.tiles, tile_size = packed_floats(g);

@@ -164,11 +164,7 @@ class SparseLinear final : public Kernel {
       return Division{size, share(weight_, plan.layout, ceil_div(vectors, size), tile, threads, isa_.lanes, true)};
     };
     Division best = divided(is_any(vectors) ? even(fewest) : plan.layout.vectors);
-    if (threads == 1) {  // splits to learn of others
-      best.sharing.chunks = row_chunks(weight_.rows / kLeastRows, fewest, plan.tile.cycles);
-      best.sharing.together = best.sharing.chunks > 1;
-      return best;
-    }
+    if (threads == 1) return {best.size, share_to_learn(weight_, fewest, plan.tile.cycles)};
     const auto in_turn = [&](std::int64_t each) {
       return ((vectors - 1) % each + 1) * weight_.block >= kernels::kSumsForOneChain;
     };
@@ -187,7 +183,7 @@ class SparseLinear final : public Kernel {
     const std::int64_t size = division.size * isa_.lanes;
     const std::int64_t tiles = ceil_div(rows, size);
     const bool splits = division.sharing.chunks > 1 && helpers_.expected();
-    const Sharing sharing = splits ? division.sharing : Sharing{tiles, helpers_.threads()};
+    const Sharing sharing = splits ? division.sharing : Sharing{tiles, division.sharing.threads};
     const auto rows_of = [&](std::int64_t tile) { return std::min(size, rows - tile * size); };
     const auto pack = [&](std::int64_t tile, std::int64_t first, std::int64_t last, float* to) {
       isa_.transpose(x + tile * size * in_ + first, in_, rows_of(tile), last - first, to, width);
@@ -212,6 +208,7 @@ class SparseLinear final : public Kernel {
       seen.fetch_or(mine.bit, std::memory_order_relaxed);
       const auto [tile, chunk, chunks] = sharing.task(static_cast<std::int64_t>(index), false);
       const std::int64_t begin = range(chunk, chunks), end = range(chunk + 1, chunks);
+      if (begin == end) return;  // one row may be most of the weight
       const std::int64_t block = weight_.block;
       const std::int64_t blocks = plan.weight->blocks();
       kernels::RowsArgs args{};
