@@ -10,24 +10,24 @@ using kernels::StageRow;
 namespace {
 
 // The copies from the stage to the tile, each of as many floats as are returned.
-std::int64_t list_copies(const Attributes& a, const Geometry& g, std::int64_t tile, const std::vector<char>& needed,
-                         std::vector<Copy>& copies) {
+std::int64_t list_copies(const Attributes& a, const Geometry& g, std::int64_t tile,
+                         const std::vector<std::int64_t>& needed, std::vector<Copy>& copies) {
   const auto slots = static_cast<std::int64_t>(g.slot_row.size());
   const auto add = [&](std::int64_t from, std::int64_t to) {
     copies.push_back({static_cast<std::int32_t>(from), static_cast<std::int32_t>(to)});
   };
   if (g.mode == Mode::kShift) {
     for (std::int64_t phase = 0; phase < std::min(a.stride_w, a.kernel_w); ++phase) {
-      for (std::int64_t s = 0; s < slots; ++s) {
-        if (needed[static_cast<std::size_t>(s)]) add(s * g.stage_pitch + phase * g.phase_stride, (phase * slots + s) * g.pitch);
+      for (const std::int64_t s : needed) {
+        add(s * g.stage_pitch + phase * g.phase_stride, (phase * slots + s) * g.pitch);
       }
     }
     return g.pitch;
   }
   if (g.mode == Mode::kRows) {
     for (std::int64_t j = 0; j < a.kernel_w; ++j) {
-      for (std::int64_t s = 0; s < slots; ++s) {
-        if (needed[static_cast<std::size_t>(s)]) add(s * g.stage_pitch + stage_column(a, g, j), (j * slots + s) * g.pitch);
+      for (const std::int64_t s : needed) {
+        add(s * g.stage_pitch + stage_column(a, g, j), (j * slots + s) * g.pitch);
       }
     }
     return g.pitch;
@@ -51,18 +51,23 @@ std::int64_t list_copies(const Attributes& a, const Geometry& g, std::int64_t ti
   return std::min(g.out_width, g.tile_floats());
 }
 
-// Which slots the vectors [from, to) of a tile read.
-void list_needed(const Attributes& a, const Geometry& g, std::int64_t tile, int from, int to, std::vector<char>& needed) {
+// The slots that the vectors [from, to) of a tile read.
+void list_needed(const Attributes& a, const Geometry& g, std::int64_t tile, int from, int to,
+                 std::vector<std::int64_t>& needed) {
+  needed.clear();
   // Rows of half a vector are read with the slot behind them.
   const bool all = !g.by_rows() || g.pitch % g.lanes || (from == 0 && to == g.vectors_of(tile));
-  needed.assign(g.slot_row.size(), all);
-  if (all) return;
-  const std::int64_t first = from * g.lanes / g.pitch, last = ceil_div(std::int64_t{to} * g.lanes, g.pitch);
-  for (std::size_t s = 0; s < needed.size(); ++s) {
+  const std::int64_t first = all ? 0 : from * g.lanes / g.pitch;
+  const std::int64_t last = all ? 0 : ceil_div(std::int64_t{to} * g.lanes, g.pitch);
+  const auto reads = [&](std::int64_t input_row) {
     for (std::int64_t k = 0; k < a.kernel_h; ++k) {
-      const std::int64_t row = g.slot_row[s] - k * a.dilation_h;
-      if (row % a.stride_h == 0 && row >= first * a.stride_h && row < last * a.stride_h) needed[s] = 1;
+      const std::int64_t row = input_row - k * a.dilation_h;
+      if (row % a.stride_h == 0 && row >= first * a.stride_h && row < last * a.stride_h) return true;
     }
+    return false;
+  };
+  for (std::size_t s = 0; s < g.slot_row.size(); ++s) {
+    if (all || reads(g.slot_row[s])) needed.push_back(static_cast<std::int64_t>(s));
   }
 }
 
@@ -88,8 +93,7 @@ void TilePacking::prepare(const Attributes& a, const Geometry& g, std::int64_t t
   rows_.clear();
   copies_.clear();
   list_needed(a, g, tile, from_vector, to_vector, needed_);
-  for (std::int64_t s = 0; s < slots; ++s) {
-    if (!needed_[static_cast<std::size_t>(s)]) continue;
+  for (const std::int64_t s : needed_) {
     const std::int64_t row = first_row * a.stride_h - a.top + g.slot_row[static_cast<std::size_t>(s)];
     const bool inside = row >= 0 && row < g.height;
     if (!staged_) {  // straight to the tile, zeros included

@@ -18,7 +18,7 @@ class TilePacking {
   const Geometry* g_ = nullptr;
   std::int64_t tile_ = 0;
   bool staged_ = false;
-  std::vector<char> needed_;  // of the slots, those that the vectors read
+  std::vector<std::int64_t> needed_;  // slots that the vectors read
   std::vector<kernels::StageRow> rows_;
   std::vector<kernels::Copy> copies_;
   kernels::PackArgs args_{};
