@@ -1,7 +1,7 @@
 """Which nodes of a graph become operators of the kernel library: a row for every node with a constant weight, and why.
 
 The cost model (`cost`, `verdict`) says what each layer gains alone. Then what depends on the others: a weight that
-several nodes share goes sparse in all of them or in none, depthwise convolutions go by their neighbours, and layers
+several nodes share goes sparse in all of them or in none, some dense convolutions go by their neighbours, and layers
 whose gain the changes of layout around them would eat (`balance`) stay dense.
 """
 
@@ -17,7 +17,7 @@ from sparsepipe.graph import cost, depthwise
 from sparsepipe.graph.balance import worth_it
 from sparsepipe.graph.depthwise import Neighbours, Spans
 from sparsepipe.graph.index import Index, index, label, opset
-from sparsepipe.graph.kernel_layer import KernelLayer, Stays, is_depthwise, read, steps, users
+from sparsepipe.graph.kernel_layer import KernelLayer, Stays, dense_kernel, read, steps, users
 from sparsepipe.graph.layout import Layout
 from sparsepipe.graph.select import uses
 from sparsepipe.graph.sizes import Sizes
@@ -114,24 +114,28 @@ def choose(model: ModelProto, isa: str = ANY_ISA) -> list[Choice]:
 
 
 def settle(model: ModelProto, choices: Sequence[Choice]) -> list[Choice]:
-    """The rows with what follows from other rows: shared weights, and depthwise convolutions between sparse layers."""
+    """The rows with what follows from other rows: shared weights, and dense convolutions beside sparse layers."""
     return _settled(choices, Spans(model.graph), opset(model))
 
 
 def _settled(choices: Sequence[Choice], spans: Spans, version: int) -> list[Choice]:
     nodes, found = spans.found.producers, spans.found
     choices = _all_or_none(choices, found)
-    neighbours = Neighbours([nodes[choice.output] for choice in choices if choice.sparse], spans)
+    dense = [nodes[row.output] for row in choices if not row.sparse and row.output in nodes]
+    neighbours = Neighbours(
+        [nodes[row.output] for row in choices if row.sparse], [node for node in dense if dense_kernel(node, found)], spans
+    )
     settled = []
     for choice in choices:
         node = nodes.get(choice.output)
-        if node is not None and is_depthwise(node, found) and version >= OLDEST_OPSET:
+        kernel = None if node is None or choice.sparse else dense_kernel(node, found)
+        if node is not None and kernel is not None and version >= OLDEST_OPSET:
             try:
                 reason = neighbours.obstacle(node)
             except Stays as stays:
-                reason = f"depthwise convolution: {stays}"
-            kernel = "" if reason else "DepthwiseConv"
-            settled.append(replace(choice, kernel=kernel, reason=reason or depthwise.REASON))
+                reason = f"{depthwise.KINDS[kernel]}: {stays}"
+            kernel = "" if reason else kernel
+            settled.append(replace(choice, kernel=kernel, reason=reason or depthwise.REASONS[kernel]))
         else:
             settled.append(choice if choice.sparse else replace(choice, kernel=""))
     return settled
@@ -157,18 +161,20 @@ def balanced(model: ModelProto, choices: Sequence[Choice], sizes: Sizes) -> list
         for choice in choices
         if choice.sparse and choice.op == "Conv"
     }
-    has_depthwise = any(choice.op == "Conv" and len(choice.shape) == 4 and choice.shape[1] == 1 for choice in choices)
+    nodes = spans.found.producers
+    has_dense = any(choice.output in nodes and dense_kernel(nodes[choice.output], spans.found) for choice in choices)
 
-    def depthwise_among(sparse: Collection[str]) -> list[str]:
-        if not has_depthwise:
+    def dense_beside(sparse: Collection[str]) -> list[str]:
+        if not has_dense:
             return []
         rows = [
             replace(choice, sparse=False) if choice.output in gains.keys() - set(sparse) else choice
             for choice in choices
         ]
-        return [row.output for row in _settled(rows, spans, version) if row.kernel and not row.sparse]
+        taken = [row.output for row in _settled(rows, spans, version) if row.kernel and not row.sparse]
+        return [*taken, *(spans.of(nodes[output])[1] for output in taken)]  # a pooling at the end among them
 
-    kept = worth_it(gains, Layout(model.graph, sizes), depthwise_among)
+    kept = worth_it(gains, Layout(model.graph, sizes), dense_beside)
     if kept == gains.keys():
         return choices
     reason = "; but it saves less than the changes of layout between it and its dense neighbours cost"

@@ -46,6 +46,7 @@ KINDS: Mapping[str, Kind] = {
     "SparseConv": Kind(operators.INPUTS["SparseConv"], operators.function_for, CHANNELS, "kernel_shape"),
     "SparseLinear": Kind(operators.INPUTS["SparseLinear"], operators.function_for, FEATURES, outputs_last=True),
     "DepthwiseConv": Kind(operators.INPUTS["DepthwiseConv"], operators.function_for),
+    "StemConv": Kind(operators.INPUTS["StemConv"], operators.function_for),
     "SparseQConv": Kind(
         quantized.INPUTS["SparseQConv"], quantized.function_for, CHANNELS, "kernel_shape", quantized.decode,
         width=quantized.QUAD,
@@ -58,10 +59,11 @@ KINDS: Mapping[str, Kind] = {
 }  # fmt: skip
 
 _BASES = {
-    operators.operator_name(base, activation, residual=residual): base
+    operators.operator_name(base, activation, residual=residual, pool=pool): base
     for base, kind in KINDS.items()
     for activation in operators.ACTIVATIONS
     for residual in {False, "residual" in kind.inputs}
+    for pool in {False, base == "StemConv"}
 }
 """The name of an operator -> the key of `KINDS` that it is a variant of."""
 
@@ -99,10 +101,13 @@ class CompactNode:
         if not all(isinstance(name, str) for name in self.attributes):  # protobuf gives what is not UTF-8 as bytes
             raise self.malformed("the name of an attribute is no text")
         activation = self._get("activation", bytes).decode(errors="replace")
-        residual = "residual" in self.inputs
+        residual, pool = "residual" in self.inputs, "pool_shape" in self.attributes
         known = activation in operators.ACTIVATIONS
-        if not known or node.op_type != operators.operator_name(self.base, activation, residual=residual):
-            raise self.malformed(f"its activation is '{activation}', and it has {'a' if residual else 'no'} residual")
+        if not known or node.op_type != operators.operator_name(self.base, activation, residual=residual, pool=pool):
+            raise self.malformed(
+                f"its activation is '{activation}', and it has {'a' if residual else 'no'} residual and "
+                f"{'a' if pool else 'no'} pooling"
+            )
         self.shape = self._shape()
         self.block, mode = self._get("block", int, 1), self._get("mode", int, 0)
         modes = operators.MODES.get(self.base, ("auto",))

@@ -1,7 +1,8 @@
-"""Depthwise convolutions between sparse layers, which the library runs in the layout of these.
+"""Dense convolutions beside sparse layers, which the library runs in the layout of these.
 
-onnxruntime's own kernel wants another layout of its input and output. Between dense layers that costs nothing, as they
-want it, too; between two sparse layers it costs two changes of layout.
+onnxruntime's own kernels want another layout of their inputs and outputs. Between dense layers that costs nothing, as
+they want it, too; a depthwise convolution between two sparse layers costs two changes of layout, and the first
+convolution of an image one, which is also fewer products in the library's kernel.
 """
 
 from __future__ import annotations
@@ -12,10 +13,15 @@ from onnx import GraphProto, NodeProto
 
 from sparsepipe.graph.fusion import fuse
 from sparsepipe.graph.index import index
-from sparsepipe.graph.kernel_layer import Stays, is_depthwise, read, read_depthwise
+from sparsepipe.graph.kernel_layer import Stays, dense_kernel, read, read_dense
 from sparsepipe.graph.shapes import Shapes
 
-REASON = "depthwise convolution between sparse layers: the library's dense kernel keeps their layout"
+REASONS = {
+    "DepthwiseConv": "depthwise convolution between sparse layers: the library's dense kernel keeps their layout",
+    "StemConv": "first convolution, before a sparse layer: the library's dense kernel writes its layout",
+}
+KINDS = {"DepthwiseConv": "depthwise convolution", "StemConv": "first convolution"}
+"""How a reason calls what a dense kernel may take."""
 
 
 class Spans:
@@ -34,7 +40,7 @@ class Spans:
         self._known: dict[str, tuple[str, str] | str] = {}  # a text says why no kernel takes it
 
     def of(self, node: NodeProto) -> tuple[str, str]:
-        """The input and the output of a layer, a depthwise convolution among them.
+        """The input and the output of a layer, or of a convolution that stays dense.
 
         Raises:
             Stays: no kernel of the library takes it.
@@ -42,7 +48,7 @@ class Spans:
         key = node.output[0]
         if key not in self._known:
             try:
-                layer = (read_depthwise if is_depthwise(node, self.found) else read)(node, self.found)
+                layer = (read_dense if dense_kernel(node, self.found) else read)(node, self.found)
                 fuse(layer, self.found, self._shapes)
                 self._known[key] = layer.source, layer.last.output[0]
             except Stays as reason:
@@ -57,17 +63,19 @@ class Neighbours:
     """Where the sparse layers of a graph are, with what is fused into them.
 
     Args:
-        nodes: the layers that become sparse.
+        sparse: the layers that become sparse.
+        dense: the others that have a `dense_kernel`.
         spans: of the graph.
     """
 
-    def __init__(self, nodes: Collection[NodeProto], spans: Spans) -> None:
+    def __init__(self, sparse: Collection[NodeProto], dense: Collection[NodeProto], spans: Spans) -> None:
         self._spans = spans
-        self._outputs = {spans.of(node)[1] for node in nodes}
-        self._inputs = {(node.output[0], node.input[0]) for node in nodes}
+        stems = [node for node in dense if dense_kernel(node, spans.found) == "StemConv" and self._taken(node)]
+        self._outputs = {spans.of(node)[1] for node in (*sparse, *stems)}
+        self._inputs = {(node.output[0], node.input[0]) for node in sparse}
 
     def obstacle(self, node: NodeProto) -> str | None:
-        """Why a depthwise convolution stays with onnxruntime; None where it is between sparse layers.
+        """Why a convolution that has a `dense_kernel` stays with onnxruntime; None where the library runs it.
 
         Raises:
             Stays: the library's kernel does not take it.
@@ -75,6 +83,9 @@ class Neighbours:
         found = self._spans.found
         source, output = self._spans.of(node)
         users = found.consumers.get(output, [])
+        if dense_kernel(node, found) == "StemConv":
+            follows = any(self._is_plain(user, output) for user in users)
+            return None if follows else "first convolution: what follows it is not sparse"
         if source not in self._outputs:
             return "depthwise convolution: what comes before it is not sparse"
         if not users or found.pinned(output):
@@ -82,3 +93,17 @@ class Neighbours:
         if not all((user.output[0], output) in self._inputs for user in users):
             return "depthwise convolution: what follows it is not sparse"
         return None
+
+    def _is_plain(self, user: NodeProto, name: str) -> bool:
+        """Whether the library runs what uses the output `name` of a first convolution."""
+        if (user.output[0], name) in self._inputs:
+            return True
+        is_depthwise = dense_kernel(user, self._spans.found) == "DepthwiseConv"
+        return is_depthwise and self._taken(user) and self.obstacle(user) is None
+
+    def _taken(self, node: NodeProto) -> bool:
+        try:
+            self._spans.of(node)
+        except Stays:
+            return False
+        return True

@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from onnx import NodeProto, numpy_helper
+from onnx import NodeProto, helper, numpy_helper
 
 from sparsepipe.graph import activations
 from sparsepipe.graph.index import Index, is_standard
 from sparsepipe.graph.kernel_layer import KernelLayer
 from sparsepipe.graph.shapes import Shapes
+from sparsepipe.native import operators
 
 FUSED = {
     "SparseConv": ("relu", "clip", "hardswish", "silu"),
     "SparseLinear": ("relu", "clip", "gelu"),
     "DepthwiseConv": ("relu", "clip", "hardswish", "silu"),
+    "StemConv": ("relu", "clip", "hardswish", "silu"),
 }
 """The activations that each kernel computes."""
 
@@ -72,10 +74,36 @@ def _fuse_activation(layer: KernelLayer, found: Index, shapes: Shapes) -> None:
         layer.take(*activation.nodes)
 
 
+def _fuse_pool(layer: KernelLayer, found: Index, shapes: Shapes) -> None:
+    """A MaxPool of the kind that follows the first convolution of a ResNet."""
+    output = layer.last.output[0]
+    users = found.consumers.get(output, [])
+    if (layer.weight.shape[2:], tuple(layer.window["strides"])) != operators.POOLED_STEM:
+        return
+    if len(users) != 1 or found.pinned(output) or not is_standard(users[0], "MaxPool") or len(users[0].output) != 1:
+        return
+    given = {entry.name: helper.get_attribute_value(entry) for entry in users[0].attribute}
+    size, pads = list(given.get("kernel_shape", ())), list(given.get("pads", [0] * 4))
+    plain = {"kernel_shape", "strides", "pads", "ceil_mode", "auto_pad", "dilations", "storage_order"} >= given.keys()
+    if (
+        plain
+        and len(size) == 2
+        and all(n in operators.STEM_POOLS for n in size)
+        and list(given.get("strides", ())) == list(operators.STEM_POOL_STRIDE)
+        and all(0 <= pad < n for pad, n in zip(pads, size * 2, strict=True))
+        and not given.get("ceil_mode", 0)
+        and given.get("auto_pad", b"NOTSET") in (b"", b"NOTSET")
+        and all(n == 1 for n in given.get("dilations", ()))
+    ):
+        layer.pool = size, pads
+        layer.take(users[0])
+
+
 _STEPS: Mapping[str, tuple[Callable[[KernelLayer, Index, Shapes], None], ...]] = {
     "SparseConv": (_fuse_residual, _fuse_activation),
     "SparseLinear": (_fuse_bias, _fuse_residual, _fuse_activation),
     "DepthwiseConv": (_fuse_activation,),
+    "StemConv": (_fuse_activation, _fuse_pool),
 }
 """What each kernel can do after its product, in the order in which it does it."""
 

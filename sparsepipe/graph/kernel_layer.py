@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, numpy_helper
 
 from sparsepipe.graph.index import Index, attribute, integer, is_standard, number
+from sparsepipe.native import operators
 
 LARGEST_KERNEL = 255
 LARGEST = {"strides": 4096, "dilations": 4096, "pads": 65535}
 """What the kernels take of each attribute of a window."""
+STEMS: Mapping[tuple[int, ...], Sequence[tuple[int, ...]]] = {(3, 3): [(1, 1), (2, 2)], (7, 7): [(2, 2)]}
+"""Kernel -> strides of the first convolutions of images that were measured to gain."""
 Array = NDArray[Any]
 
 
@@ -37,6 +40,7 @@ class KernelLayer:
         residual: name of a tensor that is added to it.
         activation: a key of `operators.ACTIVATIONS`.
         limits: the bounds of the activation `clip`.
+        pool: window and pads of a MaxPool at its end.
     """
 
     base: str
@@ -49,6 +53,7 @@ class KernelLayer:
     residual: str | None = None
     activation: str = "none"
     limits: tuple[float, float] | None = None
+    pool: tuple[Sequence[int], Sequence[int]] | None = None
 
     def take(self, *nodes: NodeProto) -> None:
         """Stand for these nodes, too; the last one makes the output."""
@@ -67,20 +72,34 @@ def read(node: NodeProto, found: Index) -> KernelLayer:
     return _finite(_READERS[node.op_type](node, found))
 
 
-def is_depthwise(node: NodeProto, found: Index) -> bool:
-    """Whether a node is a convolution with one filter for each channel, in a constant weight."""
+def dense_kernel(node: NodeProto, found: Index) -> str | None:
+    """The operator of the library that may take the place of a convolution that stays dense.
+
+    `DepthwiseConv` has one filter for each channel, `StemConv` the few channels of an image and a window of `STEMS`; the
+    weight is constant.
+    """
     stored = found.constants.get(node.input[1]) if is_standard(node, "Conv") else None
-    groups = integer(node, "group", 1)
-    return stored is not None and groups > 1 and list(stored.dims[:2]) == [groups, 1]
+    if stored is None:
+        return None
+    groups, dims = integer(node, "group", 1), list(stored.dims)
+    if groups > 1:
+        return "DepthwiseConv" if dims[:2] == [groups, 1] else None
+    return "StemConv" if dims[1] <= operators.MOST_STEM_CHANNELS and tuple(dims[2:]) in STEMS else None
 
 
-def read_depthwise(node: NodeProto, found: Index) -> KernelLayer:
-    """A depthwise convolution as its kernel sees it; the weight is [C, 1, *kernel].
+def read_dense(node: NodeProto, found: Index) -> KernelLayer:
+    """A node that has a `dense_kernel` as that kernel sees it; the weight of a DepthwiseConv is [C, 1, *kernel].
 
     Raises:
         Stays: the kernel does not take it.
     """
-    return _finite(_convolution("DepthwiseConv", node, found))
+    base = dense_kernel(node, found)
+    assert base is not None
+    layer = _finite(_convolution(base, node, found))
+    strides, dilations = tuple(layer.window["strides"]), tuple(layer.window["dilations"])
+    if base == "StemConv" and (strides not in STEMS[layer.weight.shape[2:]] or dilations != (1, 1)):
+        raise Stays(f"onnxruntime's own kernel is as fast for strides {list(strides)} and dilations {list(dilations)}")
+    return layer
 
 
 def users(name: str, found: Index) -> list[NodeProto]:

@@ -3,7 +3,7 @@
 Where the kernel library is registered its kernels run; elsewhere onnxruntime inlines the bodies, which rebuild the
 dense weights, and the file runs as the dense one does. A bias, an activation and a residual sum that follow a layer
 become part of its node, where nothing else uses what lies between. A depthwise convolution between two sparse layers
-becomes the library's own dense one.
+and the first convolution of an image before one become the library's own dense ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 from sparsepipe.graph.choice import Choice, choose, settle
 from sparsepipe.graph.fusion import fuse
 from sparsepipe.graph.index import Names, copy, index, opset
-from sparsepipe.graph.kernel_layer import Array, KernelLayer, read, read_depthwise
+from sparsepipe.graph.kernel_layer import Array, KernelLayer, read, read_dense
 from sparsepipe.graph.shapes import Shapes
 from sparsepipe.graph.tidy import tidy
 from sparsepipe.native import operators
@@ -72,7 +72,7 @@ class _Rewriter:
 
     def replace(self, node: NodeProto, choice: Choice) -> NodeProto:
         """Make the operator for a layer and what follows it."""
-        layer = (read_depthwise if choice.kernel == "DepthwiseConv" else read)(node, self._found)
+        layer = (read if choice.sparse else read_dense)(node, self._found)
         fuse(layer, self._found, self._shapes)
         made = self._made(node, layer, choice)
         for gone in (node, *layer.fused):
@@ -100,6 +100,8 @@ class _Rewriter:
             "name": node.name,
             **layer.window,
         }
+        if layer.base == "StemConv":
+            return operators.stem_conv([layer.source, node.input[1], bias], output, pool=layer.pool, **shared)
         if layer.base == "DepthwiseConv":
             return operators.depthwise_conv([layer.source, node.input[1], bias], output, **shared)
         inputs = [layer.source, *self._encode(stem, layer.weight, choice.block), bias]

@@ -9,6 +9,9 @@ does not fit is bridged by blocks of zeros.
 ``DepthwiseConv(X, W, B?) -> Y`` is a dense depthwise convolution with W [C, 1, *kernel]: it keeps the NCHW layout
 between sparse layers, where onnxruntime's own one pays for two changes of layout.
 
+``StemConv(X, W, B?) -> Y`` is the dense convolution of an image that many networks begin with, W [O, up to 4, *kernel];
+one of 7 x 7 with stride 2 may have the MaxPool of stride 2 behind it in it.
+
 The fallback is a model-local function per operator: it rebuilds the dense weight from standard operators, which
 onnxruntime folds into a constant where it inlines the function. Numbers reach the body as the node's attributes. What
 cannot differ within one body is part of the operator's name: ``SparseConvAddRelu`` is ``SparseConv`` with a residual
@@ -34,7 +37,12 @@ INPUTS = {
     "SparseConv": ("X", "values", "deltas", "B", "residual"),
     "SparseLinear": ("X", "values", "deltas", "B", "residual"),
     "DepthwiseConv": ("X", "W", "B"),
+    "StemConv": ("X", "W", "B"),
 }
+MOST_STEM_CHANNELS = 4
+POOLED_STEM = ((7, 7), (2, 2))
+STEM_POOLS, STEM_POOL_STRIDE = (2, 3), (2, 2)
+"""Kernel and strides of a StemConv that may have a pooling; sizes of the windows of that, and its strides."""
 
 MODES = {
     "SparseConv": ("auto", "direct", "flat", "rows", "columns", "shift"),
@@ -47,9 +55,9 @@ ACTIVATIONS = {"none": "", "relu": "Relu", "clip": "Clip", "hardswish": "HardSwi
 HARDSWISH_SINCE = 14  # opset
 
 
-def operator_name(base: str, activation: str, *, residual: bool = False) -> str:
+def operator_name(base: str, activation: str, *, residual: bool = False, pool: bool = False) -> str:
     """The name under which the library knows ``base`` with these fused steps."""
-    return base + ("Add" if residual else "") + ACTIVATIONS[activation]
+    return base + ("Add" if residual else "") + ACTIVATIONS[activation] + ("MaxPool" if pool else "")
 
 
 def sparse_conv(
@@ -128,6 +136,36 @@ def depthwise_conv(
     return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
 
+def stem_conv(
+    inputs: Sequence[str],
+    output: str,
+    *,
+    weight_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    activation: str = "none",
+    limits: tuple[float, float] | None = None,
+    pool: tuple[Sequence[int], Sequence[int]] | None = None,
+    name: str = "",
+) -> onnx.NodeProto:
+    """A StemConv node under its ``operator_name``; ``pool`` is the window and the pads of a MaxPool."""
+    rank = len(weight_shape) - 2
+    attributes: dict[str, Any] = {
+        "kernel_shape": list(weight_shape[2:]),
+        "strides": list(strides or [1] * rank),
+        "pads": list(pads or [0] * 2 * rank),
+        "dilations": list(dilations or [1] * rank),
+        "activation": activation,
+    }
+    if limits:
+        attributes |= {"min": float(limits[0]), "max": float(limits[1])}
+    if pool:
+        attributes |= {"pool_shape": list(pool[0]), "pool_strides": list(STEM_POOL_STRIDE), "pool_pads": list(pool[1])}
+    op_type = operator_name("StemConv", activation, pool=pool is not None)
+    return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
+
+
 def sparse_linear(
     inputs: Sequence[str],
     output: str,
@@ -187,7 +225,7 @@ def _standard_nodes(node: onnx.NodeProto, opset: int) -> list[onnx.NodeProto]:
     present = {name for name, value in zip(INPUTS[base], node.input, strict=False) if value}
     window = {name: name for name in ("kernel_shape", "strides", "pads", "dilations") if name in attributes}
     bias = ["B"] if "B" in present else []
-    if base == "SparseConv":
+    if base in ("SparseConv", "StemConv"):
         conv = helper.make_node("Conv", ["X", "W", *bias], ["y0"], group=1)
         nodes = [with_references(conv, window, AttributeProto.INTS)]
     elif base == "DepthwiseConv":
@@ -199,7 +237,15 @@ def _standard_nodes(node: onnx.NodeProto, opset: int) -> list[onnx.NodeProto]:
             nodes.append(helper.make_node("Add", ["y0", "B"], ["y1"]))
     if "residual" in present:
         nodes.append(helper.make_node("Add", [nodes[-1].output[0], "residual"], ["sum"]))
-    return nodes + _activation(attributes["activation"], nodes[-1].output[0], opset)
+    nodes += _activation(attributes["activation"], nodes[-1].output[0], opset)
+    if "pool_shape" not in attributes:
+        return nodes
+    if nodes[-1].op_type == "Identity":
+        nodes.pop()
+    nodes[-1].output[0] = "unpooled"
+    pool = helper.make_node("MaxPool", ["unpooled"], ["Y"])
+    pooling = {"kernel_shape": "pool_shape", "strides": "pool_strides", "pads": "pool_pads"}
+    return [*nodes, with_references(pool, pooling, AttributeProto.INTS)]
 
 
 def with_references(

@@ -14,6 +14,7 @@ import onnx
 import pytest
 
 import sparsepipe.native
+from sparsepipe.native import operators
 from sparsepipe.runtime import library_path
 
 ort = pytest.importorskip("onnxruntime")
@@ -187,3 +188,20 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
         assert any(node.domain == "sparsepipe" for node in onnx.load(made).graph.node), f"{name} has stayed dense"
         files[name] = (path, made)
     return files
+
+
+@pytest.fixture(scope="session", params=["avx512vnni", "avx512", "avxvnni", "avx2", "sse4", "neon", "portable"])
+def isa(request: pytest.FixtureRequest, session: Session, model: Model) -> str:
+    """Every instruction set that this machine runs."""
+    name: str = request.param
+    values, deltas = operators.encode(np.ones((4, 4), np.float32))
+    node = operators.sparse_linear(["X", "values", "deltas"], "Y", weight_shape=(4, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEPIPE_ISA", name)
+        try:
+            session(model(node, {"values": values, "deltas": deltas}))
+        except Exception as error:
+            if "unknown" in str(error) or "does not run" in str(error):
+                pytest.skip(str(error))
+            raise
+    return name

@@ -108,6 +108,36 @@ struct PlanesArgs {
   Epilogue epilogue;       // its bias is that of the first channel
 };
 
+// A row of a convolution by Winograd's F(4, 4) (kernels/winograd.h), transformed.
+struct WinogradInputArgs {
+  const float* row;  // padded, 8 floats for each tile, in whole vectors of tiles and one more
+  float* columns;    // as much memory again
+  std::int64_t tiles;
+  float *even, *odd;  // of point 0: [tiles], in whole vectors
+  std::int64_t point_stride;
+};
+
+// Outputs of one channel from the sums of the seven points.
+struct WinogradOutputArgs {
+  const float* sums;  // [7][vectors of tiles], the points point_stride apart
+  std::int64_t point_stride;
+  int vectors;
+  float bias;
+  float* y;           // [vectors * lanes * 4]
+  Epilogue epilogue;  // without its bias
+};
+
+// Rows of a MaxPool with strides of 2; what lies outside of the rows given is padding.
+struct MaxPoolArgs {
+  const float* x;  // whole vectors are read
+  std::int64_t pitch, rows, width;
+  std::int64_t top, lead;  // padding before the first window's rows and before the columns
+  std::int64_t window_rows, window_columns;  // 2 or 3
+  float* buffer;  // [out_rows][lead + width + 4 vectors]
+  float* y;
+  std::int64_t out_rows, out_width;
+};
+
 // A tile of fewer sums (block * vectors) keeps two, or else four, partial sums of each, to hide the latency of the FMA
 // units: the number decides in which order the entries of a row are added.
 constexpr int kSumsForOneChain = 6, kSumsForTwoChains = 4;
@@ -136,6 +166,9 @@ struct Isa {
   void (*vector)(const float* x, const std::uint16_t* index16, const std::uint32_t* index32, const float* values,
                  const std::uint32_t* row_start, std::int64_t row_begin, std::int64_t row_end, int block,
                  const Epilogue&, const float* residual, float* y);
+  void (*winograd_input)(const WinogradInputArgs&);
+  void (*winograd_output)(const WinogradOutputArgs&);
+  void (*max_pool)(const MaxPoolArgs&);
 };
 
 // The best one that the CPU runs, or the one that SPARSEPIPE_ISA names.

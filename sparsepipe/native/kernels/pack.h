@@ -26,21 +26,12 @@ SPARSEPIPE_INLINE void copy_runs(const PackArgs& a, const float* stage, float* t
   }
 }
 
-// 0, 2, 4, ... or 1, 3, 5, ... of two vectors of L floats.
+// 0, 2, 4, ... and 1, 3, 5, ... of two vectors of L floats.
 template <int L>
 SPARSEPIPE_INLINE void split_pairs(const float* from, float* even, float* odd) {
-  const auto a = load<L>(from);
-  const auto b = load<L>(from + L);
-  if constexpr (L == 16) {
-    store<L>(even, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
-    store<L>(odd, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
-  } else if constexpr (L == 8) {
-    store<L>(even, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
-    store<L>(odd, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
-  } else {
-    store<L>(even, __builtin_shufflevector(a, b, 0, 2, 4, 6));
-    store<L>(odd, __builtin_shufflevector(a, b, 1, 3, 5, 7));
-  }
+  const auto a = load<L>(from), b = load<L>(from + L);
+  store<L>(even, evens<L>(a, b));
+  store<L>(odd, odds<L>(a, b));
 }
 
 // Splits `count` floats into pairs; whole vectors, the last of them overlapping the one before.

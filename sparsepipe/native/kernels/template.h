@@ -26,6 +26,8 @@ namespace SPARSEPIPE_NAMESPACE {
 
 #include "kernels/linear.h"
 
+#include "kernels/winograd.h"
+
 }  // namespace SPARSEPIPE_NAMESPACE
 }  // namespace
 }  // namespace sparsepipe::kernels
@@ -45,5 +47,8 @@ namespace SPARSEPIPE_NAMESPACE {
                         SPARSEPIPE_NAMESPACE::depthwise,                                                    \
                         SPARSEPIPE_NAMESPACE::kPlanes ? SPARSEPIPE_NAMESPACE::depthwise_planes : nullptr,   \
                         SPARSEPIPE_NAMESPACE::transpose,                                                    \
-                        SPARSEPIPE_NAMESPACE::vector};                                                      \
+                        SPARSEPIPE_NAMESPACE::vector,                                                       \
+                        SPARSEPIPE_NAMESPACE::winograd_input,                                               \
+                        SPARSEPIPE_NAMESPACE::winograd_output,                                              \
+                        SPARSEPIPE_NAMESPACE::max_pool};                                                    \
   }

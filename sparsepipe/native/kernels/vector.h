@@ -88,6 +88,29 @@ SPARSEPIPE_INLINE vf next_lanes(vf a, vf b) {
 #endif
 }
 
+// Lanes 0, 2, 4, ... of a, then of b.
+template <int L>
+SPARSEPIPE_INLINE typename Vector<L>::type evens(typename Vector<L>::type a, typename Vector<L>::type b) {
+  if constexpr (L == 16) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  } else if constexpr (L == 8) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+  } else {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6);
+  }
+}
+// Lanes 1, 3, 5, ... of a, then of b.
+template <int L>
+SPARSEPIPE_INLINE typename Vector<L>::type odds(typename Vector<L>::type a, typename Vector<L>::type b) {
+  if constexpr (L == 16) {
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  } else if constexpr (L == 8) {
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  } else {
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7);
+  }
+}
+
 SPARSEPIPE_INLINE vf at_least(vf x, vf low) { return low > x ? low : x; }  // a NaN stays
 SPARSEPIPE_INLINE vf at_most(vf x, vf high) { return high < x ? high : x; }
 

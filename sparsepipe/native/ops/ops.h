@@ -5,6 +5,7 @@
 #include <string>
 
 #include "ops/support.h"
+#include "ops/window.h"
 
 namespace sparsepipe {
 
@@ -21,7 +22,12 @@ class Kernel {
 };
 
 std::unique_ptr<Kernel> make_sparse_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
+// A dense convolution, float32 W [out, in, *kernel] of the window, by the kernels of SparseConv.
+std::unique_ptr<Kernel> make_full_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa,
+                                       const Window& window, const Tensor& weight);
 std::unique_ptr<Kernel> make_depthwise_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
+std::unique_ptr<Kernel> make_stem_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
+std::unique_ptr<Kernel> make_pooled_stem_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 std::unique_ptr<Kernel> make_sparse_linear(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 // For int8.
 std::unique_ptr<Kernel> make_sparse_qconv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);

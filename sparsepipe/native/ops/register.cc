@@ -23,6 +23,7 @@ struct Family {
   int output;
   Make make;
   std::size_t residual;  // the input that is added; 0: none
+  const char* last = "";  // what it does after the activation, at the end of its name
 };
 
 struct Op : abi::CustomOp {
@@ -110,7 +111,7 @@ Op describe(const Family& family, const char* activation, const char* suffix, bo
     op.may_inplace = family.residual == kQResidual ? residual_inplace<kQResidual> : residual_inplace<kResidual>;
     op.release_may_inplace = release_inplace;
   }
-  op.text = std::string(family.name) + (residual ? "Add" : "") + suffix;
+  op.text = std::string(family.name) + (residual ? "Add" : "") + suffix + family.last;
   op.family = &family;
   op.activation = activation;
   op.residual = residual;
@@ -143,6 +144,8 @@ std::vector<Op> all_operators() {
   static const Family conv{"SparseConv", {kFloat, kFloat, kUndefined, kFloat, kFloat}, 3, kFloat, make_sparse_conv, kResidual};
   static const Family linear{"SparseLinear", {kFloat, kFloat, kUndefined, kFloat, kFloat}, 3, kFloat, make_sparse_linear, kResidual};
   static const Family depthwise{"DepthwiseConv", {kFloat, kFloat, kFloat}, 2, kFloat, make_depthwise_conv, 0};
+  static const Family stem{"StemConv", {kFloat, kFloat, kFloat}, 2, kFloat, make_stem_conv, 0};
+  static const Family pooled{"StemConv", {kFloat, kFloat, kFloat}, 2, kFloat, make_pooled_stem_conv, 0, "MaxPool"};
   const std::pair<const char*, const char*> of_conv[] = {
       {"none", ""}, {"relu", "Relu"}, {"clip", "Clip"}, {"hardswish", "HardSwish"}, {"silu", "Silu"}};
   const std::pair<const char*, const char*> of_linear[] = {
@@ -150,7 +153,7 @@ std::vector<Op> all_operators() {
   std::vector<Op> ops;
   for (const auto& [activation, suffix] : of_conv) {
     for (bool residual : {false, true}) ops.push_back(describe(conv, activation, suffix, residual));
-    ops.push_back(describe(depthwise, activation, suffix, false));
+    for (const Family* family : {&depthwise, &stem, &pooled}) ops.push_back(describe(*family, activation, suffix, false));
   }
   for (const auto& [activation, suffix] : of_linear) {
     for (bool residual : {false, true}) ops.push_back(describe(linear, activation, suffix, residual));

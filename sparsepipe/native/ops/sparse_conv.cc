@@ -31,17 +31,10 @@ std::int64_t packed_floats(const Geometry& g) {
 
 class SparseConv final : public Kernel {
  public:
-  SparseConv(const abi::Functions& functions, const Node& node, const Isa& isa) : Kernel(functions), isa_(isa) {
-    static_cast<Window&>(a_) = read_window(node);
-    if (node.integer("group", 1, 1, 1 << 30) != 1) throw Error("attribute 'group' must be 1");
-    a_.in = node.integer("in_channels", std::nullopt, 1, kMaxChannels);
-    a_.out = node.integer("out_channels", std::nullopt, 1, kMaxChannels);
-    a_.mode = static_cast<Mode>(node.integer("mode", 0, 0, static_cast<int>(Mode::kShift)));
-    const std::int64_t columns = product({a_.in, a_.kernel_h, a_.kernel_w});
-    if (columns >= kMostFloats) throw Error("the weight has too many columns");
+  SparseConv(const abi::Functions& functions, const Node& node, const Isa& isa, const Attributes& attributes,
+             SparseWeight weight, std::vector<float> bias)
+      : Kernel(functions), isa_(isa), a_(attributes), weight_(std::move(weight)), bias_(std::move(bias)) {
     epilogue_ = read_epilogue(node, {"none", "relu", "clip", "hardswish", "silu"});
-    weight_ = read_weight(node, a_.out, columns);
-    bias_ = read_bias(node, 3, a_.out);
     epilogue_.bias = bias_.empty() ? nullptr : bias_.data();
   }
 
@@ -271,9 +264,9 @@ class SparseConv final : public Kernel {
   }
 
   const Isa& isa_;
-  Attributes a_{};
-  SparseWeight weight_;
-  std::vector<float> bias_;
+  const Attributes a_;
+  const SparseWeight weight_;
+  const std::vector<float> bias_;
   kernels::Epilogue epilogue_{};
   PlanCache<Plan, PackedWeight> plans_;
   mutable Helpers helpers_;
@@ -282,7 +275,22 @@ class SparseConv final : public Kernel {
 }  // namespace
 
 std::unique_ptr<Kernel> make_sparse_conv(const abi::Functions& ort, const Node& node, const Isa& isa) {
-  return std::make_unique<SparseConv>(ort, node, isa);
+  Attributes a{read_window(node), 0, 0, Mode::kChoose};
+  if (node.integer("group", 1, 1, 1 << 30) != 1) throw Error("attribute 'group' must be 1");
+  a.in = node.integer("in_channels", std::nullopt, 1, kMaxChannels);
+  a.out = node.integer("out_channels", std::nullopt, 1, kMaxChannels);
+  a.mode = static_cast<Mode>(node.integer("mode", 0, 0, static_cast<int>(Mode::kShift)));
+  const std::int64_t columns = product({a.in, a.kernel_h, a.kernel_w});
+  if (columns >= kMostFloats) throw Error("the weight has too many columns");
+  return std::make_unique<SparseConv>(ort, node, isa, a, read_weight(node, a.out, columns), read_bias(node, 3, a.out));
+}
+
+std::unique_ptr<Kernel> make_full_conv(const abi::Functions& ort, const Node& node, const Isa& isa, const Window& window,
+                                       const Tensor& weight) {
+  const Attributes a{window, weight.dims[1], weight.dims[0], Mode::kChoose};
+  const std::int64_t columns = product({a.in, a.kernel_h, a.kernel_w});
+  return std::make_unique<SparseConv>(ort, node, isa, a, full_weight(finite(weight, "W"), a.out, columns),
+                                      read_bias(node, 2, a.out));
 }
 
 }  // namespace sparsepipe

@@ -1,5 +1,6 @@
 #include "ops/weight.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace sparsepipe {
@@ -70,6 +71,34 @@ SparseWeight read_weight(const Node& node, std::int64_t out, std::int64_t column
   weight.column32.shrink_to_fit();
   weight.values.shrink_to_fit();
   return weight;
+}
+
+SparseWeight full_weight(const std::vector<float>& values, std::int64_t out, std::int64_t columns) {
+  if (values.size() >= std::size_t{1} << 31) throw Error("input 'W' is too large");
+  SparseWeight weight;
+  weight.block = largest_block(out);
+  weight.rows = out / weight.block;
+  weight.columns = columns;
+  for (std::int64_t row = 0; row <= weight.rows; ++row) {
+    weight.row_start.push_back(static_cast<std::uint32_t>(row * columns));
+  }
+  for (std::int64_t row = 0; row < weight.rows; ++row) {
+    for (std::int64_t column = 0; column < columns; ++column) {
+      weight.column32.push_back(static_cast<std::uint32_t>(column));
+      for (std::int64_t r = 0; r < weight.block; ++r) {
+        weight.values.push_back(values[static_cast<std::size_t>((row * weight.block + r) * columns + column)]);
+      }
+    }
+  }
+  return weight;
+}
+
+int largest_block(std::int64_t out) {
+  int largest = 1;
+  for (const int block : kernels::kBlocks) {
+    if (out % block == 0) largest = std::max(largest, block);
+  }
+  return largest;
 }
 
 std::vector<float> finite(const Tensor& tensor, const char* name) {

@@ -31,6 +31,10 @@ constexpr std::int64_t kMaxChannels = 1 << 24;
 
 // Decodes inputs `values` (1) and `deltas` (2) of a node for a weight of [out, columns].
 SparseWeight read_weight(const Node& node, std::int64_t out, std::int64_t columns);
+// The largest block that divides so many outputs.
+int largest_block(std::int64_t out);
+// A dense weight of [out, columns] with all of its zeros, in the largest blocks that divide the outputs.
+SparseWeight full_weight(const std::vector<float>& values, std::int64_t out, std::int64_t columns);
 // The numbers of a float32 tensor, input `name`; Error where one is not finite.
 std::vector<float> finite(const Tensor& tensor, const char* name);
 // The bias, input `index`: empty where absent.
