@@ -176,11 +176,20 @@ struct Sums {
       }
     }
   }
+  // The loads of the input lead the hardware's prefetcher astray: it leaves the stream of entries to this.
   SPARSEPIPE_INLINE void multiply_all(const Entry<R>* e, const Entry<R>* end, const float* x) {
+    constexpr int kAheadEntries = C > 1 ? 256 : 128;  // small tiles are through with an entry sooner
     if constexpr (C > 1) {
       for (; end - e >= C; e += C) {
+        __builtin_prefetch(e + kAheadEntries, 0, 3);
         SPARSEPIPE_UNROLL
         for (int c = 0; c < C; ++c) multiply<R, T>(of[c], e[c], x);
+      }
+    } else {
+      constexpr int kOfLine = static_cast<int>(64 / sizeof(Entry<R>));
+      while (end - e > kOfLine) {
+        __builtin_prefetch(e + kAheadEntries, 0, 3);
+        for (const Entry<R>* const line = e + kOfLine; e != line; ++e) multiply<R, T>(of[0], *e, x);
       }
     }
     for (; e != end; ++e) multiply<R, T>(of[0], *e, x);
