@@ -138,10 +138,18 @@ SPARSEPIPE_INLINE void rows_of(const QRowsArgs& a) {
     }
     const QEntry<R>* e = entries + a.row_start[row];
     const QEntry<R>* const end = entries + a.row_start[row + 1];
+    constexpr int kAheadEntries = C > 1 ? 256 : 128;  // as in rows.h
     if constexpr (C > 1) {
       for (; end - e >= C; e += C) {
+        __builtin_prefetch(e + kAheadEntries, 0, 3);
         SPARSEPIPE_UNROLL
         for (int c = 0; c < C; ++c) multiply<R, T>(sum[c], e[c], a.x);
+      }
+    } else {
+      constexpr int kOfLine = sizeof(QEntry<R>) < 64 ? static_cast<int>(64 / sizeof(QEntry<R>)) : 1;
+      while (end - e > kOfLine) {
+        __builtin_prefetch(e + kAheadEntries, 0, 3);
+        for (const QEntry<R>* const line = e + kOfLine; e != line; ++e) multiply<R, T>(sum[0], *e, a.x);
       }
     }
     for (; e != end; ++e) multiply<R, T>(sum[0], *e, a.x);
