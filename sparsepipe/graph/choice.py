@@ -123,7 +123,9 @@ def _settled(choices: Sequence[Choice], spans: Spans, version: int) -> list[Choi
     choices = _all_or_none(choices, found)
     dense = [nodes[row.output] for row in choices if not row.sparse and row.output in nodes]
     neighbours = Neighbours(
-        [nodes[row.output] for row in choices if row.sparse], [node for node in dense if dense_kernel(node, found)], spans
+        [nodes[row.output] for row in choices if row.sparse],
+        [node for node in dense if dense_kernel(node, found)],
+        spans,
     )
     settled = []
     for choice in choices:

@@ -234,6 +234,76 @@ bool convolution_agrees(const SessionOptions& options, bool depthwise) {
   return agrees(options, info, expected, adds && coin());
 }
 
+// A first convolution of 7 x 7 with stride 2, and perhaps a pooling.
+bool stem_agrees(const SessionOptions& options) {
+  const std::int64_t in = between(1, 4), out = between(1, 40), batch = between(1, 2);
+  Window w[2], pool[2];  // of rows and columns
+  for (int i : {0, 1}) {
+    w[i] = {7, 2, 1, between(0, 8), between(0, 8), 0};
+    pool[i] = {between(2, 3), 2, 1, 0, 0, 0};
+    pool[i].before = between(0, pool[i].kernel - 1), pool[i].after = between(0, pool[i].kernel - 1);
+    w[i].size = std::max<std::int64_t>(1, 11 - w[i].before - w[i].after) + between(0, 70);
+    pool[i].size = w[i].outputs();
+  }
+  const bool has_bias = coin(), pools = coin();
+  const std::vector<float> weight = random_weight(out, in * 49, 1, 1);
+  const Value x = random_tensor({batch, in, w[0].size, w[1].size}), bias = random_tensor({out});
+  const auto& [activation, suffix] = kOfConv[between(0, 2)];  // those that a pooling may come before as well
+  std::vector<double> expected;
+  for (std::int64_t n = 0; n < batch; ++n) {
+    for (std::int64_t o = 0; o < out; ++o) {
+      std::vector<double> plane(static_cast<std::size_t>(pool[0].size * pool[1].size), has_bias ? bias.floats()[o] : 0.0);
+      for (std::int64_t k = 0; k < in * 49; ++k) {
+        const double value = weight[static_cast<std::size_t>(o * in * 49 + k)];
+        const float* const from = x.floats() + (n * in + k / 49) * w[0].size * w[1].size;
+        for (std::int64_t r = 0; r < pool[0].size; ++r) {
+          const std::int64_t row = r * 2 - w[0].before + k % 49 / 7;
+          if (row < 0 || row >= w[0].size) continue;
+          for (std::int64_t c = 0; c < pool[1].size; ++c) {
+            const std::int64_t column = c * 2 - w[1].before + k % 7;
+            if (column < 0 || column >= w[1].size) continue;
+            plane[static_cast<std::size_t>(r * pool[1].size + c)] += value * double(from[row * w[1].size + column]);
+          }
+        }
+      }
+      if (!pools) {
+        expected.insert(expected.end(), plane.begin(), plane.end());
+        continue;
+      }
+      for (std::int64_t r = 0; r < pool[0].outputs(); ++r) {
+        for (std::int64_t c = 0; c < pool[1].outputs(); ++c) {
+          double most = -1e300;
+          for (std::int64_t i = 0; i < pool[0].kernel * pool[1].kernel; ++i) {
+            const std::int64_t row = r * 2 - pool[0].before + i / pool[1].kernel;
+            const std::int64_t column = c * 2 - pool[1].before + i % pool[1].kernel;
+            if (row < 0 || row >= pool[0].size || column < 0 || column >= pool[1].size) continue;
+            most = std::max(most, plane[static_cast<std::size_t>(row * pool[1].size + column)]);
+          }
+          expected.push_back(most);
+        }
+      }
+    }
+  }
+  const Value dense = Value::of<float>(kFloat, {out, in, 7, 7}, weight.data());
+  KernelInfo info;
+  info.name = "node";
+  info.op = std::string("StemConv") + suffix + (pools ? "MaxPool" : "");
+  const auto both = [](std::int64_t a, std::int64_t b) { return std::vector<std::int64_t>{a, b}; };
+  const auto pads = [](const Window* of) {
+    return std::vector<std::int64_t>{of[0].before, of[1].before, of[0].after, of[1].after};
+  };
+  info.attributes = {{"kernel_shape", both(7, 7)}, {"strides", both(2, 2)}, {"dilations", both(1, 1)}, {"pads", pads(w)},
+                     {"activation", std::string(activation)}};
+  if (pools) {
+    info.attributes["pool_shape"] = both(pool[0].kernel, pool[1].kernel);
+    info.attributes["pool_strides"] = both(2, 2);
+    info.attributes["pool_pads"] = pads(pool);
+  }
+  info.inputs = {&x, &dense, has_bias ? &bias : nullptr};
+  info.constant = {false, true, has_bias};
+  return agrees(options, info, expected, false);
+}
+
 bool linear_agrees(const SessionOptions& options) {
   const std::int64_t rows = coin() ? between(1, 4) : between(5, 130), in = between(1, 300);
   const std::int64_t block = kBlocks[between(0, 2)], out = block * between(1, 40);
@@ -444,7 +514,8 @@ int main(int argc, char** argv) {
     generator.seed(static_cast<std::uint64_t>(std::atoll(argv[2])));
     int failures = 0;
     for (int i = 0; i < cases; ++i) {
-      failures += !(i % 3 == 0 ? linear_agrees(options) : convolution_agrees(options, i % 3 == 1));
+      failures += !(i % 7 == 6 ? stem_agrees(options)
+                               : i % 3 == 0 ? linear_agrees(options) : convolution_agrees(options, i % 3 == 1));
     }
     std::printf("%s: %d of %d cases differ\n", isa, failures, cases);
     good = good && failures == 0;

@@ -40,7 +40,16 @@ def good_depthwise() -> tuple[Any, dict[str, Any]]:
     return node, {"W": FILTERS, "B": np.zeros(4, np.float32)}
 
 
-GOOD = {"conv": good, "linear": good_linear, "depthwise": good_depthwise}
+def good_stem() -> tuple[Any, dict[str, Any]]:
+    weight = np.ones((8, 4, 7, 7), np.float32)
+    node = operators.stem_conv(
+        ["X", "W", "B"], "Y", weight_shape=weight.shape, strides=[2, 2], pads=[3] * 4, activation="relu",
+        pool=([3, 3], [1] * 4), name="the_node",
+    )  # fmt: skip
+    return node, {"W": weight, "B": np.zeros(8, np.float32)}
+
+
+GOOD = {"conv": good, "linear": good_linear, "depthwise": good_depthwise, "stem": good_stem}
 
 
 def replaced(node: Any, **attributes: Any) -> Any:
@@ -154,6 +163,50 @@ def test_attributes_of_depthwise_layers(session: Any, model: Any, attributes: di
 
 
 @pytest.mark.parametrize(
+    ("attributes", "word"),
+    [
+        ({"kernel_shape": [7]}, "strides"),
+        ({"kernel_shape": [7, 5]}, "W"),
+        ({"strides": [1, 2]}, "pooling needs a window of 7 x 7"),
+        ({"dilations": [1, 2]}, "pooling needs a window of 7 x 7"),
+        ({"pads": [-1] * 4}, "pads"),
+        ({"pool_shape": [3]}, "pool_shape"),
+        ({"pool_shape": None}, "'pool_shape' is missing"),
+        ({"pool_shape": [3, 4]}, "pool_shape"),
+        ({"pool_strides": [1, 2]}, "pool_strides"),
+        ({"pool_pads": [0, 0, 3, 0]}, "pool_pads"),
+        ({"pool_pads": [0, 0, 0, -1]}, "pool_pads"),
+        ({"pool_shape": [3, 2], "pool_pads": [0, 2, 0, 0]}, "smaller than the window"),
+        ({"activation": "gelu"}, "activation"),
+    ],
+)
+def test_attributes_of_first_layers(session: Any, model: Any, attributes: dict[str, Any], word: str) -> None:
+    node, constants = good_stem()
+    refused(session, model(replaced(node, **attributes), constants), word)
+
+
+@pytest.mark.parametrize("shape", [(8, 5, 7, 7), (8, 0, 7, 7), (0, 4, 7, 7), (8, 4, 7), (8, 4, 5, 7), (8,), ()])
+def test_weights_of_first_layers_of_other_shapes(session: Any, model: Any, shape: tuple[int, ...]) -> None:
+    node, constants = good_stem()
+    refused(session, model(node, constants | {"W": np.ones(shape, np.float32)}), "W")
+
+
+@pytest.mark.parametrize("name", ["W", "B"])
+def test_first_layers_that_are_not_finite(session: Any, model: Any, name: str) -> None:
+    node, constants = good_stem()
+    refused(session, model(node, constants | {name: np.full_like(constants[name], np.nan)}), name, "finite")
+
+
+def test_an_image_smaller_than_the_pooling(session: Any, model: Any) -> None:
+    node, constants = good_stem()
+    native = session(model(replaced(node, pads=[0] * 4, pool_pads=[0] * 4), constants))
+    assert native.run(None, {"X": np.ones((1, 4, 11, 11), np.float32)})[0].shape == (1, 8, 1, 1)
+    for side in (6, 10):
+        with pytest.raises(Exception, match=r"the_node.*smaller than the kernel"):
+            native.run(None, {"X": np.ones((1, 4, side, side), np.float32)})
+
+
+@pytest.mark.parametrize(
     ("op", "name"),
     [
         ("conv", "kernel_shape"),
@@ -163,6 +216,7 @@ def test_attributes_of_depthwise_layers(session: Any, model: Any, attributes: di
         ("linear", "out_features"),
         ("depthwise", "kernel_shape"),
         ("depthwise", "channels"),
+        ("stem", "kernel_shape"),
     ],
 )
 def test_missing_attributes(session: Any, model: Any, op: str, name: str) -> None:
@@ -170,8 +224,17 @@ def test_missing_attributes(session: Any, model: Any, op: str, name: str) -> Non
     refused(session, model(replaced(node, **{name: None}), constants), f"'{name}' is missing")
 
 
-@pytest.mark.parametrize("attributes", [{"pads": [65535] * 4}, {"pads": [65535] * 4, "dilations": [4096] * 2}])
-@pytest.mark.parametrize("op", ["conv", "depthwise"])
+@pytest.mark.parametrize(
+    ("op", "attributes"),
+    [
+        *[
+            (op, {"pads": [65535] * 4, "dilations": [dilation] * 2})
+            for op in ("conv", "depthwise")
+            for dilation in (1, 4096)
+        ],
+        ("stem", {"pads": [65535] * 4}),
+    ],
+)
 def test_outputs_that_are_too_large(session: Any, model: Any, op: str, attributes: dict[str, Any]) -> None:
     node, constants = GOOD[op]()
     native = session(model(replaced(node, **attributes), constants))
@@ -274,13 +337,15 @@ BAD_SHAPES: list[tuple[int, ...]] = [
 
 
 @pytest.mark.parametrize("shape", BAD_SHAPES)
-@pytest.mark.parametrize("op", ["conv", "depthwise"])
-def test_inputs_of_other_shapes(session: Any, model: Any, op: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("op", "after"), [("conv", (1, 8, 6, 6)), ("depthwise", (1, 4, 6, 6)), ("stem", (1, 8, 2, 2))])
+def test_inputs_of_other_shapes(
+    session: Any, model: Any, op: str, after: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
     native = session(model(*GOOD[op]()))
     with pytest.raises(Exception, match="the_node"):
         native.run(None, {"X": np.zeros(shape, np.float32)})
     # The session stays usable.
-    assert native.run(None, {"X": X})[0].shape == (1, 8 if op == "conv" else 4, 6, 6)
+    assert native.run(None, {"X": X})[0].shape == after
 
 
 @pytest.mark.parametrize("shape", [(), (35,), (36, 1), (2, 0), (0, 37)])
@@ -330,14 +395,17 @@ def damaged(draw: st.DrawFn, op: str) -> tuple[Any, dict[str, Any]]:
     """A node and its constants with random attributes, indices and sizes."""
     node, constants = GOOD[op]()
     changes: dict[str, Any] = {}
-    if draw(st.booleans()):
+    if op in SIZES and draw(st.booleans()):
         changes[draw(st.sampled_from(SIZES[op]))] = draw(NUMBERS)
     if op != "linear" and draw(st.booleans()):
         name = draw(st.sampled_from(["kernel_shape", "strides", "pads", "dilations"]))
         changes[name] = draw(st.lists(NUMBERS, max_size=5)) or None
-    if op == "depthwise" and draw(st.booleans()):
+    if op == "stem" and draw(st.booleans()):
+        name = draw(st.sampled_from(["pool_shape", "pool_strides", "pool_pads"]))
+        changes[name] = draw(st.lists(NUMBERS, max_size=5)) or None
+    if op in ("depthwise", "stem") and draw(st.booleans()):
         constants["W"] = np.ones(draw(st.lists(st.integers(0, 5), max_size=5)), np.float32)
-    if op != "depthwise" and draw(st.booleans()):
+    if op in ("conv", "linear") and draw(st.booleans()):
         kind = draw(st.sampled_from([np.uint8, np.uint16]))
         count = draw(st.integers(0, 40))
         deltas = draw(st.lists(st.integers(0, int(np.iinfo(kind).max)), min_size=count, max_size=count))

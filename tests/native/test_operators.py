@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from sparsepipe.native import operators
 
 
-
 def masked(random: np.random.Generator, shape: tuple[int, ...], block: int, density: float) -> np.ndarray[Any, Any]:
     """A weight with about that density in blocks, scaled so that outputs are about 1 (clipping then hides no scale).
 

@@ -282,15 +282,16 @@ std::unique_ptr<Kernel> make_sparse_conv(const abi::Functions& ort, const Node& 
   a.mode = static_cast<Mode>(node.integer("mode", 0, 0, static_cast<int>(Mode::kShift)));
   const std::int64_t columns = product({a.in, a.kernel_h, a.kernel_w});
   if (columns >= kMostFloats) throw Error("the weight has too many columns");
-  return std::make_unique<SparseConv>(ort, node, isa, a, read_weight(node, a.out, columns), read_bias(node, 3, a.out));
+  SparseWeight weight = read_weight(node, a.out, columns);
+  return std::make_unique<SparseConv>(ort, node, isa, a, std::move(weight), read_bias(node, 3, a.out));
 }
 
 std::unique_ptr<Kernel> make_full_conv(const abi::Functions& ort, const Node& node, const Isa& isa, const Window& window,
                                        const Tensor& weight) {
   const Attributes a{window, weight.dims[1], weight.dims[0], Mode::kChoose};
   const std::int64_t columns = product({a.in, a.kernel_h, a.kernel_w});
-  return std::make_unique<SparseConv>(ort, node, isa, a, full_weight(finite(weight, "W"), a.out, columns),
-                                      read_bias(node, 2, a.out));
+  SparseWeight full = full_weight(finite(weight, "W"), a.out, columns);
+  return std::make_unique<SparseConv>(ort, node, isa, a, std::move(full), read_bias(node, 2, a.out));
 }
 
 }  // namespace sparsepipe
