@@ -75,8 +75,8 @@ def read(node: NodeProto, found: Index) -> KernelLayer:
 def dense_kernel(node: NodeProto, found: Index) -> str | None:
     """The operator of the library that may take the place of a convolution that stays dense.
 
-    `DepthwiseConv` has one filter for each channel, `StemConv` the few channels of an image and a window of `STEMS`; the
-    weight is constant.
+    `DepthwiseConv` has one filter for each channel, `StemConv` the few channels of an image and a window of `STEMS`.
+    The weight is constant.
     """
     stored = found.constants.get(node.input[1]) if is_standard(node, "Conv") else None
     if stored is None:
