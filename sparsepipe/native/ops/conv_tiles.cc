@@ -51,6 +51,7 @@ Geometry flat_geometry(const Attributes& a, Geometry g, int vectors) {
   const std::int64_t plane = g.out_height * g.out_width;
   const std::int64_t all = ceil_div(plane, g.lanes);
   g.vectors = g.at_once = vectors;
+  g.tile_positions = g.tile_floats();
   g.tiles = ceil_div(all, vectors);
   g.layout.channels = a.in;
   g.layout.vectors = vectors;
@@ -70,6 +71,7 @@ Geometry flat_geometry(const Attributes& a, Geometry g, int vectors) {
 Geometry columns_geometry(const Attributes& a, Geometry g, int vectors) {
   const std::int64_t plane = g.out_height * g.out_width;
   g.vectors = g.at_once = vectors;
+  g.tile_positions = g.tile_floats();
   g.tiles = ceil_div(ceil_div(plane, g.lanes), vectors);
   const std::int64_t taps = a.kernel_h * a.kernel_w;
   // A copy always moves a whole output row, rounded up; the last one of a tile may reach beyond the tile.
@@ -174,10 +176,46 @@ Geometry shift_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows,
   return g;
 }
 
+// What a depthwise convolution costs: of a vector of the output, of one that it only reads, of a channel.
+double depthwise_cost(const Attributes& a, const Geometry& g) {
+  constexpr double kOutput = 9, kHalo = 5, kChannel = 25;
+  const auto strips = static_cast<double>(ceil_div(g.out_width, g.lanes));
+  const double halo = static_cast<double>(a.kernel_h - a.stride_h) * static_cast<double>(a.stride_w);
+  return kChannel + strips * (kOutput * static_cast<double>(g.tile_rows) + kHalo * halo);
+}
+
+Geometry depthwise_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, std::int64_t most) {
+  g.tile_rows = tile_rows;
+  g.tile_positions = tile_rows * g.out_width;
+  g.vectors = static_cast<int>(ceil_div(g.tile_positions, g.lanes));
+  g.tiles = ceil_div(g.out_height, tile_rows);
+  g.filled = static_cast<double>(g.out_height) / static_cast<double>(g.tiles * tile_rows);
+  g.layout.channels = a.in;
+  g.layout.tap = {0};
+  g.layout.channel_stride = g.tile_floats();
+  take_turns(a, g, 1, most);
+  g.cost.pack_channel = depthwise_cost(a, g);
+  if (g.tile_positions % g.lanes) g.cost.finish = 1.9;
+  return g;
+}
+
+// All heights of one turn of the kernel, and some of several.
+void depthwise_candidates(const Attributes& a, Geometry g, int most,
+                          const std::function<void(const Geometry&)>& consider) {
+  g.mode = Mode::kDepthwise;
+  const std::int64_t of_a_turn = std::max<std::int64_t>(1, most * g.lanes / g.out_width);
+  const std::int64_t largest = std::max<std::int64_t>(1, kChannelFloats / g.out_width);
+  for (std::int64_t rows = std::min(g.out_height, largest); rows >= 1;) {
+    consider(depthwise_geometry(a, g, rows, most));
+    rows = rows > of_a_turn ? std::max(of_a_turn, rows * 3 / 4) : rows - 1;
+  }
+}
+
 }  // namespace
 
 void candidates(const Attributes& a, const Geometry& shape, int most,
                 const std::function<void(const Geometry&)>& consider) {
+  if (a.mode == Mode::kDepthwise) return depthwise_candidates(a, shape, most, consider);
   const bool point = a.kernel_h == 1 && a.kernel_w == 1 && a.stride_h == 1 && a.stride_w == 1 &&
                      a.top + a.left + a.bottom + a.right == 0;
   const std::int64_t all = ceil_div(shape.out_height * shape.out_width, shape.lanes);

@@ -21,6 +21,7 @@ class Kernel {
 };
 
 std::unique_ptr<Kernel> make_sparse_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
+std::unique_ptr<Kernel> make_sparse_separable_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 std::unique_ptr<Kernel> make_depthwise_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 std::unique_ptr<Kernel> make_sparse_linear(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 // For int8.

@@ -1,4 +1,7 @@
 // SparseConv: Y = activation(conv(X, W) + B + residual) with a sparse W, on NCHW tensors. ops/conv_tiles.h says how.
+//
+// SparseSeparableConv: the same with a 1x1 W, of a depthwise convolution with an activation of its own in place of X. What
+// that computes is never whole in memory: a tile of it is what other convolutions pack.
 #include <algorithm>
 
 #include "ops/conv_pack.h"
@@ -31,17 +34,26 @@ std::int64_t packed_floats(const Geometry& g) {
 
 class SparseConv final : public Kernel {
  public:
-  SparseConv(const abi::Functions& functions, const Node& node, const Isa& isa) : Kernel(functions), isa_(isa) {
+  SparseConv(const abi::Functions& functions, const Node& node, const Isa& isa, bool separable)
+      : Kernel(functions), isa_(isa), first_input_(separable ? 3 : 1) {
     static_cast<Window&>(a_) = read_window(node);
     if (node.integer("group", 1, 1, 1 << 30) != 1) throw Error("attribute 'group' must be 1");
     a_.in = node.integer("in_channels", std::nullopt, 1, kMaxChannels);
     a_.out = node.integer("out_channels", std::nullopt, 1, kMaxChannels);
-    a_.mode = static_cast<Mode>(node.integer("mode", 0, 0, static_cast<int>(Mode::kShift)));
-    const std::int64_t columns = product({a_.in, a_.kernel_h, a_.kernel_w});
+    std::int64_t columns = product({a_.in, a_.kernel_h, a_.kernel_w});
+    if (separable) {
+      check_separable();
+      depthwise_ = read_depthwise(node, a_, a_.in, "depthwise_");
+      a_.depthwise = &depthwise_;
+      a_.mode = Mode::kDepthwise;
+      columns = a_.in;
+    } else {
+      a_.mode = static_cast<Mode>(node.integer("mode", 0, 0, static_cast<int>(Mode::kShift)));
+    }
     if (columns >= kMostFloats) throw Error("the weight has too many columns");
     epilogue_ = read_epilogue(node, {"none", "relu", "clip", "hardswish", "silu"});
-    weight_ = read_weight(node, a_.out, columns);
-    bias_ = read_bias(node, 3, a_.out);
+    weight_ = read_weight(node, a_.out, columns, first_input_);
+    bias_ = read_bias(node, first_input_ + 2, a_.out);
     epilogue_.bias = bias_.empty() ? nullptr : bias_.data();
   }
 
@@ -50,7 +62,7 @@ class SparseConv final : public Kernel {
     if (!x) throw Error("input 'X' is missing");
     const Planes p = read_planes(a_, *x, a_.in, a_.out);
     const std::vector<std::int64_t>& dims = p.out_dims;
-    const std::optional<Tensor> residual = call.input(4);
+    const std::optional<Tensor> residual = call.input(first_input_ + 3);
     if (residual && (residual->type != abi::kFloat || residual->dims != dims)) {
       throw Error("input 'residual' must be float32 of the output's shape " + shape_text(dims) + ", not " +
                   shape_text(residual->dims));
@@ -74,6 +86,12 @@ class SparseConv final : public Kernel {
   }
 
  private:
+  void check_separable() const {
+    if (a_.flat || a_.kernel_h != 3 || a_.kernel_w != 3) throw Error("attribute 'kernel_shape' must be 3 x 3");
+    if (a_.stride_h != a_.stride_w || a_.stride_w > 2) throw Error("attribute 'strides' must be 1 x 1 or 2 x 2");
+    if (a_.dilation_h != 1 || a_.dilation_w != 1) throw Error("attribute 'dilations' must be 1 x 1");
+  }
+
   struct Choice {
     Geometry geometry{};
     Blocking blocking;
@@ -93,12 +111,15 @@ class SparseConv final : public Kernel {
       if (like && g.mode != like->geometry.mode) return;
       Blocking blocking = best_blocking(weight_, g.layout, g.cost, g.lanes);
       if (packs) {  // offsets are 32-bit
-        const std::int64_t most = std::max<std::int64_t>(1, kMostFloats / g.layout.channel_stride);
+        // A row of a depthwise convolution is never divided: where it is long, blocks have few channels.
+        const bool one_row = g.mode == Mode::kDepthwise && g.tile_rows == 1;
+        const std::int64_t floats = one_row ? kTileFloats : kMostFloats;
+        const std::int64_t most = std::max<std::int64_t>(1, floats / g.layout.channel_stride);
         blocking.block_channels = std::min(blocking.block_channels, most);
+        if (g.layout.turns > 1 && !one_row && is_large(g, blocking.block_channels)) return;
       }
-      if (g.layout.turns > 1 && is_large(g, blocking.block_channels)) return;
       if (like && !same_order(weight_.block, tiling(like->geometry, like->blocking), tiling(g, blocking))) return;
-      const double cycles = share_tiles(g, batch, blocking, threads).cycles;
+      const double cycles = share_tiles(g, batch, blocking, threads).cycles * g.filled;
       if (best.cycles == 0 || cycles < best.cycles) best = {g, blocking, cycles};
     });
     return best;
@@ -176,8 +197,8 @@ class SparseConv final : public Kernel {
       const std::int64_t first = g.layout.channels * part / parts;
       const std::int64_t last = g.layout.channels * (part + 1) / parts;
       thread_local TilePacking packing;
-      packing.prepare(a_, g, index % g.tiles, 0, g.vectors_of(index % g.tiles));
-      packing.pack(isa_, work.x + index / g.tiles * a_.in * g.height * g.width, first, last,
+      packing.prepare(isa_, a_, g, index % g.tiles, 0, g.vectors_of(index % g.tiles));
+      packing.pack(work.x + index / g.tiles * a_.in * g.height * g.width, first, last,
                    shared + index * tile_size + first * g.layout.channel_stride);
     });
     std::fill_n(shared + tiles * tile_size, g.lanes, 0.0f);
@@ -234,7 +255,7 @@ class SparseConv final : public Kernel {
     if (blocks > 1) partial = mine.partial.at_least(static_cast<std::size_t>(outputs * g.tile_floats()));
     const float* source = work.x + image * a_.in * in_plane;
     thread_local TilePacking packing;
-    if (packs && !shared) packing.prepare(a_, g, tile, from_vector, to_vector);
+    if (packs && !shared) packing.prepare(isa_, a_, g, tile, from_vector, to_vector);
     for (std::int64_t b = 0; b < blocks; ++b) {
       const std::int64_t first = weight.first_channel(b);
       const std::int64_t last = weight.last_channel(b);
@@ -252,7 +273,7 @@ class SparseConv final : public Kernel {
       } else {
         const std::int64_t floats = (last - first) * g.layout.channel_stride;
         float* packed = mine.tile.at_least(static_cast<std::size_t>(floats + kSlack));
-        packing.pack(isa_, source, first, last, packed);
+        packing.pack(source, first, last, packed);
         std::fill_n(packed + floats, g.lanes, 0.0f);  // what follows the last row
         args.x = packed;
       }
@@ -271,7 +292,9 @@ class SparseConv final : public Kernel {
   }
 
   const Isa& isa_;
+  const std::size_t first_input_;  // of those of the sparse weight
   Attributes a_{};
+  Depthwise depthwise_;  // of SparseSeparableConv
   SparseWeight weight_;
   std::vector<float> bias_;
   kernels::Epilogue epilogue_{};
@@ -282,7 +305,11 @@ class SparseConv final : public Kernel {
 }  // namespace
 
 std::unique_ptr<Kernel> make_sparse_conv(const abi::Functions& ort, const Node& node, const Isa& isa) {
-  return std::make_unique<SparseConv>(ort, node, isa);
+  return std::make_unique<SparseConv>(ort, node, isa, false);
+}
+
+std::unique_ptr<Kernel> make_sparse_separable_conv(const abi::Functions& ort, const Node& node, const Isa& isa) {
+  return std::make_unique<SparseConv>(ort, node, isa, true);
 }
 
 }  // namespace sparsepipe
