@@ -176,12 +176,12 @@ Geometry shift_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows,
   return g;
 }
 
-// What a depthwise convolution costs: of a vector of the output, of one that it only reads, of a channel.
-double depthwise_cost(const Attributes& a, const Geometry& g) {
-  constexpr double kOutput = 9, kHalo = 5, kChannel = 25;
-  const auto strips = static_cast<double>(ceil_div(g.out_width, g.lanes));
-  const double halo = static_cast<double>(a.kernel_h - a.stride_h) * static_cast<double>(a.stride_w);
-  return kChannel + strips * (kOutput * static_cast<double>(g.tile_rows) + kHalo * halo);
+// Cycles of a channel of a depthwise convolution, which computes four rows of a vector at once, then two, then one.
+double depthwise_cost(const Attributes& a, std::int64_t rows, std::int64_t strips) {
+  constexpr double kChannel = 25, kRead = 10, kComputed = 5;  // a channel, a vector that is read, a vector of the output
+  const std::int64_t groups = rows / 4 + rows % 4 / 2 + rows % 2;
+  const std::int64_t read = (rows * a.stride_h + groups * (a.kernel_h - a.stride_h)) * a.stride_w;
+  return kChannel + static_cast<double>(strips) * (kRead * static_cast<double>(read) + kComputed * static_cast<double>(rows));
 }
 
 Geometry depthwise_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, std::int64_t most) {
@@ -189,12 +189,19 @@ Geometry depthwise_geometry(const Attributes& a, Geometry g, std::int64_t tile_r
   g.tile_positions = tile_rows * g.out_width;
   g.vectors = static_cast<int>(ceil_div(g.tile_positions, g.lanes));
   g.tiles = ceil_div(g.out_height, tile_rows);
-  g.filled = static_cast<double>(g.out_height) / static_cast<double>(g.tiles * tile_rows);
+  // The last tile may be much smaller; its rows of the weight end as often.
+  constexpr double kFixed = 0.25;
+  const double last = static_cast<double>(g.vectors_of(g.tiles - 1)) / g.vectors;
+  g.filled = 1 - (1 - kFixed) * (1 - last) / static_cast<double>(g.tiles);
   g.layout.channels = a.in;
   g.layout.tap = {0};
   g.layout.channel_stride = g.tile_floats();
   take_turns(a, g, 1, most);
-  g.cost.pack_channel = depthwise_cost(a, g);
+  // The larger the tile, the more it pushes the rows that the next one reads, too, out of the L2 cache: cycles of a vector
+  // for a tile that fills it.
+  constexpr double kPushedOut = 16;
+  const double share = 4.0 * static_cast<double>(a.in * g.layout.channel_stride) / caches().l2;
+  g.cost.pack_channel = depthwise_cost(a, tile_rows, ceil_div(g.out_width, g.lanes)) + kPushedOut * share * g.vectors;
   if (g.tile_positions % g.lanes) g.cost.finish = 1.9;
   return g;
 }

@@ -49,7 +49,7 @@ struct Geometry {
   std::int64_t pitch = 0;               // by_rows: floats from one row of a tile to the next
   std::int64_t column_tiles = 1;        // by_rows: tiles side by side
   std::int64_t tile_positions = 0;      // of the plane that a tile holds, where not by_rows
-  double filled = 1;                    // share of the tiles that is output, where the last one may be much smaller
+  double filled = 1;                    // cycles of all tiles, in times of as many whole ones
   std::vector<std::int64_t> slot_row;   // input row of each stage row, relative to that of output row 0, position 0
   std::int64_t phase_stride = 0;        // floats of one column phase of a stage row
   std::int64_t stage_pitch = 0;         // floats of a stage row

@@ -53,8 +53,9 @@ void DepthwiseRows::prepare(const kernels::Isa& isa, const Depthwise& depthwise,
   plane_ = height * width;
   in_place_ = depthwise.in_place(isa);
   if (in_place_) {
-    // Of planes that lie pages apart, the same rows of the next one.
-    const std::int64_t ahead = plane_ <= kSmallPlane ? 0 : (tiled ? plane_ : 4 * w.stride_h * width);
+    // Of a tile, the same rows of the next channel; otherwise the next rows.
+    const std::int64_t next_rows = plane_ <= kSmallPlane ? 0 : 4 * w.stride_h * width;
+    const std::int64_t ahead = tiled ? plane_ : next_rows;
     planes_ = {nullptr, nullptr, nullptr, 0, 0, height, width, first_row, rows, out_width, w.top, w.left, ahead,
                depthwise.epilogue};
     return;
