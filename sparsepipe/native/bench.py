@@ -68,6 +68,9 @@ class Net:
             weight *= np.repeat(mask, self.block, axis=1).reshape(shape)
         return weight
 
+    def bias(self, size: int) -> Array:
+        return (self.random.standard_normal(size) * 0.1).astype(np.float32)
+
     def encoded(self, weight: Array, bias: Array | None) -> list[str]:
         values, deltas = operators.encode(weight, self.block)
         return [self.constant(values), self.constant(deltas), self.constant(bias) if bias is not None else ""]
@@ -85,21 +88,13 @@ class Net:
     ) -> str:
         pads = [shape[2] // 2] * 4
         weight = self.weight(shape, sparse)
-        bias = (self.random.standard_normal(shape[0]) * 0.1).astype(np.float32)
+        bias = self.bias(shape[0])
         if sparse and self.native:
             inputs = [x, *self.encoded(weight, bias), *([residual] if residual else [])]
             out = self.name("t")
             node = operators.sparse_conv(
                 inputs, out, weight_shape=shape, strides=[stride] * 2, pads=pads, block=self.block,
                 activation=activation, limits=(0.0, 6.0) if activation == "clip" else None, name=out,
-            )  # fmt: skip
-            self.nodes.append(node)
-            return out
-        if group > 1 and self.native:
-            out = self.name("t")
-            node = operators.depthwise_conv(
-                [x, self.constant(weight), self.constant(bias)], out, weight_shape=shape, strides=[stride] * 2,
-                pads=pads, activation=activation, name=out,
             )  # fmt: skip
             self.nodes.append(node)
             return out
@@ -115,11 +110,28 @@ class Net:
             out = self.add("Clip", [out, self.constant(np.float32(0)), self.constant(np.float32(6))])
         return out
 
+    def separable(self, x: str, shape: tuple[int, int], stride: int) -> str:
+        """A depthwise 3x3 and a sparse 1x1 convolution to ``shape`` [O, I], with ReLU after each."""
+        outputs, channels = shape
+        if not self.native:
+            x = self.conv(x, (channels, 1, 3, 3), stride, activation="relu", sparse=False, group=channels)
+            return self.conv(x, (outputs, channels, 1, 1), activation="relu")
+        inputs = [x, self.constant(self.weight((channels, 1, 3, 3), False)), self.constant(self.bias(channels))]
+        weight = self.weight((outputs, channels, 1, 1), True)
+        out = self.name("t")
+        node = operators.sparse_separable_conv(
+            [*inputs, *self.encoded(weight, self.bias(outputs))], out,
+            weight_shape=weight.shape, strides=[stride] * 2, pads=[1] * 4, block=self.block,
+            depthwise_activation="relu", activation="relu", name=out,
+        )  # fmt: skip
+        self.nodes.append(node)
+        return out
+
     def linear(
         self, x: str, shape: tuple[int, int], activation: str = "none", residual: str = "", sparse: bool = True
     ) -> str:
         weight = self.weight(shape, sparse)
-        bias = (self.random.standard_normal(shape[0]) * 0.1).astype(np.float32)
+        bias = self.bias(shape[0])
         if sparse and self.native:
             out = self.name("t")
             inputs = [x, *self.encoded(weight, bias), *([residual] if residual else [])]
@@ -177,8 +189,7 @@ def mobilenetv1(net: Net) -> tuple[str, tuple[int, ...]]:
     channels = 32
     plan = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
     for out, stride in plan:
-        x = net.conv(x, (channels, 1, 3, 3), stride, activation="relu", sparse=False, group=channels)
-        x = net.conv(x, (out, channels, 1, 1), activation="relu")
+        x = net.separable(x, (out, channels), stride)
         channels = out
     x = net.add("Flatten", [net.add("GlobalAveragePool", [x])])
     return net.linear(x, (1000, 1024)), (1, 3, 224, 224)

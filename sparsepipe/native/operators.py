@@ -6,6 +6,9 @@ nonzero blocks are numbered ``b = (o // r) * K + k`` with K = I * prod(kernel). 
 float32 [blocks, r], and ``deltas`` the differences of consecutive b (the first: b itself), uint8 or uint16. A gap that
 does not fit is bridged by blocks of zeros.
 
+``SparseSeparableConv(X, depthwise_W, depthwise_B, values, deltas, B?, residual?) -> Y`` is a depthwise separable
+convolution: a dense depthwise one with W [I, 1, 3, 3], its own activation, and a sparse 1x1 one of its output.
+
 ``DepthwiseConv(X, W, B?) -> Y`` is a dense depthwise convolution with W [C, 1, *kernel]: it keeps the NCHW layout
 between sparse layers, where onnxruntime's own one pays for two changes of layout.
 
@@ -15,7 +18,7 @@ one of 7 x 7 with stride 2 may have the MaxPool of stride 2 behind it in it.
 The fallback is a model-local function per operator: it rebuilds the dense weight from standard operators, which
 onnxruntime folds into a constant where it inlines the function. Numbers reach the body as the node's attributes. What
 cannot differ within one body is part of the operator's name: ``SparseConvAddRelu`` is ``SparseConv`` with a residual
-and ReLU (``operator_name``). A file therefore gives all its nodes a bias, or none.
+and ReLU (``operator_name``), ``SparseSeparableReluConv`` has one between its two convolutions. A file therefore gives all its nodes a bias, or none.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ VERSION = 1
 INPUTS = {
     "SparseConv": ("X", "values", "deltas", "B", "residual"),
     "SparseLinear": ("X", "values", "deltas", "B", "residual"),
+    "SparseSeparableConv": ("X", "depthwise_W", "depthwise_B", "values", "deltas", "B", "residual"),
     "DepthwiseConv": ("X", "W", "B"),
     "StemConv": ("X", "W", "B"),
 }
@@ -55,9 +59,20 @@ ACTIVATIONS = {"none": "", "relu": "Relu", "clip": "Clip", "hardswish": "HardSwi
 HARDSWISH_SINCE = 14  # opset
 
 
-def operator_name(base: str, activation: str, *, residual: bool = False, pool: bool = False) -> str:
-    """The name under which the library knows ``base`` with these fused steps."""
-    return base + ("Add" if residual else "") + ACTIVATIONS[activation] + ("MaxPool" if pool else "")
+def operator_name(
+    base: str, activation: str, *, residual: bool = False, pool: bool = False, depthwise: str = "none"
+) -> str:
+    """The name under which the library knows ``base`` with these fused steps.
+
+    Args:
+        base: a key of ``INPUTS``.
+        activation: a key of ``ACTIVATIONS``.
+        residual: whether a tensor is added.
+        pool: whether a MaxPool is the last step.
+        depthwise: the activation between the two convolutions of a SparseSeparableConv.
+    """
+    stem = base.removesuffix("Conv") + ACTIVATIONS[depthwise] + "Conv" if depthwise != "none" else base
+    return stem + ("Add" if residual else "") + ACTIVATIONS[activation] + ("MaxPool" if pool else "")
 
 
 def sparse_conv(
@@ -105,6 +120,57 @@ def sparse_conv(
     if limits:
         attributes |= {"min": float(limits[0]), "max": float(limits[1])}
     op_type = operator_name("SparseConv", activation, residual=len(inputs) > 4)
+    return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
+
+
+def sparse_separable_conv(
+    inputs: Sequence[str],
+    output: str,
+    *,
+    weight_shape: Sequence[int],
+    strides: Sequence[int] = (1, 1),
+    pads: Sequence[int] = (0, 0, 0, 0),
+    block: int = 1,
+    depthwise_activation: str = "none",
+    depthwise_limits: tuple[float, float] | None = None,
+    activation: str = "none",
+    limits: tuple[float, float] | None = None,
+    name: str = "",
+) -> onnx.NodeProto:
+    """A SparseSeparableConv node under its ``operator_name``.
+
+    Args:
+        inputs: names of X, depthwise_W, depthwise_B, values, deltas and perhaps of B and the residual; a missing B
+            before a residual is "".
+        output: name of Y.
+        weight_shape: [O, I] or [O, I, 1, 1] of the sparse convolution.
+        strides: of the depthwise convolution, both 1 or both 2.
+        pads: of the depthwise convolution.
+        block: output channels of a block.
+        depthwise_activation: a key of ``ACTIVATIONS``, between the two convolutions.
+        depthwise_limits: its bounds where it is "clip".
+        activation: a key of ``ACTIVATIONS``, at the end.
+        limits: its bounds where it is "clip".
+        name: of the node.
+    """
+    attributes: dict[str, Any] = {
+        "kernel_shape": [3, 3],
+        "strides": list(strides),
+        "pads": list(pads),
+        "dilations": [1, 1],
+        "in_channels": weight_shape[1],
+        "out_channels": weight_shape[0],
+        "block": block,
+        "depthwise_activation": depthwise_activation,
+        "activation": activation,
+    }
+    if depthwise_limits:
+        attributes |= {"depthwise_min": float(depthwise_limits[0]), "depthwise_max": float(depthwise_limits[1])}
+    if limits:
+        attributes |= {"min": float(limits[0]), "max": float(limits[1])}
+    op_type = operator_name(
+        "SparseSeparableConv", activation, residual=len(inputs) > 6, depthwise=depthwise_activation
+    )
     return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
 
@@ -198,9 +264,11 @@ def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
         node: one of them.
         opset: version of the standard operators in the body, 13 or newer.
     """
-    base = _base(node)
+    base = BASES[node.op_type]
     if base == "SparseConv":
-        weight = _dense_weight("W", ("out_channels", "in_channels"), "kernel_shape")
+        weight = _dense_weight("W", ("out_channels", "in_channels"), [_kernel_shape()])
+    elif base == "SparseSeparableConv":
+        weight = _dense_weight("W", ("out_channels", "in_channels"), [_constant("taps", np.ones(2, np.int64))])
     elif base == "SparseLinear":
         weight = _dense_weight("transposed", ("out_features", "in_features"))
         weight.append(helper.make_node("Transpose", ["transposed"], ["W"], perm=[1, 0]))
@@ -213,15 +281,20 @@ def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
     return function
 
 
-def _base(node: onnx.NodeProto) -> str:
-    """The key of ``INPUTS`` that its operator is a variant of."""
-    return next(name for name in INPUTS if node.op_type.startswith(name))
+BASES: Mapping[str, str] = {
+    operator_name(base, activation, residual=residual, depthwise=depthwise): base
+    for base, inputs in INPUTS.items()
+    for activation in ACTIVATIONS
+    for residual in {False, "residual" in inputs}
+    for depthwise in (ACTIVATIONS if "depthwise_W" in inputs else ["none"])
+}
+"""The name of an operator -> the key of ``INPUTS`` that it is a variant of."""
 
 
 def _standard_nodes(node: onnx.NodeProto, opset: int) -> list[onnx.NodeProto]:
     """What ``node`` computes of its inputs and of the dense ``W``, [O, I, *kernel] (of SparseLinear [K, N])."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    base = _base(node)
+    base = BASES[node.op_type]
     present = {name for name, value in zip(INPUTS[base], node.input, strict=False) if value}
     window = {name: name for name in ("kernel_shape", "strides", "pads", "dilations") if name in attributes}
     bias = ["B"] if "B" in present else []
@@ -231,13 +304,18 @@ def _standard_nodes(node: onnx.NodeProto, opset: int) -> list[onnx.NodeProto]:
     elif base == "DepthwiseConv":
         conv = with_references(helper.make_node("Conv", ["X", "W", *bias], ["y0"]), window, AttributeProto.INTS)
         nodes = [with_references(conv, {"group": "channels"}, AttributeProto.INT)]
+    elif base == "SparseSeparableConv":
+        conv = helper.make_node("Conv", ["X", "depthwise_W", "depthwise_B"], ["d0"])
+        conv = with_references(with_references(conv, window, AttributeProto.INTS), {"group": "in_channels"}, AttributeProto.INT)
+        nodes = [conv, *_activation(attributes["depthwise_activation"], "d0", "d", opset, "depthwise_")]
+        nodes.append(helper.make_node("Conv", ["d", "W", *bias], ["y0"]))
     else:
         nodes = [helper.make_node("MatMul", ["X", "W"], ["y0"])]
         if bias:
             nodes.append(helper.make_node("Add", ["y0", "B"], ["y1"]))
     if "residual" in present:
         nodes.append(helper.make_node("Add", [nodes[-1].output[0], "residual"], ["sum"]))
-    nodes += _activation(attributes["activation"], nodes[-1].output[0], opset)
+    nodes += _activation(attributes["activation"], nodes[-1].output[0], "Y", opset)
     if "pool_shape" not in attributes:
         return nodes
     if nodes[-1].op_type == "Identity":
@@ -266,13 +344,17 @@ def _constant(name: str, value: NDArray[Any]) -> onnx.NodeProto:
     return helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(value))
 
 
-def _dense_weight(output: str, sizes: tuple[str, str], kernel: str | None = None) -> list[onnx.NodeProto]:
+def _kernel_shape() -> onnx.NodeProto:
+    return attribute_tensor("taps", "value_ints", "kernel_shape", AttributeProto.INTS)
+
+
+def _dense_weight(output: str, sizes: tuple[str, str], taps: Sequence[onnx.NodeProto] = ()) -> list[onnx.NodeProto]:
     """``values``, ``deltas`` -> weight. The blocks lie as [O/r, K, r]; a transpose brings the channels together.
 
     Args:
         output: what to call the weight.
         sizes: the attributes with the outputs and inputs of the weight.
-        kernel: the attribute with its further dimensions.
+        taps: a node that makes the tensor of this name, with the further dimensions of the weight.
     """
     zero = helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0])
     dims = {"outputs": sizes[0], "inputs": sizes[1], "r": "block"}
@@ -280,11 +362,10 @@ def _dense_weight(output: str, sizes: tuple[str, str], kernel: str | None = None
     for name, source in dims.items():
         nodes.append(attribute_tensor(f"{name}_", "value_int", source, AttributeProto.INT))
         nodes.append(helper.make_node("Reshape", [f"{name}_", "rest"], [name]))
-    if kernel:
-        nodes.append(attribute_tensor("taps", "value_ints", kernel, AttributeProto.INTS))
     return [
         *nodes,
-        helper.make_node("Concat", ["outputs", "inputs", *(["taps"] if kernel else [])], ["weight_shape"], axis=0),
+        *taps,
+        helper.make_node("Concat", ["outputs", "inputs", *(["taps"] if taps else [])], ["weight_shape"], axis=0),
         helper.make_node("Concat", ["rest", "r"], ["blocks_shape"], axis=0),
         helper.make_node("Div", ["outputs", "r"], ["rows_of_blocks"]),
         helper.make_node("Concat", ["rows_of_blocks", "rest", "r"], ["rows_shape"], axis=0),
@@ -302,26 +383,29 @@ def _dense_weight(output: str, sizes: tuple[str, str], kernel: str | None = None
     ]
 
 
-def _activation(activation: bytes, value: str, opset: int) -> list[onnx.NodeProto]:
+def _activation(activation: bytes, value: str, output: str, opset: int, prefix: str = "") -> list[onnx.NodeProto]:
+    """``value`` -> ``output``; ``prefix`` is before the names of the attributes and of what lies between."""
+    gate = f"{prefix}gate"
     match activation:
         case b"none":
-            return [helper.make_node("Identity", [value], ["Y"])]
+            return [helper.make_node("Identity", [value], [output])]
         case b"relu":
-            return [helper.make_node("Relu", [value], ["Y"])]
+            return [helper.make_node("Relu", [value], [output])]
         case b"hardswish" if opset < HARDSWISH_SINCE:
             return [
-                helper.make_node("HardSigmoid", [value], ["gate"], alpha=1 / 6, beta=0.5),
-                helper.make_node("Mul", [value, "gate"], ["Y"]),
+                helper.make_node("HardSigmoid", [value], [gate], alpha=1 / 6, beta=0.5),
+                helper.make_node("Mul", [value, gate], [output]),
             ]
         case b"hardswish":
-            return [helper.make_node("HardSwish", [value], ["Y"])]
+            return [helper.make_node("HardSwish", [value], [output])]
         case b"clip":
-            bounds = [attribute_tensor(name, "value_float", name, AttributeProto.FLOAT) for name in ("min", "max")]
-            return [*bounds, helper.make_node("Clip", [value, "min", "max"], ["Y"])]
+            limits = [f"{prefix}min", f"{prefix}max"]
+            bounds = [attribute_tensor(name, "value_float", name, AttributeProto.FLOAT) for name in limits]
+            return [*bounds, helper.make_node("Clip", [value, *limits], [output])]
         case b"silu":
             return [
-                helper.make_node("Sigmoid", [value], ["gate"]),
-                helper.make_node("Mul", [value, "gate"], ["Y"]),
+                helper.make_node("Sigmoid", [value], [gate]),
+                helper.make_node("Mul", [value, gate], [output]),
             ]
         case b"gelu":
             return [
@@ -330,9 +414,9 @@ def _activation(activation: bytes, value: str, opset: int) -> list[onnx.NodeProt
                 _constant("half", np.array(0.5, np.float32)),
                 helper.make_node("Mul", [value, "root_half"], ["scaled"]),
                 helper.make_node("Erf", ["scaled"], ["erf"]),
-                helper.make_node("Add", ["erf", "one"], ["gate"]),
+                helper.make_node("Add", ["erf", "one"], [gate]),
                 helper.make_node("Mul", [value, "half"], ["halved"]),
-                helper.make_node("Mul", ["halved", "gate"], ["Y"]),
+                helper.make_node("Mul", ["halved", gate], [output]),
             ]
         case other:
             raise ValueError(f"unknown activation {other!r}")

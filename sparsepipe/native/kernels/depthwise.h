@@ -180,20 +180,22 @@ constexpr bool kPlanes = false;
 // R output rows of a strip.
 template <int R, int S, bool Masked>
 SPARSEPIPE_INLINE void plane_rows(const PlanesArgs& a, const float* plane, const vf (&w)[9], vf bias, float* y,
-                                  const float* end, std::int64_t row, const Strip<S>& strip, const Bounds& bounds,
-                                  bool large) {
+                                  const float* end, std::int64_t row, const Strip<S>& strip, const Bounds& bounds) {
+  const std::int64_t top = (a.first_row + row) * S - a.top;  // of the rows that are read
   vf sum[R];
   SPARSEPIPE_UNROLL
   for (int r = 0; r < R; ++r) sum[r] = bias;
-  SPARSEPIPE_UNROLL
-  for (int i = 0; large && i < R * S; ++i) {  // what the next rows read
-    const float* ahead = plane + ((row + R) * S - a.top + (3 - S) + i) * a.width + strip.column * S;
+  if (a.ahead != 0) {  // without those that it shares with the rows before
+    const float* ahead = plane + a.ahead + (top + 3 - S) * a.width + strip.column * S;
     SPARSEPIPE_UNROLL
-    for (int j = 0; j < S; ++j) __builtin_prefetch(ahead + j * kLanes, 0, 3);
+    for (int i = 0; i < R * S; ++i) {
+      SPARSEPIPE_UNROLL
+      for (int j = 0; j < S; ++j) __builtin_prefetch(ahead + i * a.width + j * kLanes, 0, 3);
+    }
   }
   SPARSEPIPE_UNROLL
   for (int i = 0; i < (R - 1) * S + 3; ++i) {
-    const std::int64_t in = row * S - a.top + i;
+    const std::int64_t in = top + i;
     const bool inside = in >= 0 && in < a.height;
     if (!kMasksAreFree && !inside) continue;
     vf x[3];
@@ -214,8 +216,7 @@ template <int S>
 void planes_of(const PlanesArgs& a) {
   const Bounds bounds = bounds_of(limits_of(a.epilogue));
   const bool curved = a.epilogue.activation > Activation::kClip;
-  const bool large = a.height * a.width > 2048;  // a few planes fill the L1 cache
-  const float* const end = a.y + a.channels * a.out_height * a.out_width;
+  const float* const end = a.y + a.channels * a.y_stride;
   constexpr int kStrips = 8;
   Strip<S> strip[kStrips];
   for (std::int64_t begin = 0; begin < a.out_width; begin += kStrips * kLanes) {
@@ -225,22 +226,22 @@ void planes_of(const PlanesArgs& a) {
     }
     for (std::int64_t c = 0; c < a.channels; ++c) {
       const float* plane = a.x + c * a.height * a.width;
-      float* y = a.y + c * a.out_height * a.out_width;
+      float* y = a.y + c * a.y_stride;
       vf w[9];
       for (int i = 0; i < 9; ++i) w[i] = broadcast(a.weights[c * 9 + i]);
       const vf bias = broadcast(a.epilogue.bias ? a.epilogue.bias[c] : 0.0f);
       std::int64_t row = 0;
       const auto next = [&](auto rows) {
         constexpr int R = decltype(rows)::value;
-        for (; row + R <= a.out_height; row += R) {
+        for (; row + R <= a.rows; row += R) {
           for (int s = 0; s < strips; ++s) {
             if constexpr (!kMasksAreFree) {
               if (strip[s].whole) {
-                plane_rows<R, S, false>(a, plane, w, bias, y, end, row, strip[s], bounds, large);
+                plane_rows<R, S, false>(a, plane, w, bias, y, end, row, strip[s], bounds);
                 continue;
               }
             }
-            plane_rows<R, S, true>(a, plane, w, bias, y, end, row, strip[s], bounds, large);
+            plane_rows<R, S, true>(a, plane, w, bias, y, end, row, strip[s], bounds);
           }
         }
       };
@@ -249,7 +250,7 @@ void planes_of(const PlanesArgs& a) {
       next(Number<1>{});
       // Curves are no part of the loop: their constants would take its registers.
       const bool last = begin + kStrips * kLanes >= a.out_width;
-      if (curved && last) curve(y, a.out_height * a.out_width, a.epilogue);
+      if (curved && last) curve(y, a.rows * a.out_width, a.epilogue);
     }
   }
 }

@@ -98,13 +98,15 @@ struct DepthwiseArgs {
   Epilogue epilogue;  // without its bias
 };
 
-// Whole planes of a 3 x 3 depthwise convolution: both strides 1 or 2, no dilation.
+// Output rows [first_row, first_row + rows) of planes of a 3 x 3 depthwise convolution: both strides 1 or 2, no dilation.
 struct PlanesArgs {
-  const float* x;        // [channels, height, width]
-  const float* weights;  // [channels, 9]
-  float* y;              // [channels, out_height, out_width]
-  std::int64_t channels, height, width, out_height, out_width;
+  const float* x;         // [channels, height, width]
+  const float* weights;   // [channels, 9]
+  float* y;               // [channels, rows, out_width]
+  std::int64_t y_stride;  // floats between channels of y; up to it, what follows the rows may be written
+  std::int64_t channels, height, width, first_row, rows, out_width;
   std::int64_t top, left;  // padding
+  std::int64_t ahead;      // floats from what is read to what to prefetch; 0: nothing
   Epilogue epilogue;       // its bias is that of the first channel
 };
 

@@ -73,10 +73,13 @@ void list_needed(const Attributes& a, const Geometry& g, std::int64_t tile, int 
 
 }  // namespace
 
-void TilePacking::prepare(const Attributes& a, const Geometry& g, std::int64_t tile, int from_vector, int to_vector) {
+void TilePacking::prepare(const kernels::Isa& isa, const Attributes& a, const Geometry& g, std::int64_t tile,
+                          int from_vector, int to_vector) {
+  isa_ = &isa;
   g_ = &g;
   tile_ = tile;
   if (g.mode == Mode::kFlat) return;
+  if (g.mode == Mode::kDepthwise) return prepare_depthwise(*a.depthwise, from_vector, to_vector);
   staged_ = g.mode != Mode::kShift || a.stride_w > 1;
   const std::int64_t first_row =
       g.by_rows() ? tile / g.column_tiles * g.tile_rows : tile * g.tile_floats() / g.out_width;
@@ -127,7 +130,27 @@ void TilePacking::prepare(const Attributes& a, const Geometry& g, std::int64_t t
   args_.copy_floats = static_cast<std::int32_t>(copy_floats);
 }
 
-void TilePacking::pack(const kernels::Isa& isa, const float* image, std::int64_t first, std::int64_t last, float* to) {
+// The rows that the vectors lie in.
+void TilePacking::prepare_depthwise(const Depthwise& depthwise, int from_vector, int to_vector) {
+  const Geometry& g = *g_;
+  const std::int64_t first = std::int64_t{from_vector} * g.lanes / g.out_width;
+  const std::int64_t last = std::min(g.rows_of(tile_), ceil_div(std::int64_t{to_vector} * g.lanes, g.out_width));
+  first_position_ = first * g.out_width;
+  positions_ = (last - first) * g.out_width;
+  depthwise_.prepare(*isa_, depthwise, g.height, g.width, g.out_width, tile_ * g.tile_rows + first, last - first, true);
+}
+
+void TilePacking::compute_depthwise(const float* image, std::int64_t first, std::int64_t last, float* to) {
+  const std::int64_t stride = g_->layout.channel_stride, end = first_position_ + positions_;
+  // Of the last vector, what is multiplied but not stored: nothing that slows products down.
+  const std::int64_t padding = ceil_div(end, g_->lanes) * g_->lanes - end;
+  for (std::int64_t c = 0; padding > 0 && c < last - first; ++c) std::fill_n(to + c * stride + end, padding, 0.0f);
+  depthwise_.compute(image, first, last, to + first_position_, stride);
+}
+
+void TilePacking::pack(const float* image, std::int64_t first, std::int64_t last, float* to) {
+  const kernels::Isa& isa = *isa_;
+  if (g_->mode == Mode::kDepthwise) return compute_depthwise(image, first, last, to);
   const std::int64_t plane = g_->height * g_->width;
   if (g_->mode == Mode::kFlat) {
     const std::int64_t position = tile_ * g_->tile_floats();
@@ -174,8 +197,8 @@ Targets targets_of(const Geometry& g, std::int64_t tile, int from) {
       position = row * g.out_width + column;
       count = row < g.out_height ? g.out_width - column : 0;
     } else {
-      position = tile * g.tile_floats() + static_cast<std::int64_t>(v) * g.lanes;
-      count = g.out_height * g.out_width - position;
+      position = tile * g.tile_positions + static_cast<std::int64_t>(v) * g.lanes;
+      count = g.end_of(tile) - position;
     }
     count = std::clamp<std::int64_t>(count, 0, g.lanes);
     t.target[i] = static_cast<std::int32_t>(count > 0 ? position : 0);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops/conv_tiles.h"
+#include "ops/depthwise.h"
 
 namespace sparsepipe {
 
@@ -9,12 +10,17 @@ namespace sparsepipe {
 class TilePacking {
  public:
   // For the vectors [from_vector, to_vector) of a tile of an image, which `pack` may then be called for.
-  void prepare(const Attributes& a, const Geometry& g, std::int64_t tile, int from_vector, int to_vector);
+  void prepare(const kernels::Isa& isa, const Attributes& a, const Geometry& g, std::int64_t tile, int from_vector,
+               int to_vector);
 
   // Packs channels [first, last) of an image, with zeros for what lies outside of it.
-  void pack(const kernels::Isa& isa, const float* image, std::int64_t first, std::int64_t last, float* to);
+  void pack(const float* image, std::int64_t first, std::int64_t last, float* to);
 
  private:
+  void prepare_depthwise(const Depthwise& depthwise, int from_vector, int to_vector);
+  void compute_depthwise(const float* image, std::int64_t first, std::int64_t last, float* to);
+
+  const kernels::Isa* isa_ = nullptr;
   const Geometry* g_ = nullptr;
   std::int64_t tile_ = 0;
   bool staged_ = false;
@@ -23,6 +29,8 @@ class TilePacking {
   std::vector<kernels::Copy> copies_;
   kernels::PackArgs args_{};
   std::int32_t row_floats_ = 0;  // where not staged: of a row of the plane that are read
+  DepthwiseRows depthwise_;
+  std::int64_t first_position_ = 0, positions_ = 0;  // kDepthwise: of the tile, that `depthwise_` computes
 };
 
 // Where the vectors of a turn of the kernel go in an output plane.

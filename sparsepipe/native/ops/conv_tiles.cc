@@ -51,6 +51,7 @@ Geometry flat_geometry(const Attributes& a, Geometry g, int vectors) {
   const std::int64_t plane = g.out_height * g.out_width;
   const std::int64_t all = ceil_div(plane, g.lanes);
   g.vectors = g.at_once = vectors;
+  g.tile_positions = g.tile_floats();
   g.tiles = ceil_div(all, vectors);
   g.layout.channels = a.in;
   g.layout.vectors = vectors;
@@ -70,6 +71,7 @@ Geometry flat_geometry(const Attributes& a, Geometry g, int vectors) {
 Geometry columns_geometry(const Attributes& a, Geometry g, int vectors) {
   const std::int64_t plane = g.out_height * g.out_width;
   g.vectors = g.at_once = vectors;
+  g.tile_positions = g.tile_floats();
   g.tiles = ceil_div(ceil_div(plane, g.lanes), vectors);
   const std::int64_t taps = a.kernel_h * a.kernel_w;
   // A copy always moves a whole output row, rounded up; the last one of a tile may reach beyond the tile.
@@ -174,10 +176,53 @@ Geometry shift_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows,
   return g;
 }
 
+// Cycles of a channel of a depthwise convolution, which computes four rows of a vector at once, then two, then one.
+double depthwise_cost(const Attributes& a, std::int64_t rows, std::int64_t strips) {
+  constexpr double kChannel = 25, kRead = 10, kComputed = 5;  // a channel, a vector that is read, a vector of the output
+  const std::int64_t groups = rows / 4 + rows % 4 / 2 + rows % 2;
+  const std::int64_t read = (rows * a.stride_h + groups * (a.kernel_h - a.stride_h)) * a.stride_w;
+  return kChannel + static_cast<double>(strips) * (kRead * static_cast<double>(read) + kComputed * static_cast<double>(rows));
+}
+
+Geometry depthwise_geometry(const Attributes& a, Geometry g, std::int64_t tile_rows, std::int64_t most) {
+  g.tile_rows = tile_rows;
+  g.tile_positions = tile_rows * g.out_width;
+  g.vectors = static_cast<int>(ceil_div(g.tile_positions, g.lanes));
+  g.tiles = ceil_div(g.out_height, tile_rows);
+  // The last tile may be much smaller; its rows of the weight end as often.
+  constexpr double kFixed = 0.25;
+  const double last = static_cast<double>(g.vectors_of(g.tiles - 1)) / g.vectors;
+  g.filled = 1 - (1 - kFixed) * (1 - last) / static_cast<double>(g.tiles);
+  g.layout.channels = a.in;
+  g.layout.tap = {0};
+  g.layout.channel_stride = g.tile_floats();
+  take_turns(a, g, 1, most);
+  // The larger the tile, the more it pushes the rows that the next one reads, too, out of the L2 cache: cycles of a vector
+  // for a tile that fills it.
+  constexpr double kPushedOut = 16;
+  const double share = 4.0 * static_cast<double>(a.in * g.layout.channel_stride) / caches().l2;
+  g.cost.pack_channel = depthwise_cost(a, tile_rows, ceil_div(g.out_width, g.lanes)) + kPushedOut * share * g.vectors;
+  if (g.tile_positions % g.lanes) g.cost.finish = 1.9;
+  return g;
+}
+
+// All heights of one turn of the kernel, and some of several.
+void depthwise_candidates(const Attributes& a, Geometry g, int most,
+                          const std::function<void(const Geometry&)>& consider) {
+  g.mode = Mode::kDepthwise;
+  const std::int64_t of_a_turn = std::max<std::int64_t>(1, most * g.lanes / g.out_width);
+  const std::int64_t largest = std::max<std::int64_t>(1, kChannelFloats / g.out_width);
+  for (std::int64_t rows = std::min(g.out_height, largest); rows >= 1;) {
+    consider(depthwise_geometry(a, g, rows, most));
+    rows = rows > of_a_turn ? std::max(of_a_turn, rows * 3 / 4) : rows - 1;
+  }
+}
+
 }  // namespace
 
 void candidates(const Attributes& a, const Geometry& shape, int most,
                 const std::function<void(const Geometry&)>& consider) {
+  if (a.mode == Mode::kDepthwise) return depthwise_candidates(a, shape, most, consider);
   const bool point = a.kernel_h == 1 && a.kernel_w == 1 && a.stride_h == 1 && a.stride_w == 1 &&
                      a.top + a.left + a.bottom + a.right == 0;
   const std::int64_t all = ceil_div(shape.out_height * shape.out_width, shape.lanes);

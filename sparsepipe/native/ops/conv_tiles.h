@@ -9,11 +9,13 @@
 //   shift    output rows padded to whole vectors, in one copy; the sums of a kernel column move by a position before
 //            those of the column to its left are added
 //   columns  one copy per kernel position of the tile's positions, without padding between rows
+//   depthwise  1x1 over the output of a depthwise convolution, which is computed tile by tile: whole rows of the plane,
+//            one after the other
 // The attribute 'mode' asks for one of them by its number in `Mode`. Where that does not fit the window or the planes,
 // and for 0, the plan takes the cheapest by its model of cycles.
 //
-// In `rows` and `shift` a tile may be packed for several turns of the kernel: rows of the input between two output rows
-// are then copied once for both. The turns cut a tile anywhere in `rows`, and between output rows in `shift`.
+// In `rows`, `shift` and `depthwise` a tile may be packed for several turns of the kernel: rows of the input between two
+// output rows are then read once for both. The turns cut a tile between output rows in `shift`, anywhere in the others.
 #pragma once
 
 #include <algorithm>
@@ -21,16 +23,18 @@
 #include <functional>
 #include <vector>
 
+#include "ops/depthwise.h"
 #include "ops/plan.h"
 #include "ops/window.h"
 
 namespace sparsepipe {
 
-enum class Mode : int { kChoose = 0, kDirect = 1, kFlat = 2, kRows = 3, kColumns = 4, kShift = 5 };
+enum class Mode : int { kChoose = 0, kDirect = 1, kFlat = 2, kRows = 3, kColumns = 4, kShift = 5, kDepthwise = 6 };
 
 struct Attributes : Window {
   std::int64_t in, out;
   Mode mode;
+  const Depthwise* depthwise = nullptr;  // kDepthwise, whose window this is then
 };
 
 // One way to cut the output into tiles and to pack the input for them.
@@ -41,9 +45,11 @@ struct Geometry {
   int vectors;                          // of a tile, packed together
   int at_once = 0;                      // of these, in a turn of the kernel
   std::int64_t tiles = 0;               // of an image
-  std::int64_t tile_rows = 0;           // by_rows: output rows of a tile
+  std::int64_t tile_rows = 0;           // by_rows, kDepthwise: output rows of a tile
   std::int64_t pitch = 0;               // by_rows: floats from one row of a tile to the next
   std::int64_t column_tiles = 1;        // by_rows: tiles side by side
+  std::int64_t tile_positions = 0;      // of the plane that a tile holds, where not by_rows
+  double filled = 1;                    // cycles of all tiles, in times of as many whole ones
   std::vector<std::int64_t> slot_row;   // input row of each stage row, relative to that of output row 0, position 0
   std::int64_t phase_stride = 0;        // floats of one column phase of a stage row
   std::int64_t stage_pitch = 0;         // floats of a stage row
@@ -59,15 +65,16 @@ struct Geometry {
     return std::min(left(vectors), left(vectors_of(tiles - 1)));
   }
   std::int64_t tile_floats() const { return static_cast<std::int64_t>(vectors) * lanes; }
-  // by_rows: output rows of one tile.
+  // by_rows, kDepthwise: output rows of one tile.
   std::int64_t rows_of(std::int64_t tile) const {
     return std::min(tile_rows, out_height - tile / column_tiles * tile_rows);
   }
+  // Not by_rows: the first position of the plane behind a tile.
+  std::int64_t end_of(std::int64_t tile) const { return std::min((tile + 1) * tile_positions, out_height * out_width); }
   // Vectors of one tile: fewer in the last one.
   int vectors_of(std::int64_t tile) const {
     if (by_rows()) return static_cast<int>(ceil_div(rows_of(tile) * pitch, lanes));
-    const std::int64_t all = ceil_div(out_height * out_width, lanes);
-    return static_cast<int>(std::min<std::int64_t>(vectors, all - tile * vectors));
+    return static_cast<int>(ceil_div(end_of(tile) - tile * tile_positions, lanes));
   }
 };
 

@@ -25,6 +25,7 @@ std::unique_ptr<Kernel> make_sparse_conv(const abi::Functions& ort, const Node& 
 // A dense convolution, float32 W [out, in, *kernel] of the window, by the kernels of SparseConv.
 std::unique_ptr<Kernel> make_full_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa,
                                        const Window& window, const Tensor& weight);
+std::unique_ptr<Kernel> make_sparse_separable_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 std::unique_ptr<Kernel> make_depthwise_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 std::unique_ptr<Kernel> make_stem_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);
 std::unique_ptr<Kernel> make_pooled_stem_conv(const abi::Functions& ort, const Node& node, const kernels::Isa& isa);

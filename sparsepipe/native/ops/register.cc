@@ -11,7 +11,8 @@
 namespace sparsepipe {
 namespace {
 
-constexpr int kResidual = 4;  // of SparseConv and SparseLinear; of those for int8 it is kQResidual
+// Of SparseConv and SparseLinear, and of SparseSeparableConv; of those for int8 it is kQResidual.
+constexpr int kResidual = 4, kSeparableResidual = 6;
 
 using Make = std::unique_ptr<Kernel> (*)(const abi::Functions&, const Node&, const kernels::Isa&);
 
@@ -30,16 +31,20 @@ struct Op : abi::CustomOp {
   std::string text;
   const Family* family;
   const char* activation;
+  const char* depthwise_activation;  // of a SparseSeparableConv
   bool residual;
 };
 
 // The kernel goes by the attributes and inputs, the fallback body by the name: they must say the same.
 void agree(const Op& op, const Node& node) {
-  const std::string activation = node.text("activation", "none");
-  if (activation != op.activation) {
-    throw Error("attribute 'activation' is '" + activation.substr(0, 40) + "', but the operator " + op.text +
-                " has activation '" + op.activation + "'");
-  }
+  const auto check_activation = [&](const char* attribute, const char* expected) {
+    const std::string activation = node.text(attribute, "none");
+    if (activation == expected) return;
+    throw Error("attribute '" + std::string(attribute) + "' is '" + activation.substr(0, 40) + "', but the operator " +
+                op.text + " has " + attribute + " '" + expected + "'");
+  };
+  check_activation("activation", op.activation);
+  if (op.depthwise_activation) check_activation("depthwise_activation", op.depthwise_activation);
   if (op.family->residual == 0 || node.has_input(op.family->residual) == op.residual) return;
   throw Error("input 'residual' is " + std::string(op.residual ? "missing" : "given") + ", but the operator " + op.text +
               (op.residual ? " adds one" : " adds none"));
@@ -108,7 +113,9 @@ Op describe(const Family& family, const char* activation, const char* suffix, bo
   op.start_version = [](const abi::CustomOp*) { return 1; };
   op.end_version = [](const abi::CustomOp*) { return 0x7fffffff; };
   if (residual) {
-    op.may_inplace = family.residual == kQResidual ? residual_inplace<kQResidual> : residual_inplace<kResidual>;
+    op.may_inplace = family.residual == kQResidual           ? residual_inplace<kQResidual>
+                     : family.residual == kSeparableResidual ? residual_inplace<kSeparableResidual>
+                                                             : residual_inplace<kResidual>;
     op.release_may_inplace = release_inplace;
   }
   op.text = std::string(family.name) + (residual ? "Add" : "") + suffix + family.last;
@@ -146,6 +153,8 @@ std::vector<Op> all_operators() {
   static const Family depthwise{"DepthwiseConv", {kFloat, kFloat, kFloat}, 2, kFloat, make_depthwise_conv, 0};
   static const Family stem{"StemConv", {kFloat, kFloat, kFloat}, 2, kFloat, make_stem_conv, 0};
   static const Family pooled{"StemConv", {kFloat, kFloat, kFloat}, 2, kFloat, make_pooled_stem_conv, 0, "MaxPool"};
+  static const Family separable{"SparseSeparableConv", {kFloat, kFloat, kFloat, kFloat, kUndefined, kFloat, kFloat}, 5, kFloat,
+                                make_sparse_separable_conv, kSeparableResidual};
   const std::pair<const char*, const char*> of_conv[] = {
       {"none", ""}, {"relu", "Relu"}, {"clip", "Clip"}, {"hardswish", "HardSwish"}, {"silu", "Silu"}};
   const std::pair<const char*, const char*> of_linear[] = {
@@ -154,6 +163,13 @@ std::vector<Op> all_operators() {
   for (const auto& [activation, suffix] : of_conv) {
     for (bool residual : {false, true}) ops.push_back(describe(conv, activation, suffix, residual));
     for (const Family* family : {&depthwise, &stem, &pooled}) ops.push_back(describe(*family, activation, suffix, false));
+    for (const auto& [first, infix] : of_conv) {
+      for (bool residual : {false, true}) {
+        ops.push_back(describe(separable, activation, suffix, residual));
+        ops.back().depthwise_activation = first;
+        ops.back().text.insert(std::strlen("SparseSeparable"), infix);
+      }
+    }
   }
   for (const auto& [activation, suffix] : of_linear) {
     for (bool residual : {false, true}) ops.push_back(describe(linear, activation, suffix, residual));

@@ -1,4 +1,7 @@
 // SparseConv: Y = activation(conv(X, W) + B + residual) with a sparse W, on NCHW tensors. ops/conv_tiles.h says how.
+//
+// SparseSeparableConv: the same with a 1x1 W, of a depthwise convolution with an activation of its own in place of X. What
+// that computes is never whole in memory: a tile of it is what other convolutions pack.
 #include <algorithm>
 
 #include "ops/conv_pack.h"
@@ -31,9 +34,18 @@ std::int64_t packed_floats(const Geometry& g) {
 
 class SparseConv final : public Kernel {
  public:
+  // `residual`: its input. `depthwise`: of SparseSeparableConv, whose window is that of the attributes.
   SparseConv(const abi::Functions& functions, const Node& node, const Isa& isa, const Attributes& attributes,
-             SparseWeight weight, std::vector<float> bias)
-      : Kernel(functions), isa_(isa), a_(attributes), weight_(std::move(weight)), bias_(std::move(bias)) {
+             SparseWeight weight, std::vector<float> bias, std::size_t residual,
+             std::optional<Depthwise> depthwise = std::nullopt)
+      : Kernel(functions),
+        isa_(isa),
+        residual_(residual),
+        depthwise_(std::move(depthwise)),
+        a_(attributes),
+        weight_(std::move(weight)),
+        bias_(std::move(bias)) {
+    if (depthwise_) a_.depthwise = &*depthwise_;
     epilogue_ = read_epilogue(node, {"none", "relu", "clip", "hardswish", "silu"});
     epilogue_.bias = bias_.empty() ? nullptr : bias_.data();
   }
@@ -43,7 +55,7 @@ class SparseConv final : public Kernel {
     if (!x) throw Error("input 'X' is missing");
     const Planes p = read_planes(a_, *x, a_.in, a_.out);
     const std::vector<std::int64_t>& dims = p.out_dims;
-    const std::optional<Tensor> residual = call.input(4);
+    const std::optional<Tensor> residual = call.input(residual_);
     if (residual && (residual->type != abi::kFloat || residual->dims != dims)) {
       throw Error("input 'residual' must be float32 of the output's shape " + shape_text(dims) + ", not " +
                   shape_text(residual->dims));
@@ -86,12 +98,15 @@ class SparseConv final : public Kernel {
       if (like && g.mode != like->geometry.mode) return;
       Blocking blocking = best_blocking(weight_, g.layout, g.cost, g.lanes);
       if (packs) {  // offsets are 32-bit
-        const std::int64_t most = std::max<std::int64_t>(1, kMostFloats / g.layout.channel_stride);
+        // A row of a depthwise convolution is never divided: where it is long, blocks have few channels.
+        const bool one_row = g.mode == Mode::kDepthwise && g.tile_rows == 1;
+        const std::int64_t floats = one_row ? kTileFloats : kMostFloats;
+        const std::int64_t most = std::max<std::int64_t>(1, floats / g.layout.channel_stride);
         blocking.block_channels = std::min(blocking.block_channels, most);
+        if (g.layout.turns > 1 && !one_row && is_large(g, blocking.block_channels)) return;
       }
-      if (g.layout.turns > 1 && is_large(g, blocking.block_channels)) return;
       if (like && !same_order(weight_.block, tiling(like->geometry, like->blocking), tiling(g, blocking))) return;
-      const double cycles = share_tiles(g, batch, blocking, threads).cycles;
+      const double cycles = share_tiles(g, batch, blocking, threads).cycles * g.filled;
       if (best.cycles == 0 || cycles < best.cycles) best = {g, blocking, cycles};
     });
     return best;
@@ -169,8 +184,8 @@ class SparseConv final : public Kernel {
       const std::int64_t first = g.layout.channels * part / parts;
       const std::int64_t last = g.layout.channels * (part + 1) / parts;
       thread_local TilePacking packing;
-      packing.prepare(a_, g, index % g.tiles, 0, g.vectors_of(index % g.tiles));
-      packing.pack(isa_, work.x + index / g.tiles * a_.in * g.height * g.width, first, last,
+      packing.prepare(isa_, a_, g, index % g.tiles, 0, g.vectors_of(index % g.tiles));
+      packing.pack(work.x + index / g.tiles * a_.in * g.height * g.width, first, last,
                    shared + index * tile_size + first * g.layout.channel_stride);
     });
     std::fill_n(shared + tiles * tile_size, g.lanes, 0.0f);
@@ -227,7 +242,7 @@ class SparseConv final : public Kernel {
     if (blocks > 1) partial = mine.partial.at_least(static_cast<std::size_t>(outputs * g.tile_floats()));
     const float* source = work.x + image * a_.in * in_plane;
     thread_local TilePacking packing;
-    if (packs && !shared) packing.prepare(a_, g, tile, from_vector, to_vector);
+    if (packs && !shared) packing.prepare(isa_, a_, g, tile, from_vector, to_vector);
     for (std::int64_t b = 0; b < blocks; ++b) {
       const std::int64_t first = weight.first_channel(b);
       const std::int64_t last = weight.last_channel(b);
@@ -245,7 +260,7 @@ class SparseConv final : public Kernel {
       } else {
         const std::int64_t floats = (last - first) * g.layout.channel_stride;
         float* packed = mine.tile.at_least(static_cast<std::size_t>(floats + kSlack));
-        packing.pack(isa_, source, first, last, packed);
+        packing.pack(source, first, last, packed);
         std::fill_n(packed + floats, g.lanes, 0.0f);  // what follows the last row
         args.x = packed;
       }
@@ -264,7 +279,9 @@ class SparseConv final : public Kernel {
   }
 
   const Isa& isa_;
-  const Attributes a_;
+  const std::size_t residual_;  // its input
+  const std::optional<Depthwise> depthwise_;
+  Attributes a_;
   const SparseWeight weight_;
   const std::vector<float> bias_;
   kernels::Epilogue epilogue_{};
@@ -272,18 +289,33 @@ class SparseConv final : public Kernel {
   mutable Helpers helpers_;
 };
 
+Attributes read_attributes(const Node& node) {
+  if (node.integer("group", 1, 1, 1 << 30) != 1) throw Error("attribute 'group' must be 1");
+  return {read_window(node), node.integer("in_channels", std::nullopt, 1, kMaxChannels),
+          node.integer("out_channels", std::nullopt, 1, kMaxChannels), Mode::kChoose};
+}
+
 }  // namespace
 
 std::unique_ptr<Kernel> make_sparse_conv(const abi::Functions& ort, const Node& node, const Isa& isa) {
-  Attributes a{read_window(node), 0, 0, Mode::kChoose};
-  if (node.integer("group", 1, 1, 1 << 30) != 1) throw Error("attribute 'group' must be 1");
-  a.in = node.integer("in_channels", std::nullopt, 1, kMaxChannels);
-  a.out = node.integer("out_channels", std::nullopt, 1, kMaxChannels);
+  Attributes a = read_attributes(node);
   a.mode = static_cast<Mode>(node.integer("mode", 0, 0, static_cast<int>(Mode::kShift)));
   const std::int64_t columns = product({a.in, a.kernel_h, a.kernel_w});
   if (columns >= kMostFloats) throw Error("the weight has too many columns");
   SparseWeight weight = read_weight(node, a.out, columns);
-  return std::make_unique<SparseConv>(ort, node, isa, a, std::move(weight), read_bias(node, 3, a.out));
+  return std::make_unique<SparseConv>(ort, node, isa, a, std::move(weight), read_bias(node, 3, a.out), 4);
+}
+
+std::unique_ptr<Kernel> make_sparse_separable_conv(const abi::Functions& ort, const Node& node, const Isa& isa) {
+  Attributes a = read_attributes(node);
+  if (a.flat || a.kernel_h != 3 || a.kernel_w != 3) throw Error("attribute 'kernel_shape' must be 3 x 3");
+  if (a.stride_h != a.stride_w || a.stride_w > 2) throw Error("attribute 'strides' must be 1 x 1 or 2 x 2");
+  if (a.dilation_h != 1 || a.dilation_w != 1) throw Error("attribute 'dilations' must be 1 x 1");
+  a.mode = Mode::kDepthwise;
+  Depthwise depthwise = read_depthwise(node, a, a.in, "depthwise_");
+  SparseWeight weight = read_weight(node, a.out, a.in, 3);
+  return std::make_unique<SparseConv>(ort, node, isa, a, std::move(weight), read_bias(node, 5, a.out), 6,
+                                      std::move(depthwise));
 }
 
 std::unique_ptr<Kernel> make_full_conv(const abi::Functions& ort, const Node& node, const Isa& isa, const Window& window,
@@ -291,7 +323,7 @@ std::unique_ptr<Kernel> make_full_conv(const abi::Functions& ort, const Node& no
   const Attributes a{window, weight.dims[1], weight.dims[0], Mode::kChoose};
   const std::int64_t columns = product({a.in, a.kernel_h, a.kernel_w});
   SparseWeight full = full_weight(finite(weight, "W"), a.out, columns);
-  return std::make_unique<SparseConv>(ort, node, isa, a, std::move(full), read_bias(node, 2, a.out));
+  return std::make_unique<SparseConv>(ort, node, isa, a, std::move(full), read_bias(node, 2, a.out), 4);
 }
 
 }  // namespace sparsepipe

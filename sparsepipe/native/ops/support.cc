@@ -143,12 +143,13 @@ std::optional<Tensor> Node::constant(std::size_t index, const char* name) const 
   return tensor_of(ort_, value);
 }
 
-kernels::Epilogue read_epilogue(const Node& node, const std::vector<std::string>& allowed) {
+kernels::Epilogue read_epilogue(const Node& node, const std::vector<std::string>& allowed, const std::string& prefix) {
   using kernels::Activation;
   const std::pair<const char*, Activation> names[] = {
       {"none", Activation::kNone},           {"relu", Activation::kRelu}, {"clip", Activation::kClip},
       {"hardswish", Activation::kHardSwish}, {"silu", Activation::kSilu}, {"gelu", Activation::kGelu}};
-  const std::string wanted = node.text("activation", "none");
+  const std::string attribute = prefix + "activation", low = prefix + "min", high = prefix + "max";
+  const std::string wanted = node.text(attribute.c_str(), "none");
   std::string list;
   for (const std::string& name : allowed) {
     list += (list.empty() ? "" : ", ") + name;
@@ -158,13 +159,15 @@ kernels::Epilogue read_epilogue(const Node& node, const std::vector<std::string>
       if (wanted == text) epilogue.activation = activation;
     }
     if (epilogue.activation == Activation::kClip) {
-      epilogue.low = node.real("min", -INFINITY);
-      epilogue.high = node.real("max", INFINITY);
-      if (!(epilogue.low <= epilogue.high)) throw Error("attribute 'min' must not be above 'max'");
+      epilogue.low = node.real(low.c_str(), -INFINITY);
+      epilogue.high = node.real(high.c_str(), INFINITY);
+      if (!(epilogue.low <= epilogue.high)) {
+        throw Error("attribute '" + low + "' must not be above '" + high + "'");
+      }
     }
     return epilogue;
   }
-  throw Error("attribute 'activation' is '" + wanted.substr(0, 40) + "'; known are " + list);
+  throw Error("attribute '" + attribute + "' is '" + wanted.substr(0, 40) + "'; known are " + list);
 }
 
 std::optional<Tensor> Call::input(std::size_t index) const {

@@ -86,8 +86,9 @@ class Node {
 
 Tensor tensor_of(const abi::Functions& ort, const abi::Value* value);
 
-// Activation and its limits, as attributes `activation`, `min`, `max` name them.
-kernels::Epilogue read_epilogue(const Node& node, const std::vector<std::string>& allowed);
+// Activation and its limits, as attributes `activation`, `min`, `max` name them, with `prefix` before each.
+kernels::Epilogue read_epilogue(const Node& node, const std::vector<std::string>& allowed,
+                                const std::string& prefix = "");
 
 // The view of one call.
 class Call {

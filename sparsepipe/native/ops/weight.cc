@@ -5,15 +5,15 @@
 
 namespace sparsepipe {
 
-SparseWeight read_weight(const Node& node, std::int64_t out, std::int64_t columns) {
+SparseWeight read_weight(const Node& node, std::int64_t out, std::int64_t columns, std::size_t first) {
   const std::int64_t block = node.integer("block", 1, 1, 4);
   if (block == 3) throw Error("attribute 'block' must be 1, 2 or 4, not 3");
   if (out % block != 0) {
     throw Error("the number of outputs, " + std::to_string(out) + ", is not a multiple of the block, " +
                 std::to_string(block));
   }
-  const auto values = node.constant(1, "values");
-  const auto deltas = node.constant(2, "deltas");
+  const auto values = node.constant(first, "values");
+  const auto deltas = node.constant(first + 1, "deltas");
   if (!values || !deltas) throw Error("inputs 'values' and 'deltas' are needed");
   if (values->type != abi::kFloat) throw Error("input 'values' must be float32");
   if (deltas->type != abi::kUint8 && deltas->type != abi::kUint16) {
@@ -110,14 +110,14 @@ std::vector<float> finite(const Tensor& tensor, const char* name) {
   return numbers;
 }
 
-std::vector<float> read_bias(const Node& node, std::size_t index, std::int64_t out) {
-  const auto bias = node.constant(index, "B");
+std::vector<float> read_bias(const Node& node, std::size_t index, std::int64_t out, const std::string& name) {
+  const auto bias = node.constant(index, name.c_str());
   if (!bias) return {};
-  if (bias->type != abi::kFloat) throw Error("input 'B' must be float32");
+  if (bias->type != abi::kFloat) throw Error("input '" + name + "' must be float32");
   if (bias->dims != std::vector<std::int64_t>{out}) {
-    throw Error("input 'B' must have shape " + shape_text({out}) + ", not " + shape_text(bias->dims));
+    throw Error("input '" + name + "' must have shape " + shape_text({out}) + ", not " + shape_text(bias->dims));
   }
-  return finite(*bias, "B");
+  return finite(*bias, name.c_str());
 }
 
 }  // namespace sparsepipe

@@ -29,8 +29,8 @@ struct SparseWeight {
 
 constexpr std::int64_t kMaxChannels = 1 << 24;
 
-// Decodes inputs `values` (1) and `deltas` (2) of a node for a weight of [out, columns].
-SparseWeight read_weight(const Node& node, std::int64_t out, std::int64_t columns);
+// Decodes inputs `values` (the one at `first`) and `deltas` (the next) of a node for a weight of [out, columns].
+SparseWeight read_weight(const Node& node, std::int64_t out, std::int64_t columns, std::size_t first = 1);
 // The largest block that divides so many outputs.
 int largest_block(std::int64_t out);
 // A dense weight of [out, columns] with all of its zeros, in the largest blocks that divide the outputs.
@@ -38,6 +38,6 @@ SparseWeight full_weight(const std::vector<float>& values, std::int64_t out, std
 // The numbers of a float32 tensor, input `name`; Error where one is not finite.
 std::vector<float> finite(const Tensor& tensor, const char* name);
 // The bias, input `index`: empty where absent.
-std::vector<float> read_bias(const Node& node, std::size_t index, std::int64_t out);
+std::vector<float> read_bias(const Node& node, std::size_t index, std::int64_t out, const std::string& name = "B");
 
 }  // namespace sparsepipe
