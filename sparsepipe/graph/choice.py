@@ -45,7 +45,8 @@ class Choice:
         block: rows of its blocks; 0 for a dense layer.
         reason: why.
         output: name of the node's output; empty where the node is inside of a subgraph or function.
-        kernel: the operator of the library that takes the node's place; empty where it stays.
+        kernel: the operator of the library that takes the node's place; empty where it stays. The two convolutions of
+            a SparseSeparableConv both have that.
         mode: how the kernel shall read the input, of `operators.MODES`; "auto" leaves it to the kernel.
         predicted: rows of a block -> time of the sparse layer by the cost model, in times of the dense one; empty where
             it stays dense whatever it takes.
@@ -123,18 +124,34 @@ def _settled(choices: Sequence[Choice], spans: Spans, version: int) -> list[Choi
     choices = _all_or_none(choices, found)
     neighbours = Neighbours([nodes[choice.output] for choice in choices if choice.sparse], spans)
     settled = []
+    separable = set()  # outputs of sparse layers that a depthwise convolution is fused with
     for choice in choices:
         node = nodes.get(choice.output)
         if node is not None and is_depthwise(node, found) and version >= OLDEST_OPSET:
-            try:
-                reason = neighbours.obstacle(node)
-            except Stays as stays:
-                reason = f"depthwise convolution: {stays}"
-            kernel = "" if reason else "DepthwiseConv"
-            settled.append(replace(choice, kernel=kernel, reason=reason or depthwise.REASON))
-        else:
-            settled.append(choice if choice.sparse else replace(choice, kernel=""))
-    return settled
+            choice, pointwise = _depthwise(choice, node, neighbours)
+            separable.add(pointwise)
+        elif not choice.sparse:
+            choice = replace(choice, kernel="")
+        elif choice.kernel == depthwise.SEPARABLE:  # by earlier rows
+            choice = replace(choice, kernel="SparseConv")
+        settled.append(choice)
+    return [
+        replace(choice, kernel=depthwise.SEPARABLE) if choice.sparse and choice.output in separable else choice
+        for choice in settled
+    ]
+
+
+def _depthwise(choice: Choice, node: NodeProto, neighbours: Neighbours) -> tuple[Choice, str]:
+    """The row of a depthwise convolution, and the output of the sparse layer that it becomes a part of, or ""."""
+    try:
+        if (reason := neighbours.obstacle(node)) is not None:
+            return replace(choice, kernel="", reason=reason), ""
+        pointwise = neighbours.pointwise(node)
+    except Stays as stays:
+        return replace(choice, kernel="", reason=f"depthwise convolution: {stays}"), ""
+    if pointwise is None:
+        return replace(choice, kernel="DepthwiseConv", reason=depthwise.REASON), ""
+    return replace(choice, kernel=depthwise.SEPARABLE, reason=depthwise.FUSED), pointwise
 
 
 def dense_again(choice: Choice, reason: str) -> Choice:

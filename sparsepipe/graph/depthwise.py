@@ -2,6 +2,9 @@
 
 onnxruntime's own kernel wants another layout of its input and output. Between dense layers that costs nothing, as they
 want it, too; between two sparse layers it costs two changes of layout.
+
+With the sparse 1x1 convolution that alone reads it, a depthwise one becomes one operator: what is between is then never
+written to memory. That also pays behind a dense layer, where the change of layout only moves to the front.
 """
 
 from __future__ import annotations
@@ -11,11 +14,13 @@ from collections.abc import Collection
 from onnx import GraphProto, NodeProto
 
 from sparsepipe.graph.fusion import fuse
-from sparsepipe.graph.index import index
+from sparsepipe.graph.index import Index, attribute, index
 from sparsepipe.graph.kernel_layer import Stays, is_depthwise, read, read_depthwise
 from sparsepipe.graph.shapes import Shapes
 
 REASON = "depthwise convolution between sparse layers: the library's dense kernel keeps their layout"
+FUSED = "depthwise convolution: part of the sparse 1x1 convolution that reads it"
+SEPARABLE = "SparseSeparableConv"
 
 
 class Spans:
@@ -63,8 +68,27 @@ class Neighbours:
 
     def __init__(self, nodes: Collection[NodeProto], spans: Spans) -> None:
         self._spans = spans
+        self._nodes = {node.output[0]: node for node in nodes}
         self._outputs = {spans.of(node)[1] for node in nodes}
         self._inputs = {(node.output[0], node.input[0]) for node in nodes}
+
+    def pointwise(self, node: NodeProto) -> str | None:
+        """The output of the sparse 1x1 convolution that one kernel can compute together with this depthwise one.
+
+        Raises:
+            Stays: the library's kernel does not take it.
+        """
+        found = self._spans.found
+        _, output = self._spans.of(node)
+        users = found.consumers.get(output, [])
+        if len(users) != 1 or found.pinned(output) or (users[0].output[0], output) not in self._inputs:
+            return None
+        window = read_depthwise(node, found).window
+        same = [1, 1] if list(window["strides"]) == [1, 1] else [2, 2]
+        suits = list(found.constants[node.input[1]].dims[2:]) == [3, 3] and list(window["dilations"]) == [1, 1]
+        if not suits or list(window["strides"]) != same or not _is_pointwise(users[0], found):
+            return None
+        return str(users[0].output[0])
 
     def obstacle(self, node: NodeProto) -> str | None:
         """Why a depthwise convolution stays with onnxruntime; None where it is between sparse layers.
@@ -75,6 +99,8 @@ class Neighbours:
         found = self._spans.found
         source, output = self._spans.of(node)
         users = found.consumers.get(output, [])
+        if self.pointwise(node) is not None and (source in self._outputs or _strides(node) == [1, 1]):
+            return None  # with stride 2 the tensor whose layout changes would be four times as large
         if source not in self._outputs:
             return "depthwise convolution: what comes before it is not sparse"
         if not users or found.pinned(output):
@@ -82,3 +108,17 @@ class Neighbours:
         if not all((user.output[0], output) in self._inputs for user in users):
             return "depthwise convolution: what follows it is not sparse"
         return None
+
+
+def _strides(node: NodeProto) -> list[int]:
+    given = attribute(node, "strides")
+    return list(given.ints) if given is not None else [1, 1]
+
+
+def _is_pointwise(node: NodeProto, found: Index) -> bool:
+    """Whether a sparse layer computes each position of its output from the same one of its input."""
+    layer = read(node, found)
+    window = layer.window
+    return layer.base == "SparseConv" and (
+        layer.weight.shape[2:] == (1, 1) and list(window["strides"]) == [1, 1] and not any(window["pads"])
+    )

@@ -15,12 +15,13 @@ between sparse layers, where onnxruntime's own one pays for two changes of layou
 The fallback is a model-local function per operator: it rebuilds the dense weight from standard operators, which
 onnxruntime folds into a constant where it inlines the function. Numbers reach the body as the node's attributes. What
 cannot differ within one body is part of the operator's name: ``SparseConvAddRelu`` is ``SparseConv`` with a residual
-and ReLU (``operator_name``), ``SparseSeparableReluConv`` has one between its two convolutions. A file therefore gives all its nodes a bias, or none.
+and ReLU, ``SparseSeparableReluConv`` has one between its two convolutions (``operator_name``). A file therefore gives
+all its nodes a bias, or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -157,9 +158,7 @@ def sparse_separable_conv(
         attributes |= {"depthwise_min": float(depthwise_limits[0]), "depthwise_max": float(depthwise_limits[1])}
     if limits:
         attributes |= {"min": float(limits[0]), "max": float(limits[1])}
-    op_type = operator_name(
-        "SparseSeparableConv", activation, residual=len(inputs) > 6, depthwise=depthwise_activation
-    )
+    op_type = operator_name("SparseSeparableConv", activation, residual=len(inputs) > 6, depthwise=depthwise_activation)
     return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
 
@@ -264,10 +263,8 @@ def _standard_nodes(node: onnx.NodeProto, opset: int) -> list[onnx.NodeProto]:
         conv = with_references(helper.make_node("Conv", ["X", "W", *bias], ["y0"]), window, AttributeProto.INTS)
         nodes = [with_references(conv, {"group": "channels"}, AttributeProto.INT)]
     elif base == "SparseSeparableConv":
-        conv = helper.make_node("Conv", ["X", "depthwise_W", "depthwise_B"], ["d0"])
-        conv = with_references(with_references(conv, window, AttributeProto.INTS), {"group": "in_channels"}, AttributeProto.INT)
-        nodes = [conv, *_activation(attributes["depthwise_activation"], "d0", "d", opset, "depthwise_")]
-        nodes.append(helper.make_node("Conv", ["d", "W", *bias], ["y0"]))
+        nodes = _depthwise(attributes["depthwise_activation"], window, present, opset)
+        nodes.append(helper.make_node("Conv", ["depthwise_Y", "W", *bias], ["y0"]))
     else:
         nodes = [helper.make_node("MatMul", ["X", "W"], ["y0"])]
         if bias:
@@ -275,6 +272,21 @@ def _standard_nodes(node: onnx.NodeProto, opset: int) -> list[onnx.NodeProto]:
     if "residual" in present:
         nodes.append(helper.make_node("Add", [nodes[-1].output[0], "residual"], ["sum"]))
     return nodes + _activation(attributes["activation"], nodes[-1].output[0], "Y", opset)
+
+
+def _depthwise(
+    activation: bytes, window: Mapping[str, str], present: Collection[str], opset: int
+) -> list[onnx.NodeProto]:
+    """``depthwise_Y``, the first part of a SparseSeparableConv."""
+    conv = helper.make_node(
+        "Conv", ["X", *(name for name in ("depthwise_W", "depthwise_B") if name in present)], ["d0"]
+    )
+    with_references(conv, window, AttributeProto.INTS)
+    with_references(conv, {"group": "in_channels"}, AttributeProto.INT)
+    if activation == b"none":
+        conv.output[0] = "depthwise_Y"
+        return [conv]
+    return [conv, *_activation(activation, "d0", "depthwise_Y", opset, "depthwise_")]
 
 
 def with_references(
