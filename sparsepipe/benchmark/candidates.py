@@ -37,7 +37,7 @@ class Form:
     def kernel(self) -> str:
         """The operator without what is fused into it."""
         op_type = self.model.graph.node[0].op_type
-        return next(base for base in operators.INPUTS if op_type.startswith(base))
+        return operators.BASES[op_type]
 
     @property
     def bytes(self) -> int:

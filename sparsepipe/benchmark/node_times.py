@@ -178,6 +178,8 @@ def _owners(model: ModelProto, optimised: ModelProto, layers: Mapping[str, str])
     nodes = {node.name: node for node in model.graph.node}
     readers: dict[str, set[str]] = defaultdict(set)  # constant -> the layers that read it
     for name, weight in layers.items():
+        if name not in nodes:  # one operator stands for several layers
+            continue
         for read in (weight, *nodes[name].input[1:]):
             if read in found.stored:
                 readers[read].add(name)

@@ -45,7 +45,8 @@ class Choice:
         block: rows of its blocks; 0 for a dense layer.
         reason: why.
         output: name of the node's output; empty where the node is inside of a subgraph or function.
-        kernel: the operator of the library that takes the node's place; empty where it stays.
+        kernel: the operator of the library that takes the node's place; empty where it stays. The two convolutions of
+            a SparseSeparableConv both have that.
         mode: how the kernel shall read the input, of `operators.MODES`; "auto" leaves it to the kernel.
         predicted: rows of a block -> time of the sparse layer by the cost model, in times of the dense one; empty where
             it stays dense whatever it takes.
@@ -128,19 +129,35 @@ def _settled(choices: Sequence[Choice], spans: Spans, version: int) -> list[Choi
         spans,
     )
     settled = []
+    separable = set()  # outputs of sparse layers that a depthwise convolution is fused with
     for choice in choices:
         node = nodes.get(choice.output)
         kernel = None if node is None or choice.sparse else dense_kernel(node, found)
         if node is not None and kernel is not None and version >= OLDEST_OPSET:
-            try:
-                reason = neighbours.obstacle(node)
-            except Stays as stays:
-                reason = f"{depthwise.KINDS[kernel]}: {stays}"
-            kernel = "" if reason else kernel
-            settled.append(replace(choice, kernel=kernel, reason=reason or depthwise.REASONS[kernel]))
-        else:
-            settled.append(choice if choice.sparse else replace(choice, kernel=""))
-    return settled
+            choice, pointwise = _dense(choice, node, kernel, neighbours)
+            separable.add(pointwise)
+        elif not choice.sparse:
+            choice = replace(choice, kernel="")
+        elif choice.kernel == depthwise.SEPARABLE:  # by earlier rows
+            choice = replace(choice, kernel="SparseConv")
+        settled.append(choice)
+    return [
+        replace(choice, kernel=depthwise.SEPARABLE) if choice.sparse and choice.output in separable else choice
+        for choice in settled
+    ]
+
+
+def _dense(choice: Choice, node: NodeProto, kernel: str, neighbours: Neighbours) -> tuple[Choice, str]:
+    """The row of a convolution that has a `dense_kernel`; the output of the layer that it becomes a part of, or ""."""
+    try:
+        if (reason := neighbours.obstacle(node)) is not None:
+            return replace(choice, kernel="", reason=reason), ""
+        pointwise = neighbours.pointwise(node) if kernel == "DepthwiseConv" else None
+    except Stays as stays:
+        return replace(choice, kernel="", reason=f"{depthwise.KINDS[kernel]}: {stays}"), ""
+    if pointwise is None:
+        return replace(choice, kernel=kernel, reason=depthwise.REASONS[kernel]), ""
+    return replace(choice, kernel=depthwise.SEPARABLE, reason=depthwise.FUSED), pointwise
 
 
 def dense_again(choice: Choice, reason: str) -> Choice:

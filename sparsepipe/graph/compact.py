@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ class Kind:
         decode: (values, deltas, shape, block) -> weight.
         outputs_last: `W` is the transposed weight.
         width: inputs of a block.
+        taps: the further dimensions of the weight, where all nodes have the same.
     """
 
     inputs: Sequence[str]
@@ -39,12 +40,16 @@ class Kind:
     decode: Callable[[Any, Any, Sequence[int], int], Array] = operators.decode
     outputs_last: bool = False
     width: int = 1
+    taps: Sequence[int] = ()
 
 
 CHANNELS, FEATURES = ("out_channels", "in_channels"), ("out_features", "in_features")
 KINDS: Mapping[str, Kind] = {
     "SparseConv": Kind(operators.INPUTS["SparseConv"], operators.function_for, CHANNELS, "kernel_shape"),
     "SparseLinear": Kind(operators.INPUTS["SparseLinear"], operators.function_for, FEATURES, outputs_last=True),
+    "SparseSeparableConv": Kind(
+        operators.INPUTS["SparseSeparableConv"], operators.function_for, CHANNELS, taps=(1, 1)
+    ),
     "DepthwiseConv": Kind(operators.INPUTS["DepthwiseConv"], operators.function_for),
     "StemConv": Kind(operators.INPUTS["StemConv"], operators.function_for),
     "SparseQConv": Kind(
@@ -59,11 +64,13 @@ KINDS: Mapping[str, Kind] = {
 }  # fmt: skip
 
 _BASES = {
-    operators.operator_name(base, activation, residual=residual, pool=pool): base
-    for base, kind in KINDS.items()
-    for activation in operators.ACTIVATIONS
-    for residual in {False, "residual" in kind.inputs}
-    for pool in {False, base == "StemConv"}
+    **operators.BASES,
+    **{
+        operators.operator_name(base, activation, residual=residual): base
+        for base in quantized.INPUTS.keys() & KINDS.keys()
+        for activation in operators.ACTIVATIONS
+        for residual in {False, "residual" in KINDS[base].inputs}
+    },
 }
 """The name of an operator -> the key of `KINDS` that it is a variant of."""
 
@@ -102,12 +109,14 @@ class CompactNode:
             raise self.malformed("the name of an attribute is no text")
         activation = self._get("activation", bytes).decode(errors="replace")
         residual, pool = "residual" in self.inputs, "pool_shape" in self.attributes
-        known = activation in operators.ACTIVATIONS
-        if not known or node.op_type != operators.operator_name(self.base, activation, residual=residual, pool=pool):
-            raise self.malformed(
-                f"its activation is '{activation}', and it has {'a' if residual else 'no'} residual and "
-                f"{'a' if pool else 'no'} pooling"
-            )
+        first = self._get("depthwise_activation", bytes, b"none").decode(errors="replace")
+        known = {activation, first} <= operators.ACTIVATIONS.keys()
+        if not known or node.op_type != operators.operator_name(
+            self.base, activation, residual=residual, pool=pool, depthwise=first
+        ):
+            between = f", that between its convolutions '{first}'" if "depthwise_W" in self.kind.inputs else ""
+            has = [f"{'a' if given else 'no'} {what}" for what, given in (("residual", residual), ("pooling", pool))]
+            raise self.malformed(f"its activation is '{activation}'{between}, and it has {' and '.join(has)}")
         self.shape = self._shape()
         self.block, mode = self._get("block", int, 1), self._get("mode", int, 0)
         modes = operators.MODES.get(self.base, ("auto",))
@@ -137,20 +146,20 @@ class CompactNode:
             raise self.malformed(str(error).rstrip(".")) from error
         return np.ascontiguousarray(weight.T) if self.kind.outputs_last else weight
 
-    def steps(self, version: int, *, bias: bool) -> list[NodeProto]:
+    def steps(self, version: int, without: Collection[str] = ()) -> list[NodeProto]:
         """What follows from `W` and the inputs, as standard operators of opset `version`; the last one writes `Y`.
 
         Attributes refer to those of the node (`ref_attr_name`).
 
         Args:
             version: of the standard operators.
-            bias: whether the input `B`, where there is one, takes part.
+            without: inputs that take no part.
         """
         proto = NodeProto()
         proto.CopyFrom(self.proto)
-        place = self.kind.inputs.index("B")
-        if not bias and len(proto.input) > place:
-            proto.input[place] = ""
+        for place, name in enumerate(self.kind.inputs[: len(proto.input)]):
+            if name in without:
+                proto.input[place] = ""
         needed, kept = {"Y"}, []
         for step in reversed(self.kind.function(proto, version).node):
             if not needed.isdisjoint(step.output) and "W" not in step.output:
@@ -162,6 +171,7 @@ class CompactNode:
         sizes: Sequence[Any] = [self._get(name, int) for name in self.kind.sizes]
         if self.kind.kernel is not None:
             sizes = [*sizes, *self._get(self.kind.kernel, list)]
+        sizes = [*sizes, *self.kind.taps]
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             raise self.malformed(f"its weight has the shape {list(sizes)}")
         return tuple(sizes)

@@ -3,6 +3,9 @@
 onnxruntime's own kernels want another layout of their inputs and outputs. Between dense layers that costs nothing, as
 they want it, too; a depthwise convolution between two sparse layers costs two changes of layout, and the first
 convolution of an image one, which is also fewer products in the library's kernel.
+
+With the sparse 1x1 convolution that alone reads it, a depthwise one becomes one operator: what is between is then never
+written to memory. That also pays behind a dense layer, where the change of layout only moves to the front.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections.abc import Collection
 from onnx import GraphProto, NodeProto
 
 from sparsepipe.graph.fusion import fuse
-from sparsepipe.graph.index import index
+from sparsepipe.graph.index import Index, attribute, index
 from sparsepipe.graph.kernel_layer import Stays, dense_kernel, read, read_dense
 from sparsepipe.graph.shapes import Shapes
 
@@ -20,8 +23,10 @@ REASONS = {
     "DepthwiseConv": "depthwise convolution between sparse layers: the library's dense kernel keeps their layout",
     "StemConv": "first convolution, before a sparse layer: the library's dense kernel writes its layout",
 }
+FUSED = "depthwise convolution: part of the sparse 1x1 convolution that reads it"
 KINDS = {"DepthwiseConv": "depthwise convolution", "StemConv": "first convolution"}
 """How a reason calls what a dense kernel may take."""
+SEPARABLE = "SparseSeparableConv"
 
 
 class Spans:
@@ -74,6 +79,24 @@ class Neighbours:
         self._outputs = {spans.of(node)[1] for node in (*sparse, *stems)}
         self._inputs = {(node.output[0], node.input[0]) for node in sparse}
 
+    def pointwise(self, node: NodeProto) -> str | None:
+        """The output of the sparse 1x1 convolution that one kernel can compute together with this depthwise one.
+
+        Raises:
+            Stays: the library's kernel does not take it.
+        """
+        found = self._spans.found
+        _, output = self._spans.of(node)
+        users = found.consumers.get(output, [])
+        if len(users) != 1 or found.pinned(output) or (users[0].output[0], output) not in self._inputs:
+            return None
+        window = read_dense(node, found).window
+        same = [1, 1] if list(window["strides"]) == [1, 1] else [2, 2]
+        suits = list(found.constants[node.input[1]].dims[2:]) == [3, 3] and list(window["dilations"]) == [1, 1]
+        if not suits or list(window["strides"]) != same or not _is_pointwise(users[0], found):
+            return None
+        return str(users[0].output[0])
+
     def obstacle(self, node: NodeProto) -> str | None:
         """Why a convolution that has a `dense_kernel` stays with onnxruntime; None where the library runs it.
 
@@ -86,6 +109,8 @@ class Neighbours:
         if dense_kernel(node, found) == "StemConv":
             follows = any(self._is_plain(user, output) for user in users)
             return None if follows else "first convolution: what follows it is not sparse"
+        if self.pointwise(node) is not None and (source in self._outputs or _strides(node) == [1, 1]):
+            return None  # with stride 2 the tensor whose layout changes would be four times as large
         if source not in self._outputs:
             return "depthwise convolution: what comes before it is not sparse"
         if not users or found.pinned(output):
@@ -107,3 +132,17 @@ class Neighbours:
         except Stays:
             return False
         return True
+
+
+def _strides(node: NodeProto) -> list[int]:
+    given = attribute(node, "strides")
+    return list(given.ints) if given is not None else [1, 1]
+
+
+def _is_pointwise(node: NodeProto, found: Index) -> bool:
+    """Whether a sparse layer computes each position of its output from the same one of its input."""
+    layer = read(node, found)
+    window = layer.window
+    return layer.base == "SparseConv" and (
+        layer.weight.shape[2:] == (1, 1) and list(window["strides"]) == [1, 1] and not any(window["pads"])
+    )

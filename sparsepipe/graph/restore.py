@@ -8,7 +8,7 @@ export of the result encodes the same weights again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class Compact:
     Attributes:
         name: of the dense weight that has taken its place.
         op: the operator that uses it.
-        stored_as: its format: "csr", "bsr 4x1", or "dense" for that of a DepthwiseConv.
+        stored_as: its format: "csr", "bsr 4x1", or "dense" for that of a depthwise convolution.
         mode: how the kernel packs its input; None where the weight is dense.
         bytes: of its values and deltas.
     """
@@ -136,7 +136,9 @@ class _Restorer:
         held = [node.inputs.get(name, "") for name in ("values", "deltas")] if node.shape else []
         if any(name not in constants for name in held):
             return [proto]
-        key = (*held, node.base, *node.shape, node.block)
+        for dense in [node.inputs[name] for name in ("depthwise_W",) if name in node.inputs]:
+            self.rows.append(Compact(dense, proto.op_type, "dense", None, 0))
+        key = (*held, node.kind.outputs_last, *node.shape, node.block)
         if not node.shape:
             weight = node.inputs.get("W", "")
             self.rows.append(Compact(weight, proto.op_type, node.stored_as, None, 0))
@@ -144,7 +146,8 @@ class _Restorer:
             weight = weights[key]
         else:
             weight = weights[key] = self._decode(node, graph, *(constants[name] for name in held))
-        return self._written_out(node, weight, constants.get(node.inputs.get("B", "")))
+        biases = {name: constants.get(node.inputs.get(name, "")) for name in ("B", "depthwise_B")}
+        return self._written_out(node, weight, [name for name, bias in biases.items() if _is_nothing(bias)])
 
     def _looked_up(self, proto: NodeProto) -> list[NodeProto]:
         """A table written out as the body of its operator."""
@@ -167,10 +170,10 @@ class _Restorer:
         self.rows.append(Compact(name, node.proto.op_type, node.stored_as, node.mode, size))
         return name
 
-    def _written_out(self, node: CompactNode, weight: str, bias: TensorProto | None) -> list[NodeProto]:
-        """The standard nodes, with names and attributes of their own."""
+    def _written_out(self, node: CompactNode, weight: str, without: Collection[str]) -> list[NodeProto]:
+        """The standard nodes, with names and attributes of their own; inputs `without` are left out."""
         result = node.proto.output[0]
-        made = node.steps(self._opset, bias=not _is_nothing(bias))
+        made = node.steps(self._opset, without)
         names = {**node.inputs, "W": weight, "Y": result}
         if made[-1].op_type == "Identity":  # of no activation
             names[made.pop().input[0]] = result
@@ -184,6 +187,9 @@ class _Restorer:
             del step.attribute[:]
             step.attribute.extend(given for given in resolved if given is not None)
         next(step for step in made if weight in step.input).name = node.proto.name
+        for step in made:
+            if node.inputs.get("depthwise_W") in step.input:
+                step.name = f"{label(node.proto)}/depthwise"
         return made
 
 

@@ -3,12 +3,13 @@
 Where the kernel library is registered its kernels run; elsewhere onnxruntime inlines the bodies, which rebuild the
 dense weights, and the file runs as the dense one does. A bias, an activation and a residual sum that follow a layer
 become part of its node, where nothing else uses what lies between. A depthwise convolution between two sparse layers
-and the first convolution of an image before one become the library's own dense ones.
+and the first convolution of an image before one become the library's own dense ones; a depthwise one
+that a sparse 1x1 convolution alone reads becomes a part of that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from sparsepipe.graph.choice import Choice, choose, settle
+from sparsepipe.graph.depthwise import SEPARABLE
 from sparsepipe.graph.fusion import fuse
 from sparsepipe.graph.index import Names, copy, index, opset
 from sparsepipe.graph.kernel_layer import Array, KernelLayer, read, read_dense
@@ -35,11 +37,13 @@ def rewrite(model: ModelProto, choices: Sequence[Choice]) -> ModelProto:
     if not chosen:
         return result
     result.graph.CopyFrom(_with_shapes(result).graph)
-    rewriter = _Rewriter(result.graph)
+    separable = {output for output, choice in chosen.items() if choice.kernel == SEPARABLE and not choice.sparse}
+    rewriter = _Rewriter(result.graph, separable)
+    replaced = chosen.keys() - separable
     bodies: dict[str, onnx.FunctionProto] = {}
     # From the end: a sum of two branches is fused with the layer that runs last, when the other one is done.
     for node in reversed(list(result.graph.node)):
-        if node.output and node.output[0] in chosen:
+        if node.output and node.output[0] in replaced:
             made = rewriter.replace(node, chosen[node.output[0]])
             bodies.setdefault(made.op_type, operators.function_for(made, opset(model)))
     rewriter.finish()
@@ -60,27 +64,45 @@ def _with_shapes(model: ModelProto) -> ModelProto:
 
 
 class _Rewriter:
-    """Puts operators of the library in the place of nodes of one graph."""
+    """Puts operators of the library in the place of nodes of one graph.
 
-    def __init__(self, graph: GraphProto) -> None:
+    Args:
+        graph: to be rewritten in place.
+        separable: outputs of the depthwise convolutions that become part of the layer after them.
+    """
+
+    def __init__(self, graph: GraphProto, separable: Collection[str]) -> None:
         self._graph = graph
         self._found = index(graph)
         self._shapes = Shapes(graph, self._found)
         self._names = Names(graph)
         self._encoded: dict[str, list[tuple[list[str], Array, Array]]] = {}
         self._replaced: dict[str, NodeProto | None] = {}  # output of a node -> what stands in its place
+        # What the layer after it reads -> depthwise layer.
+        self._separable: dict[str, tuple[NodeProto, KernelLayer]] = {}
+        for node in [self._found.producers[output] for output in separable]:
+            layer = self._fused(node, dense=True)
+            self._separable[layer.last.output[0]] = node, layer
 
     def replace(self, node: NodeProto, choice: Choice) -> NodeProto:
         """Make the operator for a layer and what follows it."""
-        layer = (read if choice.sparse else read_dense)(node, self._found)
-        fuse(layer, self._found, self._shapes)
+        layer = self._fused(node, dense=not choice.sparse)
         made = self._made(node, layer, choice)
-        for gone in (node, *layer.fused):
-            self._found.remove(gone)
-            self._replaced[gone.output[0]] = None
+        gone = [node, *layer.fused]
+        if choice.kernel == SEPARABLE:
+            first, before = self._separable[layer.source]
+            gone += [first, *before.fused]
+        for old in gone:
+            self._found.remove(old)
+            self._replaced[old.output[0]] = None
         self._found.add(made)
         self._replaced[made.output[0]] = made
         return made
+
+    def _fused(self, node: NodeProto, *, dense: bool) -> KernelLayer:
+        layer = (read_dense if dense else read)(node, self._found)
+        fuse(layer, self._found, self._shapes)
+        return layer
 
     def finish(self) -> None:
         """Put each operator in the place of the last node that it stands for; the others go."""
@@ -104,8 +126,18 @@ class _Rewriter:
             return operators.stem_conv([layer.source, node.input[1], bias], output, pool=layer.pool, **shared)
         if layer.base == "DepthwiseConv":
             return operators.depthwise_conv([layer.source, node.input[1], bias], output, **shared)
-        inputs = [layer.source, *self._encode(stem, layer.weight, choice.block), bias]
+        inputs = [*self._encode(stem, layer.weight, choice.block), bias]
         inputs += [layer.residual] if layer.residual else []
+        if choice.kernel == SEPARABLE:
+            first, before = self._separable[layer.source]
+            bias = self._stored(f"{first.input[1].removesuffix('.weight')}.bias", before.bias)
+            shared |= {name: before.window[name] for name in ("strides", "pads")}
+            del shared["dilations"]
+            return operators.sparse_separable_conv(
+                [before.source, first.input[1], bias, *inputs], output, block=choice.block,
+                depthwise_activation=before.activation, depthwise_limits=before.limits, **shared,
+            )  # fmt: skip
+        inputs = [layer.source, *inputs]
         if layer.base == "SparseConv":
             return operators.sparse_conv(inputs, output, block=choice.block, mode=choice.mode, **shared)
         return operators.sparse_linear(inputs, output, block=choice.block, mode=choice.mode, **shared)

@@ -18,12 +18,13 @@ one of 7 x 7 with stride 2 may have the MaxPool of stride 2 behind it in it.
 The fallback is a model-local function per operator: it rebuilds the dense weight from standard operators, which
 onnxruntime folds into a constant where it inlines the function. Numbers reach the body as the node's attributes. What
 cannot differ within one body is part of the operator's name: ``SparseConvAddRelu`` is ``SparseConv`` with a residual
-and ReLU (``operator_name``), ``SparseSeparableReluConv`` has one between its two convolutions. A file therefore gives all its nodes a bias, or none.
+and ReLU, ``SparseSeparableReluConv`` has one between its two convolutions (``operator_name``). A file therefore gives
+all its nodes a bias, or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -168,9 +169,7 @@ def sparse_separable_conv(
         attributes |= {"depthwise_min": float(depthwise_limits[0]), "depthwise_max": float(depthwise_limits[1])}
     if limits:
         attributes |= {"min": float(limits[0]), "max": float(limits[1])}
-    op_type = operator_name(
-        "SparseSeparableConv", activation, residual=len(inputs) > 6, depthwise=depthwise_activation
-    )
+    op_type = operator_name("SparseSeparableConv", activation, residual=len(inputs) > 6, depthwise=depthwise_activation)
     return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
 
@@ -282,10 +281,11 @@ def function_for(node: onnx.NodeProto, opset: int = 17) -> onnx.FunctionProto:
 
 
 BASES: Mapping[str, str] = {
-    operator_name(base, activation, residual=residual, depthwise=depthwise): base
+    operator_name(base, activation, residual=residual, pool=pool, depthwise=depthwise): base
     for base, inputs in INPUTS.items()
     for activation in ACTIVATIONS
     for residual in {False, "residual" in inputs}
+    for pool in {False, base == "StemConv"}
     for depthwise in (ACTIVATIONS if "depthwise_W" in inputs else ["none"])
 }
 """The name of an operator -> the key of ``INPUTS`` that it is a variant of."""
@@ -305,10 +305,8 @@ def _standard_nodes(node: onnx.NodeProto, opset: int) -> list[onnx.NodeProto]:
         conv = with_references(helper.make_node("Conv", ["X", "W", *bias], ["y0"]), window, AttributeProto.INTS)
         nodes = [with_references(conv, {"group": "channels"}, AttributeProto.INT)]
     elif base == "SparseSeparableConv":
-        conv = helper.make_node("Conv", ["X", "depthwise_W", "depthwise_B"], ["d0"])
-        conv = with_references(with_references(conv, window, AttributeProto.INTS), {"group": "in_channels"}, AttributeProto.INT)
-        nodes = [conv, *_activation(attributes["depthwise_activation"], "d0", "d", opset, "depthwise_")]
-        nodes.append(helper.make_node("Conv", ["d", "W", *bias], ["y0"]))
+        nodes = _depthwise(attributes["depthwise_activation"], window, present, opset)
+        nodes.append(helper.make_node("Conv", ["depthwise_Y", "W", *bias], ["y0"]))
     else:
         nodes = [helper.make_node("MatMul", ["X", "W"], ["y0"])]
         if bias:
@@ -324,6 +322,21 @@ def _standard_nodes(node: onnx.NodeProto, opset: int) -> list[onnx.NodeProto]:
     pool = helper.make_node("MaxPool", ["unpooled"], ["Y"])
     pooling = {"kernel_shape": "pool_shape", "strides": "pool_strides", "pads": "pool_pads"}
     return [*nodes, with_references(pool, pooling, AttributeProto.INTS)]
+
+
+def _depthwise(
+    activation: bytes, window: Mapping[str, str], present: Collection[str], opset: int
+) -> list[onnx.NodeProto]:
+    """``depthwise_Y``, the first part of a SparseSeparableConv."""
+    conv = helper.make_node(
+        "Conv", ["X", *(name for name in ("depthwise_W", "depthwise_B") if name in present)], ["d0"]
+    )
+    with_references(conv, window, AttributeProto.INTS)
+    with_references(conv, {"group": "in_channels"}, AttributeProto.INT)
+    if activation == b"none":
+        conv.output[0] = "depthwise_Y"
+        return [conv]
+    return [conv, *_activation(activation, "d0", "depthwise_Y", opset, "depthwise_")]
 
 
 def with_references(

@@ -130,6 +130,37 @@ def test_every_layer_activation_and_sum_comes_back(opset: int) -> None:
     assert sorted(biased.values()) == [2, 2, 3, 3, 3]
 
 
+@pytest.mark.parametrize("opset", [13, 22])
+def test_depthwise_separable_convolutions_come_back(opset: int) -> None:
+    """Both convolutions, with or without biases, activations and a sum."""
+    nodes = [
+        node("Conv", ["x", "c0.weight"], ["a"]),
+        node("Conv", ["a", "d0.weight", "d0.bias"], ["b"], group=32, pads=[1] * 4),
+        node("Clip", ["b", "low", "high"], ["c"]),
+        node("Conv", ["c", "p0.weight", "p0.bias"], ["d"]),
+        node("Add", ["d", "x"], ["e"]),
+        node("Clip", ["e", "low", "six"], ["f"]),
+        node("Conv", ["f", "d1.weight"], ["g"], group=16, pads=[0, 1, 1, 0], strides=[2, 2]),
+        node("Conv", ["g", "p1.weight"], ["y"]),
+    ]
+    constants = {
+        "c0.weight": weight(32, 16, 1, 1),
+        "d0.weight": weight(32, 1, 3, 3, density=1),
+        "d0.bias": weight(32, density=1),
+        "p0.weight": weight(16, 32, 1, 1, block=4),
+        "p0.bias": weight(16, density=1),
+        "d1.weight": weight(16, 1, 3, 3, density=1),
+        "p1.weight": weight(24, 16, 1, 1),
+        **{name: np.array(value, np.float32) for name, value in (("low", -0.25), ("high", 0.75), ("six", 6))},
+    }
+    before = model(nodes, (16, "h", "w"), constants, opset=opset)
+    assert ops(universal(before)) == ["SparseConv", "SparseSeparableClipConvAddClip", "SparseSeparableConv"]
+    after = check(before)
+    assert [name for name in ops(after) if name != "Constant"] == [made.op_type for made in nodes]
+    assert [len(made.input) for made in after.graph.node if made.op_type == "Conv"] == [2, 3, 3, 2, 2]
+    assert {"d0.weight", "d1.weight"} < {one.name for one in after.graph.initializer}
+
+
 LAYER = st.sampled_from(["conv", "point", "linear"])
 
 

@@ -107,5 +107,5 @@ def test_a_depthwise_convolution_between_it_and_a_sparse_layer() -> None:
         "high": np.array(6, np.float32),
     }
     after, choices = check(model(nodes, (3, "h", "w"), constants), side=20)
-    assert ops(after) == ["StemConvClip", "DepthwiseConv", "SparseConv"]
-    assert [choices[name].kernel for name in "ac"] == ["StemConv", "DepthwiseConv"]
+    assert ops(after) == ["StemConvClip", "SparseSeparableConv"]
+    assert [choices[name].kernel for name in "acy"] == ["StemConv", *["SparseSeparableConv"] * 2]

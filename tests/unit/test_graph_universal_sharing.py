@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from universal_cases import check, model, ops, weight
 
+from sparsepipe.graph.index import copy
 from sparsepipe.graph.load import load
+from sparsepipe.graph.restore import restore
 from sparsepipe.graph.universal import choose, rewrite
 
 pytestmark = pytest.mark.usefixtures("decided_by_size")
@@ -146,19 +148,36 @@ def test_any_mixture_of_uses(uses: list[str], biases: bool) -> None:
     assert sum(choice.dense_bytes for choice in choices.values()) == constants["w"].nbytes
 
 
-def mobile(activation: str, *, sparse: tuple[bool, bool] = (True, True), opset: int = 18) -> onnx.ModelProto:
-    """1x1, depthwise 3x3, 1x1, with an activation after each of the first two."""
+def mobile(
+    activation: str,
+    *,
+    sparse: tuple[bool, bool] = (True, True),
+    opset: int = 18,
+    size: int = 3,
+    stride: int = 2,
+    window: dict[str, list[int]] | None = None,
+) -> onnx.ModelProto:
+    """1x1, depthwise, 1x1, with an activation after each of the first two.
+
+    Args:
+        activation: its operator.
+        sparse: whether the first and the last layer are.
+        opset: of the model.
+        size: of the depthwise kernel.
+        stride: of the depthwise convolution.
+        window: further attributes of the last layer.
+    """
     clip = ["low", "high"] if activation == "Clip" else []
     nodes = [
         node("Conv", ["x", "w0"], ["a"]),
         node(activation, ["a", *clip], ["b"]),
-        node("Conv", ["b", "d.weight", "d.bias"], ["c"], group=32, strides=[2, 2], pads=[1, 1, 1, 1]),
+        node("Conv", ["b", "d.weight", "d.bias"], ["c"], group=32, strides=[stride] * 2, pads=[size // 2] * 4),
         node(activation, ["c", *clip], ["e"]),
-        node("Conv", ["e", "w1"], ["y"]),
+        node("Conv", ["e", "w1"], ["y"], **(window or {})),
     ]
     constants = {
         "w0": weight(32, 16, 1, 1, density=0.1 if sparse[0] else 1),
-        "d.weight": weight(32, 1, 3, 3, density=1),
+        "d.weight": weight(32, 1, size, size, density=1),
         "d.bias": weight(32, density=1),
         "w1": weight(24, 32, 1, 1, density=0.1 if sparse[1] else 1),
     }
@@ -170,12 +189,99 @@ def mobile(activation: str, *, sparse: tuple[bool, bool] = (True, True), opset: 
 @pytest.mark.parametrize("activation", ["Relu", "Clip", "HardSwish"])
 @pytest.mark.parametrize("opset", [14, 22])
 def test_a_depthwise_convolution_between_sparse_layers(activation: str, opset: int) -> None:
-    after, choices = check(mobile(activation, opset=opset), side=9)
+    after, choices = check(mobile(activation, opset=opset, size=5), side=9)
     assert ops(after) == [f"SparseConv{activation}", f"DepthwiseConv{activation}", "SparseConv"]
     row = choices["c"]
     assert (row.sparse, row.kernel, row.bytes) == (False, "DepthwiseConv", row.dense_bytes)
     assert "between sparse layers" in row.reason
+    assert initializers(after)["d.weight"] == [32, 1, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("activation", "opset"), [("Relu", 13), ("Clip", 13), ("HardSwish", 14), ("Relu", 22), ("HardSwish", 22)]
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_depthwise_convolution_becomes_part_of_the_sparse_layer_after_it(
+    activation: str, opset: int, stride: int
+) -> None:
+    after, choices = check(mobile(activation, opset=opset, stride=stride), side=9)
+    assert ops(after) == [f"SparseConv{activation}", f"SparseSeparable{activation}Conv"]
+    first, second = choices["c"], choices["y"]
+    assert (first.sparse, first.kernel, first.bytes) == (False, "SparseSeparableConv", first.dense_bytes)
+    assert (second.sparse, second.kernel, second.block) == (True, "SparseSeparableConv", 1)
     assert initializers(after)["d.weight"] == [32, 1, 3, 3]
+    assert [name for name in after.graph.node[1].input if name.startswith("d")] == ["d.weight", "d.bias_"]
+
+
+def test_the_steps_after_both_convolutions_become_part_of_the_operator() -> None:
+    nodes = [
+        node("Conv", ["x", "w0"], ["a"]),
+        node("Conv", ["a", "d"], ["b"], group=32, pads=[1] * 4),
+        node("Sigmoid", ["b"], ["g"]),
+        node("Mul", ["b", "g"], ["c"]),
+        node("Conv", ["c", "w1", "b1"], ["e"]),
+        node("Add", ["x", "e"], ["f"]),
+        node("Relu", ["f"], ["y"]),
+    ]
+    constants = {
+        "w0": weight(32, 16, 1, 1),
+        "d": weight(32, 1, 3, 3, density=1),
+        "w1": weight(16, 32, 1, 1),
+        "b1": weight(16, density=1),
+    }
+    after, _ = check(model(nodes, (16, "h", "w"), constants))
+    assert ops(after) == ["SparseConv", "SparseSeparableSiluConvAddRelu"]
+    assert after.graph.node[1].input[-1] == "x"
+
+
+@pytest.mark.parametrize(("stride", "fused"), [(1, True), (2, False)])
+def test_behind_a_dense_layer_the_change_of_layout_must_not_grow(stride: int, fused: bool) -> None:
+    after, choices = check(mobile("Relu", sparse=(False, True), stride=stride))
+    assert ("SparseSeparableReluConv" in ops(after)) == fused
+    assert choices["c"].kernel == ("SparseSeparableConv" if fused else "")
+
+
+@pytest.mark.parametrize(
+    "window", [{"strides": [2, 2]}, {"pads": [0, 1, 0, 0]}, {"strides": [1, 2], "pads": [1, 1, 1, 1]}]
+)
+def test_a_layer_with_a_window_of_its_own_is_not_fused(window: dict[str, list[int]]) -> None:
+    assert ops(check(mobile("Relu", window=window))[0]) == ["SparseConvRelu", "DepthwiseConvRelu", "SparseConv"]
+
+
+def test_a_depthwise_convolution_that_two_sparse_layers_read_is_not_fused() -> None:
+    nodes = [
+        node("Conv", ["x", "w0"], ["a"]),
+        node("Conv", ["a", "d"], ["b"], group=16, pads=[1] * 4),
+        node("Conv", ["b", "w1"], ["y"]),
+        node("Conv", ["b", "w2"], ["z"]),
+    ]
+    constants = {name: weight(16, 16, 1, 1) for name in ("w0", "w1", "w2")} | {"d": weight(16, 1, 3, 3, density=1)}
+    after, _ = check(model(nodes, (16, "h", "w"), constants, outputs=("y", "z")))
+    assert ops(after) == ["SparseConv", "DepthwiseConv", "SparseConv", "SparseConv"]
+
+
+def test_fused_and_other_layers_share_a_weight() -> None:
+    nodes = [
+        node("Conv", ["x", "w.weight"], ["a"]),
+        node("Conv", ["a", "d.weight"], ["b"], group=16, pads=[1] * 4),
+        node("Conv", ["b", "w.weight"], ["c"]),
+        node("Conv", ["c", "d.weight"], ["e"], group=16, pads=[1] * 4),
+        node("Conv", ["e", "w.weight"], ["y"]),
+    ]
+    constants = {"w.weight": weight(16, 16, 1, 1), "d.weight": weight(16, 1, 3, 3, density=1)}
+    after, _ = check(model(nodes, (16, "h", "w"), constants))
+    assert ops(after) == ["SparseConv", "SparseSeparableConv", "SparseSeparableConv"]
+    assert {name: dims for name, dims in initializers(after).items() if len(dims) > 1}.keys() == {
+        "w.values",
+        "d.weight",
+    }
+    restored = copy(after)
+    rows = restore(restored, where="test", limit=1 << 30)
+    assert [(row.name, row.stored_as) for row in rows] == [("w.weight", "csr"), *[("d.weight", "dense")] * 2]
+    assert ops(restored) == ["Conv"] * 5
+    assert all(len(made.input) == 2 for made in restored.graph.node)
+    again = rewrite(restored, choose(restored))
+    assert ops(again) == ops(after)
 
 
 def test_a_depthwise_convolution_in_one_dimension() -> None:
@@ -212,8 +318,12 @@ def test_a_depthwise_convolution_that_something_else_uses_stays() -> None:
 def test_a_layer_turned_dense_later_takes_the_depthwise_convolution_with_it() -> None:
     """As a measurement may do: the reasons go by the layers that are left."""
     before = mobile("Relu")
-    rows = [replace(row, sparse=row.sparse and row.output != "y", kernel="") for row in choose(before)]
+    chosen = choose(before)
+    assert [row.kernel for row in chosen] == ["SparseConv", "SparseSeparableConv", "SparseSeparableConv"]
+    rows = [replace(row, sparse=row.sparse and row.output != "y", kernel="") for row in chosen]
     assert Counter(ops(rewrite(before, rows))) == Counter({"SparseConvRelu": 1, "Conv": 2, "Relu": 1})
+    alone = [row for row in chosen if row.output != "c"]  # as a measurement of single layers has it
+    assert ops(rewrite(before, alone)) == ["SparseConvRelu", "Conv", "Relu", "SparseConv"]
 
 
 def test_a_channel_multiplier_is_a_grouped_convolution() -> None:
@@ -246,9 +356,9 @@ def test_the_names_of_a_function_are_its_own() -> None:
     before.functions.append(function)
     before.opset_import.append(helper.make_opsetid("own", 1))
     after, _ = check(before)
-    assert ops(after) == ["SparseConv", "DepthwiseConv", "SparseConv", "Transpose", "Dense"]
+    assert ops(after) == ["SparseConv", "SparseSeparableConv", "Transpose", "Dense"]
     rows = choose(before)
-    assert [row.kernel for row in rows] == ["SparseConv", "DepthwiseConv", "SparseConv", ""]
+    assert [row.kernel for row in rows] == ["SparseConv", "SparseSeparableConv", "SparseSeparableConv", ""]
     assert rows[-1].dense_bytes == 16 * 16 * 4
     assert rows[-1].reason == "inside of the function 'Dense', which is left alone"
 

@@ -273,8 +273,8 @@ def test_a_universal_file_shows_the_format_and_mode_of_each_layer(tmp_path: Path
     layers = rows(found)
     assert {name: (row["op"], row["format"], row["mode"]) for name, row in layers.items()} == {
         "kernel.weight": ("SparseConv", "csr", "auto"),
-        "depthwise": ("DepthwiseConv", "dense", None),
-        "point.weight": ("SparseConvRelu", "csr", "auto"),
+        "depthwise": ("SparseSeparableConvRelu", "dense", None),
+        "point.weight": ("SparseSeparableConvRelu", "csr", "auto"),
         "matrix.weight": ("SparseLinear", "bsr 4x1", "auto"),
         "last": ("MatMul", "dense", None),
     }
@@ -283,9 +283,9 @@ def test_a_universal_file_shows_the_format_and_mode_of_each_layer(tmp_path: Path
     assert layers["point.weight"]["bytes"] == 5 * counts["point.weight"]  # no gap is wider than a byte
     assert layers["matrix.weight"]["bytes"] == 17 * counts["matrix.weight"] // 4
     assert layers["matrix.weight"]["patterns"] == ["2x1", "4x1"]
-    assert (found["functions"], found["opset"]) == (4, {"ai.onnx": 17, "sparsepipe": 1})
+    assert (found["functions"], found["opset"]) == (3, {"ai.onnx": 17, "sparsepipe": 1})
     assert found["operators"] == {
-        **{f"sparsepipe.{name}": 1 for name in ("SparseConv", "DepthwiseConv", "SparseConvRelu", "SparseLinear")},
+        **{f"sparsepipe.{name}": 1 for name in ("SparseConv", "SparseSeparableConvRelu", "SparseLinear")},
         **dict.fromkeys(("GlobalAveragePool", "Flatten", "MatMul"), 1),
     }
 
