@@ -99,7 +99,8 @@ class SparseConv final : public Kernel {
   };
 
   static Tiling tiling(const Geometry& g, const Blocking& blocking) {
-    return {g.at_once, g.least(), g.layout.groups, blocking.block_channels, g.vectors, g.pitch};
+    const std::int64_t pitch = g.by_rows() ? g.pitch : g.tile_positions;
+    return {g.at_once, g.least(), g.layout.groups, blocking.block_channels, g.vectors, pitch};
   }
 
   // The way that `threads` threads are done with first, of all or of those that give the same bits as `like`.
