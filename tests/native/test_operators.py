@@ -9,40 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from operator_cases import agree, compare, masked, output_size
 
 from sparsepipe.native import operators
-
-ISAS = ["avx512vnni", "avx512", "avxvnni", "avx2", "sse4", "neon", "portable"]
-TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="session", params=ISAS)
-def isa(request: pytest.FixtureRequest, session: Any, model: Any) -> str:
-    """Every instruction set that this machine runs."""
-    name: str = request.param
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPARSEPIPE_ISA", name)
-        node, constants, _ = linear_case(1, 4, 4, 1, 1.0, "none", False, 0)
-        try:
-            session(model(node, constants))
-        except Exception as error:
-            if "unknown" in str(error) or "does not run" in str(error):
-                pytest.skip(str(error))
-            raise
-    return name
-
-
-def masked(random: np.random.Generator, shape: tuple[int, ...], block: int, density: float) -> np.ndarray[Any, Any]:
-    """A weight with about that density in blocks, scaled so that outputs are about 1 (clipping then hides no scale).
-
-    Its second block row is empty where it has one.
-    """
-    mask = random.random((shape[0] // block, 1, int(np.prod(shape[1:])))) < density
-    if density < 1 and len(mask) > 1:
-        mask[1] = False
-    scale = max(1.0, density * float(np.prod(shape[1:]))) ** -0.5
-    weight = scale * random.standard_normal(shape) * np.repeat(mask, block, axis=1).reshape(shape)
-    return weight.astype(np.float32)
 
 
 def linear_case(
@@ -72,27 +41,6 @@ def linear_case(
     if residual:
         feeds["R"] = random.standard_normal((rows, outputs)).astype(np.float32)
     return node, constants, feeds
-
-
-def agree(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> None:
-    assert actual.shape == expected.shape
-    scale = np.abs(expected).max(initial=1e-6)
-    assert np.abs(expected - actual).max(initial=0) / scale < TOLERANCE
-
-
-def compare(session: Any, model: Any, node: Any, constants: Any, feeds: Any, isa: str, threads: int) -> None:
-    file = model(node, constants, [operators.function_for(node)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPARSEPIPE_ISA", isa)
-        native = session(file, threads=threads)
-    expected = session(file, native=False).run(None, feeds)[0]
-    agree(expected, native.run(None, feeds)[0])
-    # A second call takes the cached plan.
-    agree(expected, native.run(None, feeds)[0])
-
-
-def output_size(size: int, pads: int, kernel: int, stride: int, dilation: int) -> int:
-    return (size + pads - dilation * (kernel - 1) - 1) // stride + 1
 
 
 @st.composite
