@@ -14,7 +14,6 @@ import onnx
 import pytest
 
 import sparsepipe.native
-from sparsepipe.native import operators
 from sparsepipe.runtime import library_path
 
 ort = pytest.importorskip("onnxruntime")
@@ -103,6 +102,28 @@ def model() -> Model:
     return make
 
 
+ISAS = ["avx512vnni", "avx512", "avxvnni", "avx2", "sse4", "neon", "portable"]
+
+
+@pytest.fixture(scope="session", params=ISAS)
+def isa(request: pytest.FixtureRequest, session: Any, model: Any) -> str:
+    """Every instruction set that this machine runs."""
+    from sparsepipe.native import operators
+
+    name: str = request.param
+    values, deltas = operators.encode(np.ones((4, 4), np.float32))
+    node = operators.sparse_linear(["X", "values", "deltas"], "Y", weight_shape=(4, 4), name="the_node")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEPIPE_ISA", name)
+        try:
+            session(model(node, {"values": values, "deltas": deltas}))
+        except Exception as error:
+            if "unknown" in str(error) or "does not run" in str(error):
+                pytest.skip(str(error))
+            raise
+    return name
+
+
 def _weight(random: np.random.Generator, *shape: int, block: int = 1) -> np.ndarray[Any, Any]:
     """Random values with 5% of their blocks of consecutive outputs kept, scaled to outputs of about 1."""
     kept = random.random((shape[0] // block, 1, *shape[1:])) < 0.05
@@ -188,20 +209,3 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
         assert any(node.domain == "sparsepipe" for node in onnx.load(made).graph.node), f"{name} has stayed dense"
         files[name] = (path, made)
     return files
-
-
-@pytest.fixture(scope="session", params=["avx512vnni", "avx512", "avxvnni", "avx2", "sse4", "neon", "portable"])
-def isa(request: pytest.FixtureRequest, session: Session, model: Model) -> str:
-    """Every instruction set that this machine runs."""
-    name: str = request.param
-    values, deltas = operators.encode(np.ones((4, 4), np.float32))
-    node = operators.sparse_linear(["X", "values", "deltas"], "Y", weight_shape=(4, 4))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPARSEPIPE_ISA", name)
-        try:
-            session(model(node, {"values": values, "deltas": deltas}))
-        except Exception as error:
-            if "unknown" in str(error) or "does not run" in str(error):
-                pytest.skip(str(error))
-            raise
-    return name

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <tuple>
 
 #include "fake_onnxruntime.h"
 
@@ -304,6 +305,106 @@ bool stem_agrees(const SessionOptions& options) {
   return agrees(options, info, expected, false);
 }
 
+// A SparseSeparableConv on random tensors, which the node refers to.
+struct Separable {
+  std::int64_t in, out, block, stride, batch;
+  std::int64_t pads[4];  // top, left, bottom, right
+  std::int64_t height, width;
+  double density;
+  std::vector<float> filters, weight;
+  Value x, dense, first_bias, values, deltas, bias, residual;
+  KernelInfo info;
+  std::string first;  // the activation between the two convolutions
+
+  std::int64_t rows() const { return (height + pads[0] + pads[2] - 3) / stride + 1; }
+  std::int64_t columns() const { return (width + pads[1] + pads[3] - 3) / stride + 1; }
+
+  void fill(bool has_bias, bool adds) {
+    filters = random_weight(in, 9, 1, 1);
+    weight = random_weight(out, in, block, density);
+    x = random_tensor({batch, in, height, width});
+    dense = Value::of<float>(kFloat, {in, 1, 3, 3}, filters.data());
+    first_bias = random_tensor({in});
+    bias = random_tensor({out});
+    residual = random_tensor({batch, out, rows(), columns()});
+    std::tie(values, deltas) = encode(weight, out, in, block);
+    const auto& [infix_name, infix] = kOfConv[between(0, 4)];
+    const auto& [name, suffix] = kOfConv[between(0, 4)];
+    first = infix_name;
+    info.name = "node";
+    info.op = std::string("SparseSeparable") + infix + "Conv" + (adds ? "Add" : "") + suffix;
+    info.attributes = {{"kernel_shape", std::vector<std::int64_t>{3, 3}},
+                       {"strides", std::vector<std::int64_t>(2, stride)},
+                       {"dilations", std::vector<std::int64_t>{1, 1}},
+                       {"pads", std::vector<std::int64_t>(pads, pads + 4)},
+                       {"in_channels", in}, {"out_channels", out}, {"block", block},
+                       {"depthwise_activation", first}, {"activation", std::string(name)},
+                       {"depthwise_min", -0.25f}, {"depthwise_max", 1.0f}};
+    info.inputs = {&x, &dense, &first_bias, &values, &deltas, has_bias ? &bias : nullptr, adds ? &residual : nullptr};
+    info.constant = {false, true, true, true, true, has_bias, false};
+  }
+
+  // One channel of an image behind the depthwise convolution.
+  std::vector<double> depthwise(std::int64_t image, std::int64_t channel) const {
+    std::vector<double> y;
+    const float* const plane = x.floats() + (image * in + channel) * height * width;
+    for (std::int64_t r = 0; r < rows(); ++r) {
+      for (std::int64_t c = 0; c < columns(); ++c) {
+        double sum = first_bias.floats()[channel];
+        for (std::int64_t tap = 0; tap < 9; ++tap) {
+          const std::int64_t row = r * stride - pads[0] + tap / 3, column = c * stride - pads[1] + tap % 3;
+          if (row < 0 || row >= height || column < 0 || column >= width) continue;
+          sum += double(filters[static_cast<std::size_t>(channel * 9 + tap)]) * double(plane[row * width + column]);
+        }
+        y.push_back(activated(sum, first, -0.25, 1.0));
+      }
+    }
+    return y;
+  }
+
+  std::vector<double> expected() const {
+    const std::int64_t plane = rows() * columns();
+    std::vector<double> y(residual.size());
+    for (std::int64_t n = 0; n < batch; ++n) {
+      for (std::int64_t o = 0; o < out; ++o) {
+        for (std::int64_t p = 0; p < plane; ++p) {
+          const std::int64_t at = (n * out + o) * plane + p;
+          y[at] = (info.inputs[5] ? double(bias.floats()[o]) : 0) + (info.inputs[6] ? double(residual.floats()[at]) : 0);
+        }
+      }
+      for (std::int64_t c = 0; c < in; ++c) {
+        const std::vector<double> between = depthwise(n, c);
+        for (std::int64_t o = 0; o < out; ++o) {
+          const double value = weight[static_cast<std::size_t>(o * in + c)];
+          for (std::int64_t p = 0; value != 0 && p < plane; ++p) y[(n * out + o) * plane + p] += value * between[p];
+        }
+      }
+    }
+    return y;
+  }
+};
+
+Separable random_separable() {
+  Separable s{};
+  s.block = kBlocks[between(0, 2)];
+  s.in = between(1, 24);
+  s.out = s.block * between(1, 6) * (between(0, 9) == 0 ? 8 : 1);
+  s.stride = between(1, 2);
+  s.batch = between(1, 3);
+  for (std::int64_t& pad : s.pads) pad = coin() ? 1 : between(0, 4);
+  s.height = std::max<std::int64_t>(1, 3 - s.pads[0] - s.pads[2]) + (coin() ? between(0, 8) : between(0, 60));
+  s.width = std::max<std::int64_t>(1, 3 - s.pads[1] - s.pads[3]) + (coin() ? between(0, 20) : between(0, 150));
+  s.density = kDensities[between(0, 3)];
+  return s;
+}
+
+bool separable_agrees(const SessionOptions& options) {
+  Separable s = random_separable();
+  const bool adds = coin();
+  s.fill(coin(), adds);
+  return agrees(options, s.info, s.expected(), adds && coin());
+}
+
 bool linear_agrees(const SessionOptions& options) {
   const std::int64_t rows = coin() ? between(1, 4) : between(5, 130), in = between(1, 300);
   const std::int64_t block = kBlocks[between(0, 2)], out = block * between(1, 40);
@@ -446,6 +547,23 @@ bool convolution_keeps_bits(const SessionOptions& options, const Shared& c) {
   return same;
 }
 
+// Whichever rows of its depthwise part are computed together.
+bool separable_keeps_bits(const SessionOptions& options) {
+  Separable s = random_separable();
+  s.in = between(24, 64);
+  s.out = s.block * between(8, 20);
+  s.density = 0.5;
+  s.fill(coin(), coin());
+  Made alone(options, s.info), helped(options, s.info);
+  const std::vector<float> expected = alone.called(1);
+  const auto threads = static_cast<unsigned>(between(2, 7));
+  helped.called(threads, 9);
+  leave_nan(options);
+  const bool same = helped.called(threads) == expected;
+  if (!same) std::printf("%s on %u threads: other bits\n", described(s.info).c_str(), threads);
+  return same;
+}
+
 // A batch is divided as if it were the first, whatever was packed together for that.
 bool batches_are_divided_anew(const SessionOptions& options) {
   const auto [values, deltas] = encode(random_weight(64, 64 * 9, 1, 0.3), 64, 64 * 9, 1);
@@ -514,8 +632,10 @@ int main(int argc, char** argv) {
     generator.seed(static_cast<std::uint64_t>(std::atoll(argv[2])));
     int failures = 0;
     for (int i = 0; i < cases; ++i) {
-      failures += !(i % 7 == 6 ? stem_agrees(options)
-                               : i % 3 == 0 ? linear_agrees(options) : convolution_agrees(options, i % 3 == 1));
+      failures += !(i % 7 == 6   ? stem_agrees(options)
+                    : i % 3 == 0 ? linear_agrees(options)
+                                 : convolution_agrees(options, i % 3 == 1));
+      if (i % 2 == 0) failures += !separable_agrees(options);
     }
     std::printf("%s: %d of %d cases differ\n", isa, failures, cases);
     good = good && failures == 0;
@@ -524,6 +644,7 @@ int main(int argc, char** argv) {
     good = batches_are_divided_anew(options) && good;
     for (int i = 0; i < cases / 4; ++i) {
       good = bits_are_kept(options) && convolution_keeps_bits(options, random_shared()) && good;
+      good = separable_keeps_bits(options) && good;
     }
   }
   return good ? 0 : 1;

@@ -49,7 +49,23 @@ def good_stem() -> tuple[Any, dict[str, Any]]:
     return node, {"W": weight, "B": np.zeros(8, np.float32)}
 
 
-GOOD = {"conv": good, "linear": good_linear, "depthwise": good_depthwise, "stem": good_stem}
+def good_separable() -> tuple[Any, dict[str, Any]]:
+    values, deltas = operators.encode(WEIGHT[:, :, 1, 1])
+    node = operators.sparse_separable_conv(
+        ["X", "depthwise_W", "depthwise_B", "values", "deltas", "B"], "Y", weight_shape=(8, 4), pads=[1] * 4,
+        depthwise_activation="clip", depthwise_limits=(-1.0, 1.0), name="the_node",
+    )  # fmt: skip
+    constants = {"depthwise_W": FILTERS, "depthwise_B": np.zeros(4, np.float32), "values": values, "deltas": deltas}
+    return node, constants | {"B": np.zeros(8, np.float32)}
+
+
+GOOD = {
+    "conv": good,
+    "linear": good_linear,
+    "depthwise": good_depthwise,
+    "separable": good_separable,
+    "stem": good_stem,
+}
 
 
 def replaced(node: Any, **attributes: Any) -> Any:
@@ -207,8 +223,45 @@ def test_an_image_smaller_than_the_pooling(session: Any, model: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("attributes", "word"),
+    [
+        ({"kernel_shape": [3]}, "strides"),
+        ({"kernel_shape": [3], "strides": [1], "dilations": [1], "pads": [1, 1]}, "kernel_shape"),
+        ({"kernel_shape": [3, 5]}, "kernel_shape"),
+        ({"kernel_shape": [1, 1]}, "kernel_shape"),
+        ({"kernel_shape": [2**31, 3]}, "kernel_shape"),
+        ({"strides": [1, 2]}, "strides"),
+        ({"strides": [3, 3]}, "strides"),
+        ({"strides": [0, 0]}, "strides"),
+        ({"dilations": [2, 2]}, "dilations"),
+        ({"pads": [0, 0, 0, 2**20]}, "pads"),
+        ({"pads": [-1, 0, 0, 0]}, "pads"),
+        ({"group": 4}, "group"),
+        ({"in_channels": 3}, "depthwise_W"),
+        ({"in_channels": 2**50}, "in_channels"),
+        ({"out_channels": 7}, "more than"),
+        ({"out_channels": 16}, "B"),
+        ({"block": 2}, "values"),
+        ({"block": 3}, "block"),
+        ({"activation": "gelu"}, "activation"),
+        ({"depthwise_activation": "gelu"}, "depthwise_activation"),
+        ({"depthwise_activation": "relu"}, "depthwise_activation"),
+        ({"depthwise_min": 2.0}, "depthwise_min"),
+        ({"depthwise_max": float("nan")}, "depthwise_min"),
+        ({"activation": "clip", "min": 1.0, "max": -1.0}, "min"),
+    ],
+)
+def test_attributes_of_separable_layers(session: Any, model: Any, attributes: dict[str, Any], word: str) -> None:
+    node, constants = good_separable()
+    refused(session, model(replaced(node, **attributes), constants), word)
+
+
+@pytest.mark.parametrize(
     ("op", "name"),
     [
+        ("separable", "kernel_shape"),
+        ("separable", "in_channels"),
+        ("separable", "out_channels"),
         ("conv", "kernel_shape"),
         ("conv", "in_channels"),
         ("conv", "out_channels"),
@@ -232,6 +285,7 @@ def test_missing_attributes(session: Any, model: Any, op: str, name: str) -> Non
             for op in ("conv", "depthwise")
             for dilation in (1, 4096)
         ],
+        ("separable", {"pads": [65535] * 4}),
         ("stem", {"pads": [65535] * 4}),
     ],
 )
@@ -273,6 +327,9 @@ BAD_CONSTANTS = {
 def test_constants(session: Any, model: Any, case: str) -> None:
     name, value, word = BAD_CONSTANTS[case]
     refused(session, model(good()[0], with_constant(name, value)), word)
+    if "bias" in case or "NaN" in case or "infinity" in case:
+        node, constants = good_separable()
+        refused(session, model(node, constants | {name: value[: len(constants[name])]}), word)
     if case != "first index out of range":
         node, constants = good_linear()
         refused(session, model(node, constants | {name: value}), word)
@@ -292,6 +349,8 @@ BAD_FILTERS = {
 def test_filters_of_other_shapes(session: Any, model: Any, case: str) -> None:
     node, constants = good_depthwise()
     refused(session, model(node, constants | {"W": BAD_FILTERS[case]}), "W", "[4, 1, 3, 3]")
+    node, constants = good_separable()
+    refused(session, model(node, constants | {"depthwise_W": BAD_FILTERS[case]}), "depthwise_W", "[4, 1, 3, 3]")
 
 
 @pytest.mark.parametrize("name", ["W", "B"])
@@ -301,6 +360,8 @@ def test_filters_that_are_not_finite(session: Any, model: Any, name: str, number
     damaged = constants[name].copy()
     damaged[2] = number
     refused(session, model(node, constants | {name: damaged}), name, "finite")
+    node, constants = good_separable()
+    refused(session, model(node, constants | {f"depthwise_{name}": damaged}), f"depthwise_{name}", "finite")
 
 
 CONSTANTS = [(op, name) for op in GOOD for name in GOOD[op]()[1]]
@@ -337,7 +398,10 @@ BAD_SHAPES: list[tuple[int, ...]] = [
 
 
 @pytest.mark.parametrize("shape", BAD_SHAPES)
-@pytest.mark.parametrize(("op", "after"), [("conv", (1, 8, 6, 6)), ("depthwise", (1, 4, 6, 6)), ("stem", (1, 8, 2, 2))])
+@pytest.mark.parametrize(
+    ("op", "after"),
+    [("conv", (1, 8, 6, 6)), ("depthwise", (1, 4, 6, 6)), ("separable", (1, 8, 6, 6)), ("stem", (1, 8, 2, 2))],
+)
 def test_inputs_of_other_shapes(
     session: Any, model: Any, op: str, after: tuple[int, ...], shape: tuple[int, ...]
 ) -> None:
@@ -363,10 +427,11 @@ def test_input_smaller_than_the_kernel(session: Any, model: Any) -> None:
         native.run(None, {"X": X[:, :, :2]})
 
 
-def test_residual_of_another_shape(session: Any, model: Any) -> None:
-    node, constants = good()
+@pytest.mark.parametrize(("op", "name"), [("conv", "SparseConvAdd"), ("separable", "SparseSeparableClipConvAdd")])
+def test_residual_of_another_shape(session: Any, model: Any, op: str, name: str) -> None:
+    node, constants = GOOD[op]()
     node.input.append("R")
-    node.op_type = "SparseConvAdd"
+    node.op_type = name
     native = session(model(node, constants))
     for shape in [(1, 8, 6, 5), (1, 8, 6), (8, 6, 6), (2, 8, 6, 6), (1,)]:
         with pytest.raises(Exception, match=r"the_node.*residual"):
@@ -387,6 +452,7 @@ SIZES = {
     "conv": ["in_channels", "out_channels", "block", "group"],
     "linear": ["in_features", "out_features", "block"],
     "depthwise": ["channels"],
+    "separable": ["in_channels", "out_channels", "block", "group"],
 }
 
 
@@ -405,7 +471,10 @@ def damaged(draw: st.DrawFn, op: str) -> tuple[Any, dict[str, Any]]:
         changes[name] = draw(st.lists(NUMBERS, max_size=5)) or None
     if op in ("depthwise", "stem") and draw(st.booleans()):
         constants["W"] = np.ones(draw(st.lists(st.integers(0, 5), max_size=5)), np.float32)
-    if op in ("conv", "linear") and draw(st.booleans()):
+    if op == "separable" and draw(st.booleans()):
+        name = draw(st.sampled_from(["depthwise_W", "depthwise_B"]))
+        constants[name] = np.ones(draw(st.lists(st.integers(0, 5), max_size=5)), np.float32)
+    if op not in ("depthwise", "stem") and draw(st.booleans()):
         kind = draw(st.sampled_from([np.uint8, np.uint16]))
         count = draw(st.integers(0, 40))
         deltas = draw(st.lists(st.integers(0, int(np.iinfo(kind).max)), min_size=count, max_size=count))
@@ -451,6 +520,12 @@ def test_the_name_and_the_activation_of_other_operators_must_agree(session: Any,
     for written, name in [("none", "DepthwiseConvRelu"), ("relu", "DepthwiseConv")]:
         node = operators.depthwise_conv(["X", "W"], "Y", weight_shape=(4, 1, 3, 3), activation=written, name="the_node")
         refused(session, model(renamed(node, name), depthwise), f"the operator {name} has", f"'{written}'")
+
+
+@pytest.mark.parametrize("name", ["SparseSeparableConvClip", "SparseSeparableReluConv", "SparseSeparableClipConvRelu"])
+def test_the_name_and_both_activations_must_agree(session: Any, model: Any, name: str) -> None:
+    node, constants = good_separable()
+    refused(session, model(renamed(node, name), constants), f"the operator {name} has", "activation")
 
 
 @pytest.mark.parametrize("activation", ["", "Relu"])

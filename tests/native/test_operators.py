@@ -7,24 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fallback import agree, compare
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from operator_cases import agree, compare, masked, output_size
 
 from sparsepipe.native import operators
-
-
-def masked(random: np.random.Generator, shape: tuple[int, ...], block: int, density: float) -> np.ndarray[Any, Any]:
-    """A weight with about that density in blocks, scaled so that outputs are about 1 (clipping then hides no scale).
-
-    Its second block row is empty where it has one.
-    """
-    mask = random.random((shape[0] // block, 1, int(np.prod(shape[1:])))) < density
-    if density < 1 and len(mask) > 1:
-        mask[1] = False
-    scale = max(1.0, density * float(np.prod(shape[1:]))) ** -0.5
-    weight = scale * random.standard_normal(shape) * np.repeat(mask, block, axis=1).reshape(shape)
-    return weight.astype(np.float32)
 
 
 def linear_case(
@@ -54,10 +41,6 @@ def linear_case(
     if residual:
         feeds["R"] = random.standard_normal((rows, outputs)).astype(np.float32)
     return node, constants, feeds
-
-
-def output_size(size: int, pads: int, kernel: int, stride: int, dilation: int) -> int:
-    return (size + pads - dilation * (kernel - 1) - 1) // stride + 1
 
 
 @st.composite

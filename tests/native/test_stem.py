@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fallback import compare
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from operator_cases import compare
 
 from sparsepipe.native import operators
 

@@ -199,7 +199,7 @@ Geometry depthwise_geometry(const Attributes& a, Geometry g, std::int64_t tile_r
   take_turns(a, g, 1, most);
   // The larger the tile, the more it pushes the rows that the next one reads, too, out of the L2 cache: cycles of a vector
   // for a tile that fills it.
-  constexpr double kPushedOut = 16;
+  constexpr double kPushedOut = 32;
   const double share = 4.0 * static_cast<double>(a.in * g.layout.channel_stride) / caches().l2;
   g.cost.pack_channel = depthwise_cost(a, tile_rows, ceil_div(g.out_width, g.lanes)) + kPushedOut * share * g.vectors;
   if (g.tile_positions % g.lanes) g.cost.finish = 1.9;

@@ -83,7 +83,7 @@ struct Tiling {
   int groups = 1;
   std::int64_t block_channels = 0;
   int tile_vectors = 0;  // of all turns of the kernel
-  std::int64_t pitch = 0;  // floats of a row, where a tile is made of rows
+  std::int64_t pitch = 0;  // floats of a row, where a tile is made of padded rows; otherwise positions of a tile
 };
 // Whether both give the same bits.
 bool same_order(int block, const Tiling& a, const Tiling& b);

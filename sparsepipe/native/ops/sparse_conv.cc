@@ -86,7 +86,8 @@ class SparseConv final : public Kernel {
   };
 
   static Tiling tiling(const Geometry& g, const Blocking& blocking) {
-    return {g.at_once, g.least(), g.layout.groups, blocking.block_channels, g.vectors, g.pitch};
+    const std::int64_t pitch = g.by_rows() ? g.pitch : g.tile_positions;
+    return {g.at_once, g.least(), g.layout.groups, blocking.block_channels, g.vectors, pitch};
   }
 
   // The way that `threads` threads are done with first, of all or of those that give the same bits as `like`.
@@ -106,10 +107,20 @@ class SparseConv final : public Kernel {
         if (g.layout.turns > 1 && !one_row && is_large(g, blocking.block_channels)) return;
       }
       if (like && !same_order(weight_.block, tiling(like->geometry, like->blocking), tiling(g, blocking))) return;
-      const double cycles = share_tiles(g, batch, blocking, threads).cycles * g.filled;
+      const double cycles = share_tiles(g, batch, blocking, threads).cycles * g.filled + read_again(g);
       if (best.cycles == 0 || cycles < best.cycles) best = {g, blocking, cycles};
     });
     return best;
+  }
+
+  // Cycles in which the tiles of a depthwise convolution after the first read the weight: the more it takes of the L2 cache
+  // together with a tile, the more of it was pushed out.
+  double read_again(const Geometry& g) const {
+    constexpr double kLine = 40;  // all of it
+    if (g.mode != Mode::kDepthwise) return 0;
+    const auto weight = static_cast<double>(weight_.packed_bytes());
+    const double share = std::min(1.0, (weight + 4.0 * static_cast<double>(packed_floats(g))) / caches().l2);
+    return static_cast<double>(g.tiles - 1) * weight / 64 * kLine * share;
   }
 
   // Whether a tile takes too much of what is packed, and kept of sums between blocks of channels, while it is multiplied;
