@@ -14,9 +14,10 @@ from collections.abc import Collection
 from onnx import GraphProto, NodeProto
 
 from sparsepipe.graph.fusion import fuse
-from sparsepipe.graph.index import Index, attribute, index
-from sparsepipe.graph.kernel_layer import Stays, is_depthwise, read, read_depthwise
+from sparsepipe.graph.index import attribute, index
+from sparsepipe.graph.kernel_layer import KernelLayer, Stays, is_depthwise, read, read_depthwise
 from sparsepipe.graph.shapes import Shapes
+from sparsepipe.native import operators
 
 REASON = "depthwise convolution between sparse layers: the library's dense kernel keeps their layout"
 FUSED = "depthwise convolution: part of the sparse 1x1 convolution that reads it"
@@ -36,7 +37,7 @@ class Spans:
     def __init__(self, graph: GraphProto) -> None:
         self.found = index(graph)
         self._shapes = Shapes(graph, self.found)
-        self._known: dict[str, tuple[str, str] | str] = {}  # a text says why no kernel takes it
+        self._known: dict[str, KernelLayer | str] = {}  # a text says why no kernel takes it
 
     def of(self, node: NodeProto) -> tuple[str, str]:
         """The input and the output of a layer, a depthwise convolution among them.
@@ -44,12 +45,17 @@ class Spans:
         Raises:
             Stays: no kernel of the library takes it.
         """
+        layer = self.layer(node)
+        return layer.source, layer.last.output[0]
+
+    def layer(self, node: NodeProto) -> KernelLayer:
+        """The same with all that is fused into it."""
         key = node.output[0]
         if key not in self._known:
             try:
                 layer = (read_depthwise if is_depthwise(node, self.found) else read)(node, self.found)
                 fuse(layer, self.found, self._shapes)
-                self._known[key] = layer.source, layer.last.output[0]
+                self._known[key] = layer
             except Stays as reason:
                 self._known[key] = str(reason)
         known = self._known[key]
@@ -83,12 +89,14 @@ class Neighbours:
         users = found.consumers.get(output, [])
         if len(users) != 1 or found.pinned(output) or (users[0].output[0], output) not in self._inputs:
             return None
-        window = read_depthwise(node, found).window
-        same = [1, 1] if list(window["strides"]) == [1, 1] else [2, 2]
-        suits = list(found.constants[node.input[1]].dims[2:]) == [3, 3] and list(window["dilations"]) == [1, 1]
-        if not suits or list(window["strides"]) != same or not _is_pointwise(users[0], found):
+        first, last = self._spans.layer(node), self._spans.layer(users[0])
+        suits = first.weight.shape[2:] == (3, 3) and list(first.window["dilations"]) == [1, 1]
+        if not suits or list(first.window["strides"]) not in ([1, 1], [2, 2]) or not _is_pointwise(last):
             return None
-        return str(users[0].output[0])
+        name = operators.operator_name(
+            SEPARABLE, last.activation, residual=last.residual is not None, depthwise=first.activation
+        )
+        return str(users[0].output[0]) if name in operators.BASES else None
 
     def obstacle(self, node: NodeProto) -> str | None:
         """Why a depthwise convolution stays with onnxruntime; None where it is between sparse layers.
@@ -115,9 +123,8 @@ def _strides(node: NodeProto) -> list[int]:
     return list(given.ints) if given is not None else [1, 1]
 
 
-def _is_pointwise(node: NodeProto, found: Index) -> bool:
+def _is_pointwise(layer: KernelLayer) -> bool:
     """Whether a sparse layer computes each position of its output from the same one of its input."""
-    layer = read(node, found)
     window = layer.window
     return layer.base == "SparseConv" and (
         layer.weight.shape[2:] == (1, 1) and list(window["strides"]) == [1, 1] and not any(window["pads"])

@@ -258,8 +258,9 @@ struct Separable {
     bias = random_tensor({out});
     residual = random_tensor({batch, out, rows(), columns()});
     std::tie(values, deltas) = encode(weight, out, in, block);
-    const auto& [infix_name, infix] = kOfConv[between(0, 4)];
-    const auto& [name, suffix] = kOfConv[between(0, 4)];
+    const std::int64_t infixes = between(0, 4), same = infixes ? infixes : between(0, 4);
+    const auto& [infix_name, infix] = kOfConv[infixes];
+    const auto& [name, suffix] = kOfConv[adds || coin() ? 0 : same];
     first = infix_name;
     info.name = "node";
     info.op = std::string("SparseSeparable") + infix + "Conv" + (adds ? "Add" : "") + suffix;
