@@ -15,9 +15,10 @@ from collections.abc import Collection
 from onnx import GraphProto, NodeProto
 
 from sparsepipe.graph.fusion import fuse
-from sparsepipe.graph.index import Index, attribute, index
-from sparsepipe.graph.kernel_layer import Stays, dense_kernel, read, read_dense
+from sparsepipe.graph.index import attribute, index
+from sparsepipe.graph.kernel_layer import KernelLayer, Stays, dense_kernel, read, read_dense
 from sparsepipe.graph.shapes import Shapes
+from sparsepipe.native import operators
 
 REASONS = {
     "DepthwiseConv": "depthwise convolution between sparse layers: the library's dense kernel keeps their layout",
@@ -42,7 +43,7 @@ class Spans:
     def __init__(self, graph: GraphProto) -> None:
         self.found = index(graph)
         self._shapes = Shapes(graph, self.found)
-        self._known: dict[str, tuple[str, str] | str] = {}  # a text says why no kernel takes it
+        self._known: dict[str, KernelLayer | str] = {}  # a text says why no kernel takes it
 
     def of(self, node: NodeProto) -> tuple[str, str]:
         """The input and the output of a layer, or of a convolution that stays dense.
@@ -50,12 +51,17 @@ class Spans:
         Raises:
             Stays: no kernel of the library takes it.
         """
+        layer = self.layer(node)
+        return layer.source, layer.last.output[0]
+
+    def layer(self, node: NodeProto) -> KernelLayer:
+        """The same with all that is fused into it."""
         key = node.output[0]
         if key not in self._known:
             try:
                 layer = (read_dense if dense_kernel(node, self.found) else read)(node, self.found)
                 fuse(layer, self.found, self._shapes)
-                self._known[key] = layer.source, layer.last.output[0]
+                self._known[key] = layer
             except Stays as reason:
                 self._known[key] = str(reason)
         known = self._known[key]
@@ -90,12 +96,14 @@ class Neighbours:
         users = found.consumers.get(output, [])
         if len(users) != 1 or found.pinned(output) or (users[0].output[0], output) not in self._inputs:
             return None
-        window = read_dense(node, found).window
-        same = [1, 1] if list(window["strides"]) == [1, 1] else [2, 2]
-        suits = list(found.constants[node.input[1]].dims[2:]) == [3, 3] and list(window["dilations"]) == [1, 1]
-        if not suits or list(window["strides"]) != same or not _is_pointwise(users[0], found):
+        first, last = self._spans.layer(node), self._spans.layer(users[0])
+        suits = first.weight.shape[2:] == (3, 3) and list(first.window["dilations"]) == [1, 1]
+        if not suits or list(first.window["strides"]) not in ([1, 1], [2, 2]) or not _is_pointwise(last):
             return None
-        return str(users[0].output[0])
+        name = operators.operator_name(
+            SEPARABLE, last.activation, residual=last.residual is not None, depthwise=first.activation
+        )
+        return str(users[0].output[0]) if name in operators.BASES else None
 
     def obstacle(self, node: NodeProto) -> str | None:
         """Why a convolution that has a `dense_kernel` stays with onnxruntime; None where the library runs it.
@@ -139,9 +147,8 @@ def _strides(node: NodeProto) -> list[int]:
     return list(given.ints) if given is not None else [1, 1]
 
 
-def _is_pointwise(node: NodeProto, found: Index) -> bool:
+def _is_pointwise(layer: KernelLayer) -> bool:
     """Whether a sparse layer computes each position of its output from the same one of its input."""
-    layer = read(node, found)
     window = layer.window
     return layer.base == "SparseConv" and (
         layer.weight.shape[2:] == (1, 1) and list(window["strides"]) == [1, 1] and not any(window["pads"])

@@ -287,8 +287,13 @@ BASES: Mapping[str, str] = {
     for residual in {False, "residual" in inputs}
     for pool in {False, base == "StemConv"}
     for depthwise in (ACTIVATIONS if "depthwise_W" in inputs else ["none"])
+    if "depthwise_W" not in inputs or activation == "none" or (not residual and depthwise in ("none", activation))
 }
-"""The name of an operator -> the key of ``INPUTS`` that it is a variant of."""
+"""The name of an operator -> the key of ``INPUTS`` that it is a variant of.
+
+A SparseSeparableConv that adds a residual ends with that, and of two activations both are the same: a session takes
+time for each operator of the library, and networks have no others.
+"""
 
 
 def _standard_nodes(node: onnx.NodeProto, opset: int) -> list[onnx.NodeProto]:

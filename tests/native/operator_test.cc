@@ -328,8 +328,9 @@ struct Separable {
     bias = random_tensor({out});
     residual = random_tensor({batch, out, rows(), columns()});
     std::tie(values, deltas) = encode(weight, out, in, block);
-    const auto& [infix_name, infix] = kOfConv[between(0, 4)];
-    const auto& [name, suffix] = kOfConv[between(0, 4)];
+    const std::int64_t infixes = between(0, 4), same = infixes ? infixes : between(0, 4);
+    const auto& [infix_name, infix] = kOfConv[infixes];
+    const auto& [name, suffix] = kOfConv[adds || coin() ? 0 : same];
     first = infix_name;
     info.name = "node";
     info.op = std::string("SparseSeparable") + infix + "Conv" + (adds ? "Add" : "") + suffix;
@@ -392,8 +393,8 @@ Separable random_separable() {
   s.stride = between(1, 2);
   s.batch = between(1, 3);
   for (std::int64_t& pad : s.pads) pad = coin() ? 1 : between(0, 4);
-  s.height = std::max<std::int64_t>(1, 3 - s.pads[0] - s.pads[2]) + (coin() ? between(0, 8) : between(0, 60));
-  s.width = std::max<std::int64_t>(1, 3 - s.pads[1] - s.pads[3]) + (coin() ? between(0, 20) : between(0, 150));
+  s.height = std::max<std::int64_t>(1, 3 - s.pads[0] - s.pads[2]) + (coin() ? between(0, 8) : between(0, 40));
+  s.width = std::max<std::int64_t>(1, 3 - s.pads[1] - s.pads[3]) + (coin() ? between(0, 20) : between(0, 120));
   s.density = kDensities[between(0, 3)];
   return s;
 }
@@ -635,7 +636,7 @@ int main(int argc, char** argv) {
       failures += !(i % 7 == 6   ? stem_agrees(options)
                     : i % 3 == 0 ? linear_agrees(options)
                                  : convolution_agrees(options, i % 3 == 1));
-      if (i % 2 == 0) failures += !separable_agrees(options);
+      if (i % 3 == 2) failures += !separable_agrees(options);
     }
     std::printf("%s: %d of %d cases differ\n", isa, failures, cases);
     good = good && failures == 0;
@@ -644,7 +645,7 @@ int main(int argc, char** argv) {
     good = batches_are_divided_anew(options) && good;
     for (int i = 0; i < cases / 4; ++i) {
       good = bits_are_kept(options) && convolution_keeps_bits(options, random_shared()) && good;
-      good = separable_keeps_bits(options) && good;
+      if (i % 2 == 0) good = separable_keeps_bits(options) && good;
     }
   }
   return good ? 0 : 1;

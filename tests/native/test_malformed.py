@@ -522,7 +522,7 @@ def test_the_name_and_the_activation_of_other_operators_must_agree(session: Any,
         refused(session, model(renamed(node, name), depthwise), f"the operator {name} has", f"'{written}'")
 
 
-@pytest.mark.parametrize("name", ["SparseSeparableConvClip", "SparseSeparableReluConv", "SparseSeparableClipConvRelu"])
+@pytest.mark.parametrize("name", ["SparseSeparableConvClip", "SparseSeparableReluConv", "SparseSeparableClipConvClip"])
 def test_the_name_and_both_activations_must_agree(session: Any, model: Any, name: str) -> None:
     node, constants = good_separable()
     refused(session, model(renamed(node, name), constants), f"the operator {name} has", "activation")

@@ -213,7 +213,9 @@ def test_a_depthwise_convolution_becomes_part_of_the_sparse_layer_after_it(
     assert [name for name in after.graph.node[1].input if name.startswith("d")] == ["d.weight", "d.bias_"]
 
 
-def test_the_steps_after_both_convolutions_become_part_of_the_operator() -> None:
+@pytest.mark.parametrize("last", ["Identity", "Relu"])
+def test_the_steps_after_both_convolutions_become_part_of_the_operator(last: str) -> None:
+    """But no activation after a sum: there is no operator for that."""
     nodes = [
         node("Conv", ["x", "w0"], ["a"]),
         node("Conv", ["a", "d"], ["b"], group=32, pads=[1] * 4),
@@ -221,7 +223,7 @@ def test_the_steps_after_both_convolutions_become_part_of_the_operator() -> None
         node("Mul", ["b", "g"], ["c"]),
         node("Conv", ["c", "w1", "b1"], ["e"]),
         node("Add", ["x", "e"], ["f"]),
-        node("Relu", ["f"], ["y"]),
+        node(last, ["f"], ["y"]),
     ]
     constants = {
         "w0": weight(32, 16, 1, 1),
@@ -230,8 +232,11 @@ def test_the_steps_after_both_convolutions_become_part_of_the_operator() -> None
         "b1": weight(16, density=1),
     }
     after, _ = check(model(nodes, (16, "h", "w"), constants))
-    assert ops(after) == ["SparseConv", "SparseSeparableSiluConvAddRelu"]
-    assert after.graph.node[1].input[-1] == "x"
+    if last == "Relu":
+        assert ops(after) == ["SparseConv", "DepthwiseConvSilu", "SparseConvAddRelu"]
+    else:
+        assert ops(after) == ["SparseConv", "SparseSeparableSiluConvAdd", "Identity"]
+        assert after.graph.node[1].input[-1] == "x"
 
 
 @pytest.mark.parametrize(("stride", "fused"), [(1, True), (2, False)])
