@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from sparsepipe.graph import cost, depthwise
+from sparsepipe.graph import beside, cost
 from sparsepipe.graph.balance import worth_it
-from sparsepipe.graph.depthwise import Neighbours, Spans
+from sparsepipe.graph.beside import Neighbours, Spans
 from sparsepipe.graph.index import Index, index, label, opset
 from sparsepipe.graph.kernel_layer import KernelLayer, Stays, dense_kernel, read, steps, users
 from sparsepipe.graph.layout import Layout
@@ -138,11 +138,11 @@ def _settled(choices: Sequence[Choice], spans: Spans, version: int) -> list[Choi
             separable.add(pointwise)
         elif not choice.sparse:
             choice = replace(choice, kernel="")
-        elif choice.kernel == depthwise.SEPARABLE:  # by earlier rows
+        elif choice.kernel == beside.SEPARABLE:  # by earlier rows
             choice = replace(choice, kernel="SparseConv")
         settled.append(choice)
     return [
-        replace(choice, kernel=depthwise.SEPARABLE) if choice.sparse and choice.output in separable else choice
+        replace(choice, kernel=beside.SEPARABLE) if choice.sparse and choice.output in separable else choice
         for choice in settled
     ]
 
@@ -154,10 +154,10 @@ def _dense(choice: Choice, node: NodeProto, kernel: str, neighbours: Neighbours)
             return replace(choice, kernel="", reason=reason), ""
         pointwise = neighbours.pointwise(node) if kernel == "DepthwiseConv" else None
     except Stays as stays:
-        return replace(choice, kernel="", reason=f"{depthwise.KINDS[kernel]}: {stays}"), ""
+        return replace(choice, kernel="", reason=f"{beside.KINDS[kernel]}: {stays}"), ""
     if pointwise is None:
-        return replace(choice, kernel=kernel, reason=depthwise.REASONS[kernel]), ""
-    return replace(choice, kernel=depthwise.SEPARABLE, reason=depthwise.FUSED), pointwise
+        return replace(choice, kernel=kernel, reason=beside.REASONS[kernel]), ""
+    return replace(choice, kernel=beside.SEPARABLE, reason=beside.FUSED), pointwise
 
 
 def dense_again(choice: Choice, reason: str) -> Choice:

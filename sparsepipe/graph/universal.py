@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
+from sparsepipe.graph.beside import SEPARABLE
 from sparsepipe.graph.choice import Choice, choose, settle
-from sparsepipe.graph.depthwise import SEPARABLE
 from sparsepipe.graph.fusion import fuse
 from sparsepipe.graph.index import Names, copy, index, opset
 from sparsepipe.graph.kernel_layer import Array, KernelLayer, read, read_dense

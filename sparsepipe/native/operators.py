@@ -76,6 +76,27 @@ def operator_name(
     return stem + ("Add" if residual else "") + ACTIVATIONS[activation] + ("MaxPool" if pool else "")
 
 
+def _window(
+    weight_shape: Sequence[int],
+    strides: Sequence[int] | None,
+    pads: Sequence[int] | None,
+    dilations: Sequence[int] | None,
+) -> dict[str, list[int]]:
+    """The attributes of the window of a convolution with a weight of [O, I, *kernel]."""
+    rank = len(weight_shape) - 2
+    return {
+        "kernel_shape": list(weight_shape[2:]),
+        "strides": list(strides or [1] * rank),
+        "pads": list(pads or [0] * 2 * rank),
+        "dilations": list(dilations or [1] * rank),
+    }
+
+
+def _limits(limits: tuple[float, float] | None, prefix: str = "") -> dict[str, float]:
+    """The attributes of the bounds of activation "clip"."""
+    return {f"{prefix}min": float(limits[0]), f"{prefix}max": float(limits[1])} if limits else {}
+
+
 def sparse_conv(
     inputs: Sequence[str],
     output: str,
@@ -105,12 +126,8 @@ def sparse_conv(
         mode: one of ``MODES``.
         name: of the node.
     """
-    rank = len(weight_shape) - 2
     attributes: dict[str, Any] = {
-        "kernel_shape": list(weight_shape[2:]),
-        "strides": list(strides or [1] * rank),
-        "pads": list(pads or [0] * 2 * rank),
-        "dilations": list(dilations or [1] * rank),
+        **_window(weight_shape, strides, pads, dilations),
         "group": 1,
         "in_channels": weight_shape[1],
         "out_channels": weight_shape[0],
@@ -118,8 +135,7 @@ def sparse_conv(
         "activation": activation,
         "mode": MODES["SparseConv"].index(mode),
     }
-    if limits:
-        attributes |= {"min": float(limits[0]), "max": float(limits[1])}
+    attributes |= _limits(limits)
     op_type = operator_name("SparseConv", activation, residual=len(inputs) > 4)
     return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
@@ -165,10 +181,7 @@ def sparse_separable_conv(
         "depthwise_activation": depthwise_activation,
         "activation": activation,
     }
-    if depthwise_limits:
-        attributes |= {"depthwise_min": float(depthwise_limits[0]), "depthwise_max": float(depthwise_limits[1])}
-    if limits:
-        attributes |= {"min": float(limits[0]), "max": float(limits[1])}
+    attributes |= _limits(limits) | _limits(depthwise_limits, "depthwise_")
     op_type = operator_name("SparseSeparableConv", activation, residual=len(inputs) > 6, depthwise=depthwise_activation)
     return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
@@ -186,17 +199,12 @@ def depthwise_conv(
     name: str = "",
 ) -> onnx.NodeProto:
     """A DepthwiseConv node under its ``operator_name``; ``weight_shape`` is [C, 1, *kernel]."""
-    rank = len(weight_shape) - 2
     attributes: dict[str, Any] = {
-        "kernel_shape": list(weight_shape[2:]),
-        "strides": list(strides or [1] * rank),
-        "pads": list(pads or [0] * 2 * rank),
-        "dilations": list(dilations or [1] * rank),
+        **_window(weight_shape, strides, pads, dilations),
         "channels": weight_shape[0],
         "activation": activation,
     }
-    if limits:
-        attributes |= {"min": float(limits[0]), "max": float(limits[1])}
+    attributes |= _limits(limits)
     op_type = operator_name("DepthwiseConv", activation)
     return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 
@@ -215,16 +223,11 @@ def stem_conv(
     name: str = "",
 ) -> onnx.NodeProto:
     """A StemConv node under its ``operator_name``; ``pool`` is the window and the pads of a MaxPool."""
-    rank = len(weight_shape) - 2
     attributes: dict[str, Any] = {
-        "kernel_shape": list(weight_shape[2:]),
-        "strides": list(strides or [1] * rank),
-        "pads": list(pads or [0] * 2 * rank),
-        "dilations": list(dilations or [1] * rank),
+        **_window(weight_shape, strides, pads, dilations),
         "activation": activation,
     }
-    if limits:
-        attributes |= {"min": float(limits[0]), "max": float(limits[1])}
+    attributes |= _limits(limits)
     if pool:
         attributes |= {"pool_shape": list(pool[0]), "pool_strides": list(STEM_POOL_STRIDE), "pool_pads": list(pool[1])}
     op_type = operator_name("StemConv", activation, pool=pool is not None)
@@ -250,8 +253,7 @@ def sparse_linear(
         "activation": activation,
         "mode": MODES["SparseLinear"].index(mode),
     }
-    if limits:
-        attributes |= {"min": float(limits[0]), "max": float(limits[1])}
+    attributes |= _limits(limits)
     op_type = operator_name("SparseLinear", activation, residual=len(inputs) > 4)
     return helper.make_node(op_type, list(inputs), [output], name=name, domain=DOMAIN, **attributes)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import threading
 from typing import Any
 
 import int8_models
@@ -15,6 +14,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from int8_models import Layer
 from onnx import helper
+from operator_cases import agree_at_once
 
 from sparsepipe.environment import int8_saturates
 from sparsepipe.native import quantized
@@ -456,20 +456,7 @@ def test_concurrent_calls_of_one_session(session: Any, threads: int) -> None:
     layers = [convolution(case | {"sizes": [size, size]}) for size in (7, 8, 14, 20)]
     native = session(layers[0].model(), threads=threads)
     expected = [expected_of(layer) for layer in layers]
-    failures: list[str] = []
-
-    def work(shift: int) -> None:
-        for i in range(40):
-            which = (i + shift) % len(layers)
-            if not np.array_equal(native.run(None, layers[which].feeds)[0], expected[which]):
-                failures.append(f"thread {shift}, call {i}")
-
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    agree_at_once(native, [layer.feeds for layer in layers], expected)
 
 
 @given(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from operator_cases import agree, compare, masked, output_size
+from operator_cases import agree, agree_at_once, compare, masked, output_size
 
 from sparsepipe.native import operators
 
@@ -153,17 +152,4 @@ def test_concurrent_calls_of_one_session(session: Any, model: Any, threads: int)
     native = session(model(node, constants), threads=threads)
     inputs = [random.standard_normal((1, 48, size, size)).astype(np.float32) for size in range(5, 29)]
     expected = [session(model(node, constants)).run(None, {"X": x})[0] for x in inputs]
-    failures: list[str] = []
-
-    def work(shift: int) -> None:
-        for i in range(40):
-            which = (i + shift) % len(inputs)
-            if not np.array_equal(native.run(None, {"X": inputs[which]})[0], expected[which]):
-                failures.append(f"thread {shift}, call {i}")
-
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    agree_at_once(native, [{"X": x} for x in inputs], expected)

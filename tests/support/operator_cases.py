@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,3 +46,21 @@ def compare(session: Any, model: Any, node: Any, constants: Any, feeds: Any, isa
 
 def output_size(size: int, pads: int, kernel: int, stride: int, dilation: int) -> int:
     return (size + pads - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def agree_at_once(native: Any, feeds: Sequence[dict[str, Any]], expected: Sequence[np.ndarray[Any, Any]]) -> None:
+    """Eight threads call one session with these inputs, each in an order of its own, and get the expected bits."""
+    failures: list[str] = []
+
+    def work(shift: int) -> None:
+        for i in range(40):
+            which = (i + shift) % len(feeds)
+            if not np.array_equal(native.run(None, feeds[which])[0], expected[which]):
+                failures.append(f"thread {shift}, call {i}")
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
